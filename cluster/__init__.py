@@ -1,0 +1,1 @@
+"""Sequences, blocks, scheduler, engine, hand-off, Ray actors, pools and failure handling."""

@@ -1,0 +1,1 @@
+"""Ray Serve application, OpenAI HTTP, gRPC, tokenizer, configuration and the moefleet command."""

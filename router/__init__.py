@@ -1,0 +1,1 @@
+"""Which member serves a request: pure functions of plain data, standard library only."""

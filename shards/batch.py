@@ -1,0 +1,90 @@
+"""What a step asks of the ranks of one data-parallel lane, and what they answer: plain columns, no torch.
+
+A lane is one data-parallel rank: `tp` ranks that hold the same sequences. A row is a sequence's place on the
+lane's ranks (0 .. max_rows-1); ranks keep each row's tokens, block table and sampling, so that a step names rows,
+not tokens. S is the number of rows computed in the step.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSampling:
+    """How a row's next tokens are chosen; the fields mean what they mean in `router.request.SamplingParams`."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Masked while fewer than `min_tokens` tokens were generated."""
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStart:
+    """A sequence takes a row (again, after a preemption or a hand-off)."""
+
+    row: int
+    token_ids: tuple[int, ...]
+    """Prompt and output so far; position i of the sequence is token_ids[i]."""
+    prompt_len: int
+    """How many of them are the prompt (penalties and min_tokens count output only)."""
+    blocks: tuple[int, ...]
+    """Block table so far."""
+    state_slot: int = -1
+    """Recurrent-state slot, -1 for models without."""
+    sampling: RowSampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """One lane's part of a step. Ranks carry batches out in the order they get them.
+
+    Row i of the step computes positions first_S[i] .. first_S[i] + counts_S[i] - 1 of row rows_S[i]. Where
+    samples_S[i] is 1 the rank samples the token behind the last computed position and stores it in the row, so that
+    the next step can be planned before the token is known. A row whose first_S is 0 starts from zero recurrent state.
+    """
+
+    starts: tuple[RowStart, ...] = ()
+    grown_rows: list[int] = field(default_factory=list)
+    grown_blocks: list[int] = field(default_factory=list)
+    """Block grown_blocks[i] is appended to the table of row grown_rows[i] (after `starts`)."""
+    rows_S: list[int] = field(default_factory=list)
+    first_S: list[int] = field(default_factory=list)
+    counts_S: list[int] = field(default_factory=list)
+    samples_S: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobColumns:
+    """Raw log probabilities of N positions: the chosen token's, its rank (1 is best), and up to K alternatives."""
+
+    logprobs_N: list[float]
+    ranks_N: list[int]
+    top_ids_NK: list[list[int]]
+    top_logprobs_NK: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneOutput:
+    """What a lane's first TP rank answers to one StepBatch.
+
+    tokens_N belongs to the sampled rows in the batch's order. `logprobs` has as many entries as sampled rows when any
+    of the sampled rows asked for log probabilities. prompt_logprobs holds, by row, those of the prompt positions
+    computed in this step, first position first (position p's entry is the log probability of token p + 1).
+    """
+
+    rows_N: list[int] = field(default_factory=list)
+    tokens_N: list[int] = field(default_factory=list)
+    logprobs: LogprobColumns | None = None
+    prompt_logprobs: dict[int, LogprobColumns] = field(default_factory=dict)
+    compute_s: float = 0.0
+    """Seconds the rank computed for this batch."""

@@ -1,0 +1,107 @@
+"""How the ranks of a group exchange tensors: the interface that models call.
+
+`shards.collectives` implements it over torch.distributed (gloo, NCCL), `shards.shm` over shared memory of one host;
+`LocalComm` is a group of one.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Comm(Protocol):
+    """A group of ranks; every member calls the same operations in the same order."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in a fixed order (balanced binary tree by rank when deterministic); may reuse x."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Each rank's x (equal shapes), concatenated along the first axis in rank order."""
+        ...
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        """src's x (src is a place in the group; x has the same shape and dtype on all ranks)."""
+        ...
+
+    def all_to_all(self, x: Tensor, send_counts: list[int], recv_counts: list[int]) -> Tensor:
+        """Rows of x, cut by send_counts, one piece to each rank; returns the pieces received, in rank order."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the group's resources; also from another thread, to free a rank that hangs in an operation."""
+        ...
+
+
+class LocalComm:
+    """A group of one rank: nothing moves."""
+
+    size = 1
+    rank = 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        """x itself."""
+        assert src == 0
+        return x
+
+    def all_to_all(self, x: Tensor, send_counts: list[int], recv_counts: list[int]) -> Tensor:
+        """x itself."""
+        assert send_counts == recv_counts == [x.shape[0]]
+        return x
+
+    def barrier(self) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class Comms:
+    """The three groups a rank belongs to: its lane (tp), its equals over the lanes (dp), and everybody (world)."""
+
+    def __init__(self, *, tp: Comm, dp: Comm, world: Comm) -> None:
+        self.tp = tp
+        self.dp = dp
+        self.world = world
+
+    @staticmethod
+    def local() -> "Comms":
+        """A replica of one rank."""
+        comm = LocalComm()
+        return Comms(tp=comm, dp=comm, world=comm)
+
+    def close(self) -> None:
+        """Close every group."""
+        for comm in {id(c): c for c in (self.tp, self.dp, self.world)}.values():
+            comm.close()
+
+
+def tree_sum(parts: list[Tensor]) -> Tensor:
+    """Sum as a balanced binary tree: (p0 + p1) + (p2 + p3); for a count that is no power of two, a left one."""
+    while len(parts) > 1:
+        pairs = [torch.add(parts[i], parts[i + 1]) for i in range(0, len(parts) - 1, 2)]
+        parts = pairs + ([parts[-1]] if len(parts) % 2 else [])
+    return parts[0]
