@@ -1,0 +1,221 @@
+"""A rank's sequence memory: paged KV of attention layers and state slots of delta layers, in one flat buffer.
+
+On the CPU the buffer is an anonymous memory file, so that another process of the host can map it through
+/proc/<pid>/fd/<fd>; the kernel frees it with its last user, whatever way that ends.
+"""
+
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shards.config import ModelConfig
+from shards.cuts import even_range, kv_head_range
+
+ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """One array's place in the flat buffer. The first axis counts blocks or slots."""
+
+    offset_bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one block or slot in this array."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole array."""
+        return self.shape[0] * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShape:
+    """Geometry of one rank's cache: where every array lies and which heads of the model it holds.
+
+    N blocks, H KV heads held here, P block size, D head dim; M slots, C conv channels held here (laid out
+    [q | k | v] of the key heads held), W conv width, V value heads held here.
+    """
+
+    k_pools: tuple[Pool, ...]
+    """[N, H, P, D] by attention layer."""
+    v_pools: tuple[Pool, ...]
+    conv_states: tuple[Pool, ...]
+    """[M, C, W - 1] in the model's dtype, by delta layer."""
+    delta_states: tuple[Pool, ...]
+    """[M, V, Dk, Dv] float32, by delta layer."""
+    kv_heads: range
+    """Global KV heads held here."""
+    key_heads: range
+    """Global key heads of the delta layers held here, each with its value heads."""
+    num_blocks: int
+    block_size: int
+    num_slots: int
+    dtype: torch.dtype
+    bytes_per_block: int
+    """Over all attention layers, k and v."""
+    bytes_per_slot: int
+    """Over all delta layers."""
+    total_bytes: int
+    """Size of the flat buffer."""
+
+
+class _Layouter:
+    """Hands out places in the flat buffer, one after the other."""
+
+    def __init__(self) -> None:
+        self.end_bytes = 0
+
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Pool:
+        pool = Pool(offset_bytes=self.end_bytes, shape=shape, dtype=dtype)
+        self.end_bytes += -(-pool.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return pool
+
+
+def cache_shape(
+    model: ModelConfig,
+    layout_tp: int,
+    tp_rank: int,
+    *,
+    num_blocks: int,
+    block_size: int,
+    num_slots: int,
+    dtype: torch.dtype,
+) -> CacheShape:
+    """Geometry of the cache of rank `tp_rank` of `layout_tp`; equal arguments give equal geometry in every process."""
+    kv_heads = kv_head_range(model.num_key_value_heads, layout_tp, tp_rank)
+    key_heads = even_range(model.linear_num_key_heads, layout_tp, tp_rank) if model.delta_layers else range(0)
+    kv_shape = (num_blocks, len(kv_heads), block_size, model.head_dim)
+    conv_shape, delta_shape = _state_shapes(model, len(key_heads), num_slots)
+    layouter = _Layouter()
+    k_pools = tuple(layouter.place(kv_shape, dtype) for _ in model.attention_layers)
+    v_pools = tuple(layouter.place(kv_shape, dtype) for _ in model.attention_layers)
+    conv_states = tuple(layouter.place(conv_shape, dtype) for _ in model.delta_layers)
+    delta_states = tuple(layouter.place(delta_shape, torch.float32) for _ in model.delta_layers)
+    return CacheShape(
+        k_pools=k_pools,
+        v_pools=v_pools,
+        conv_states=conv_states,
+        delta_states=delta_states,
+        kv_heads=kv_heads,
+        key_heads=key_heads,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_slots=num_slots,
+        dtype=dtype,
+        bytes_per_block=sum(pool.row_bytes for pool in k_pools + v_pools),
+        bytes_per_slot=sum(pool.row_bytes for pool in conv_states + delta_states),
+        total_bytes=layouter.end_bytes,
+    )
+
+
+def _state_shapes(model: ModelConfig, key_heads: int, num_slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one delta layer's conv and delta states for `key_heads` key heads."""
+    if not model.delta_layers:
+        return (0, 0, 0), (0, 0, 0, 0)
+    value_heads = key_heads * model.linear_num_value_heads // model.linear_num_key_heads
+    key_dim, value_dim = model.linear_key_head_dim, model.linear_value_head_dim
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    conv = (num_slots, channels, model.linear_conv_kernel_dim - 1)
+    return conv, (num_slots, value_heads, key_dim, value_dim)
+
+
+def fit(
+    model: ModelConfig, tp: int, *, memory_bytes: int, block_size: int, dtype: torch.dtype, max_rows: int
+) -> tuple[int, int]:
+    """How many blocks and state slots `memory_bytes` of one rank hold -> (num_blocks, num_slots).
+
+    Models with delta layers get a slot for each of `max_rows` rows, or as many as half of the memory holds; the rest
+    is blocks, no more than `max_rows` sequences of the model's full length need.
+
+    Raises:
+        ValueError: the memory holds no block (or no slot).
+    """
+    unit = cache_shape(model, tp, 0, num_blocks=1, block_size=block_size, num_slots=1, dtype=dtype)
+    usable = memory_bytes - ALIGNMENT_BYTES * (2 * len(model.attention_layers) + 2 * len(model.delta_layers))
+    num_slots = min(max_rows, usable // 2 // unit.bytes_per_slot) if unit.bytes_per_slot else 0
+    num_blocks = max_rows * -(-model.max_position_embeddings // block_size)
+    if unit.bytes_per_block:
+        num_blocks = min(num_blocks, (usable - num_slots * unit.bytes_per_slot) // unit.bytes_per_block)
+    if num_blocks < 1 or (unit.bytes_per_slot and num_slots < 1):
+        needed = 2 * max(unit.bytes_per_slot, unit.bytes_per_block) + memory_bytes - usable
+        raise ValueError(
+            f"kv_memory_bytes={memory_bytes} holds no KV: a block of {block_size} tokens takes "
+            f"{unit.bytes_per_block} bytes a rank and a state slot {unit.bytes_per_slot}; give at least {needed}"
+        )
+    return num_blocks, num_slots
+
+
+class KvCache:
+    """The memory of a `CacheShape`, zeroed. Written by the rank's step and by pulls into blocks no step touches.
+
+    Raises:
+        ValueError: the host or the device has less memory than asked for.
+    """
+
+    def __init__(self, shape: CacheShape, device: torch.device | str) -> None:
+        self.shape = shape
+        self.fd = -1
+        """Memory file of the flat buffer; -1 when other processes cannot map it."""
+        self._map: mmap.mmap | None = None
+        self.buffer = self._allocate(max(shape.total_bytes, ALIGNMENT_BYTES), torch.device(device))
+        """The flat buffer, uint8."""
+        self.k_pools = [self._view(pool) for pool in shape.k_pools]
+        self.v_pools = [self._view(pool) for pool in shape.v_pools]
+        self.conv_states = [self._view(pool) for pool in shape.conv_states]
+        self.delta_states = [self._view(pool) for pool in shape.delta_states]
+
+    def _allocate(self, num_bytes: int, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            try:
+                return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(_too_large(num_bytes, str(device))) from error
+        if num_bytes > _available_bytes():
+            raise ValueError(_too_large(num_bytes, f"the host ({_available_bytes()} bytes are free)"))
+        if not hasattr(os, "memfd_create"):
+            return torch.zeros(num_bytes, dtype=torch.uint8)
+        self.fd = os.memfd_create("moefleet-kv")
+        os.ftruncate(self.fd, num_bytes)
+        self._map = mmap.mmap(self.fd, num_bytes)
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _view(self, pool: Pool) -> Tensor:
+        flat = self.buffer[pool.offset_bytes : pool.offset_bytes + pool.num_bytes]
+        return flat.view(pool.dtype).view(pool.shape)
+
+    def close(self) -> None:
+        """Let go of the memory; views handed out keep it mapped until they are gone."""
+        for pools in (self.k_pools, self.v_pools, self.conv_states, self.delta_states):
+            pools.clear()
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self._map = None
+
+
+def _too_large(num_bytes: int, where: str) -> str:
+    return f"the KV cache needs {num_bytes} bytes, more than {where}; lower kv_memory_bytes or max_rows"
+
+
+def _available_bytes() -> int:
+    """Memory this process may still take, by the kernel's count and the control group's limit."""
+    available = 1 << 62
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available

@@ -1,0 +1,91 @@
+import mmap
+
+import pytest
+import torch
+
+from shards.cache import ALIGNMENT_BYTES, KvCache, cache_shape, fit
+from shards.config import ModelConfig
+from tests.support.model_configs import make_moe_config, make_next_config
+
+
+def test_every_array_has_its_own_aligned_place_in_the_buffer() -> None:
+    shape = cache_shape(make_next_config(), 2, 1, num_blocks=5, block_size=16, num_slots=3, dtype=torch.bfloat16)
+
+    pools = [*shape.k_pools, *shape.v_pools, *shape.conv_states, *shape.delta_states]
+    assert [pool.shape for pool in shape.k_pools] == [(5, 1, 16, 16)]
+    assert [pool.shape for pool in shape.conv_states] == [(3, 2 * 2 * 8 + 4 * 12, 3)] * 3
+    assert [pool.shape for pool in shape.delta_states] == [(3, 4, 8, 12)] * 3
+    assert {pool.dtype for pool in shape.delta_states} == {torch.float32}
+    assert all(pool.offset_bytes % ALIGNMENT_BYTES == 0 for pool in pools)
+    ends = [pool.offset_bytes + pool.num_bytes for pool in pools]
+    assert all(end <= pool.offset_bytes for end, pool in zip(ends, pools[1:], strict=False))
+    assert ends[-1] <= shape.total_bytes
+    assert shape.bytes_per_block == 2 * 16 * 16 * 2
+    assert shape.bytes_per_slot == 3 * (80 * 3 * 2 + 4 * 8 * 12 * 4)
+
+
+@pytest.mark.parametrize(("tp", "held"), [(1, [(0, 2)]), (2, [(0, 1), (1, 2)]), (4, [(0, 1), (0, 1), (1, 2), (1, 2)])])
+def test_kv_heads_are_cut_over_tp_and_shared_by_neighbours_when_tp_is_larger(
+    tp: int, held: list[tuple[int, int]]
+) -> None:
+    shapes = [
+        cache_shape(make_moe_config(), tp, t, num_blocks=1, block_size=16, num_slots=0, dtype=torch.float32)
+        for t in range(tp)
+    ]
+
+    assert [(shape.kv_heads.start, shape.kv_heads.stop) for shape in shapes] == held
+
+
+def test_another_process_can_map_what_the_cache_holds() -> None:
+    shape = cache_shape(make_moe_config(), 1, 0, num_blocks=2, block_size=16, num_slots=0, dtype=torch.float32)
+    cache = KvCache(shape, "cpu")
+    cache.v_pools[3][1, 1, 15, 15] = 7.0
+
+    with open(f"/proc/self/fd/{cache.fd}", "r+b") as file, mmap.mmap(file.fileno(), shape.total_bytes) as mapped:
+        last = shape.v_pools[3].offset_bytes + shape.v_pools[3].num_bytes
+        value = torch.frombuffer(bytearray(mapped[last - 4 : last]), dtype=torch.float32)
+
+    assert value.item() == 7.0
+    assert cache.k_pools[0].count_nonzero() == 0
+    cache.close()
+    assert cache.fd == -1
+    cache.close()
+
+
+def test_a_cache_larger_than_the_host_is_refused() -> None:
+    shape = cache_shape(make_moe_config(), 1, 0, num_blocks=1 << 34, block_size=16, num_slots=0, dtype=torch.float32)
+
+    with pytest.raises(ValueError, match="kv_memory_bytes"):
+        KvCache(shape, "cpu")
+
+
+@pytest.mark.parametrize("config", [make_moe_config(), make_next_config()])
+def test_what_fit_answers_fits_and_one_block_more_does_not(config: ModelConfig) -> None:
+    memory = 1 << 18
+    blocks, slots = fit(config, 2, memory_bytes=memory, block_size=16, dtype=torch.float32, max_rows=8)
+
+    def total(num_blocks: int) -> int:
+        return cache_shape(
+            config, 2, 0, num_blocks=num_blocks, block_size=16, num_slots=slots, dtype=torch.float32
+        ).total_bytes
+
+    assert slots == (8 if config.delta_layers else 0)
+    assert total(blocks) <= memory < total(blocks + 4)
+
+
+def test_fit_gives_slots_at_most_half_of_the_memory() -> None:
+    blocks, slots = fit(make_next_config(), 1, memory_bytes=90_000, block_size=16, dtype=torch.float32, max_rows=64)
+
+    assert 0 < slots < 64
+    assert blocks > 1
+
+
+def test_fit_asks_for_no_more_blocks_than_the_rows_can_use() -> None:
+    blocks, _ = fit(make_moe_config(), 1, memory_bytes=1 << 40, block_size=16, dtype=torch.float32, max_rows=2)
+
+    assert blocks == 2 * 256 // 16
+
+
+def test_memory_too_small_for_one_block_is_refused_with_what_would_do() -> None:
+    with pytest.raises(ValueError, match=r"kv_memory_bytes=1000 .* give at least \d+"):
+        fit(make_moe_config(), 1, memory_bytes=1000, block_size=16, dtype=torch.float32, max_rows=2)
