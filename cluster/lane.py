@@ -1,0 +1,288 @@
+"""One data-parallel lane: its blocks, rows and slots, who holds them, and its part of the next step."""
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from cluster.blocks import BlockPool
+from cluster.plan import PullOrder
+from cluster.scheduler_config import SchedulerConfig
+from cluster.sequence import Sequence
+from router.request import RequestId
+from shards.batch import RowStart, StepBatch
+
+_ORDER = attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a plan asks of one sequence, remembered until the plan is committed."""
+
+    seq: Sequence
+    epoch: int
+    row: int
+    end: int
+    """First position behind the computed ones."""
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pinned:
+    """Room of a prefilled sequence that waits to be fetched."""
+
+    request_id: RequestId
+    lane: int
+    blocks: tuple[int, ...]
+    slot: int
+    expires_unix_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class LaneDraft:
+    """A lane's part of a step while it is put together."""
+
+    budget: int
+    """Tokens that may still be added."""
+    starts: list[RowStart] = field(default_factory=list)
+    batch: StepBatch = field(default_factory=StepBatch)
+    works: list[Work] = field(default_factory=list)
+    pulls: list[tuple[PullOrder, Sequence]] = field(default_factory=list)
+    preempted: bool = False
+
+    def add(self, seq: Sequence, count: int) -> None:
+        """Compute the next `count` positions of a sequence and sample behind the last one it has."""
+        samples = count == seq.remaining
+        self.batch.rows_S.append(seq.row)
+        self.batch.first_S.append(seq.computed)
+        self.batch.counts_S.append(count)
+        self.batch.samples_S.append(int(samples))
+        seq.computed += count
+        seq.pending += samples
+        self.budget -= count
+        self.works.append(Work(seq=seq, epoch=seq.epoch, row=seq.row, end=seq.computed, samples=samples))
+
+    def finish(self) -> StepBatch:
+        """The batch as the ranks get it."""
+        done = self.batch
+        return StepBatch(
+            starts=tuple(self.starts),
+            grown_rows=done.grown_rows,
+            grown_blocks=done.grown_blocks,
+            rows_S=done.rows_S,
+            first_S=done.first_S,
+            counts_S=done.counts_S,
+            samples_S=done.samples_S,
+        )
+
+
+class Lane:
+    """Room and sequences of one lane. `active` hold room (running, pulling, or ended in mid-pull), best order first.
+
+    Room given back may be given out at once although a given-out plan still writes it: ranks carry plans out in order.
+    """
+
+    def __init__(self, index: int, config: SchedulerConfig) -> None:
+        self.index = index
+        self.waiting: list[Sequence] = []
+        self.active: list[Sequence] = []
+        self.blocks = BlockPool(config.num_blocks)
+        self._config = config
+        self._free_rows = list(range(config.max_rows - 1, -1, -1))
+        self._free_slots = list(range(config.num_slots - 1, -1, -1))
+
+    @property
+    def num_free_slots(self) -> int:
+        """Recurrent-state slots nobody holds."""
+        return len(self._free_slots)
+
+    def expected_load(self, seq: Sequence) -> int:
+        """Tokens held or to be held here by others, less what of `seq` is cached here."""
+        others = sum(len(other.tokens) for other in (*self.waiting, *self.active))
+        return others - len(self._cached_blocks(seq)) * self._config.block_size
+
+    def enqueue(self, seq: Sequence) -> None:
+        """Let a sequence wait for room."""
+        insort(self.waiting, seq, key=_ORDER)
+
+    def plan(self, now: float, pull_ids: Iterator[int]) -> LaneDraft:
+        """Decide this lane's part of a step: decodes, then prompt chunks of running, then of waiting sequences."""
+        draft = LaneDraft(budget=self._config.max_step_tokens)
+        for seq in tuple(self.active):
+            ready = seq.phase == "running" and seq.remaining == 1 and not seq.all_sampled
+            if ready and self._grow(seq, draft):
+                draft.add(seq, 1)
+        for seq in self.active:
+            if seq.phase == "running" and seq.remaining > 1:
+                self._add_chunk(seq, draft)
+        if not draft.preempted:
+            self._admit(draft, now, pull_ids)
+        return draft
+
+    def _add_chunk(self, seq: Sequence, draft: LaneDraft) -> None:
+        count = min(seq.remaining, self._config.chunk_tokens, draft.budget)
+        if count:
+            draft.add(seq, count)
+
+    def _grow(self, seq: Sequence, draft: LaneDraft) -> bool:
+        """Have a block for the next position, by preempting later sequences if need be; False: wait a step."""
+        if seq.computed < len(seq.blocks) * self._config.block_size:
+            return True
+        while (grown := self.blocks.allocate(1)) is None:
+            victim = self._victim(seq)
+            if victim is None:
+                return False
+            self.requeue(victim)
+            draft.preempted = True
+        seq.blocks += grown
+        draft.batch.grown_rows.append(seq.row)
+        draft.batch.grown_blocks.extend(grown)
+        return True
+
+    def _victim(self, seq: Sequence) -> Sequence | None:
+        """The last sequence behind `seq` that can give up its room.
+
+        Not one that a rank still writes by pulling, nor one that will end by itself when its plan is committed.
+        """
+        for other in reversed(self.active):
+            if other is seq:
+                break
+            if other.phase == "running" and not other.all_sampled:
+                return other
+        return None
+
+    def _admit(self, draft: LaneDraft, now: float, pull_ids: Iterator[int]) -> None:
+        """Give room to waiting sequences in order, up to the first that must wait longer."""
+        while self.waiting and draft.budget:
+            seq = self.waiting[0]
+            if seq.ticket is not None and seq.ticket.expires_unix_s <= now:
+                seq.ticket = None
+            if seq.pending or not self._reserve(seq):
+                break
+            del self.waiting[0]
+            insort(self.active, seq, key=_ORDER)
+            draft.starts.append(seq.start())
+            if seq.ticket is None:
+                seq.phase = "running"
+                self._add_chunk(seq, draft)
+            else:
+                seq.phase = "pulling"
+                draft.pulls.append((self._pull_order(seq, next(pull_ids)), seq))
+
+    def _reserve(self, seq: Sequence) -> bool:
+        """Take a row, a slot and blocks for all tokens, leaving each active sequence a block to grow."""
+        if not self._free_rows or (self._config.num_slots and not self._free_slots):
+            return False
+        cached = self._cached_blocks(seq)
+        self.blocks.share(cached)
+        need = self._config.blocks_for(len(seq.tokens)) - len(cached)
+        fresh = self.blocks.allocate(need, keep=len(self.active))
+        if fresh is None:
+            self.blocks.release(cached)
+            return False
+        slot = self._free_slots.pop() if self._config.num_slots else -1
+        cached_tokens = len(cached) * self._config.block_size
+        seq.admit(cached + fresh, cached=cached_tokens, row=self._free_rows.pop(), slot=slot)
+        seq.registered = len(cached)
+        return True
+
+    def _cached_blocks(self, seq: Sequence) -> list[int]:
+        """Blocks found by hash. They never cover the last token: computing it yields the next one."""
+        if not self._config.prefix_cache or seq.wants_prompt_logprobs:
+            return []
+        size = self._config.block_size
+        return self.blocks.find(seq.hashes((len(seq.tokens) - 1) // size, size))
+
+    def _pull_order(self, seq: Sequence, pull_id: int) -> PullOrder:
+        ticket = seq.ticket
+        assert ticket is not None, f"{seq.request.id} pulls without a ticket"
+        held, end = seq.registered, self._config.blocks_for(ticket.num_tokens)
+        return PullOrder(
+            pull_id=pull_id,
+            ticket=ticket,
+            lane=self.index,
+            src_blocks=ticket.blocks[held:end],
+            dst_blocks=tuple(seq.blocks[held:end]),
+            dst_slot=seq.slot,
+        )
+
+    def pulled(self, seq: Sequence) -> None:
+        """A pull ended well: go on behind what it brought."""
+        assert seq.ticket is not None, f"{seq.request.id} pulled without a ticket"
+        seq.phase = "running"
+        seq.computed = max(seq.computed, seq.ticket.num_tokens)
+        seq.ticket = None
+        self._settle_to(seq, seq.computed)
+
+    def settle(self, work: Work) -> None:
+        """A plan is committed: what it computed may be found by others, if the sequence still has that room."""
+        if work.seq.phase == "running" and work.seq.epoch == work.epoch:
+            self._settle_to(work.seq, work.end)
+
+    def _settle_to(self, seq: Sequence, end: int) -> None:
+        seq.settled = end
+        full = end // self._config.block_size
+        if self._config.prefix_cache and full > seq.registered:
+            hashes = seq.hashes(full, self._config.block_size)
+            for i in range(seq.registered, full):
+                self.blocks.register(seq.blocks[i], hashes[i])
+            seq.registered = full
+
+    def requeue(self, seq: Sequence) -> None:
+        """Take all room from an active sequence; it waits, and computes its tokens anew."""
+        self.leave(seq)
+        seq.phase = "waiting"
+        seq.ticket = None
+        seq.computed = seq.settled = seq.registered = 0
+        self.enqueue(seq)
+
+    def leave(self, seq: Sequence) -> None:
+        """Free all room of an active sequence."""
+        self.active.remove(seq)
+        self.blocks.release(seq.blocks)
+        self._free_rows.append(seq.row)
+        self._free_slot(seq.slot)
+        seq.blocks, seq.row, seq.slot = [], -1, -1
+
+    def end(self, seq: Sequence) -> None:
+        """Let a sequence go. Ranks that pull for it still write its room: that is freed when they are done."""
+        if seq.phase == "waiting":
+            self.waiting.remove(seq)
+        elif seq.phase == "running":
+            self.leave(seq)
+        seq.phase = "ended"
+
+    def pin(self, seq: Sequence, expires_unix_s: float) -> Pinned:
+        """End a prefilled sequence but keep its blocks and slot."""
+        self.active.remove(seq)
+        self._free_rows.append(seq.row)
+        seq.phase = "ended"
+        return Pinned(
+            request_id=seq.request.id,
+            lane=self.index,
+            blocks=tuple(seq.blocks),
+            slot=seq.slot,
+            expires_unix_s=expires_unix_s,
+        )
+
+    def unpin(self, pinned: Pinned) -> None:
+        """Free what `pin` kept."""
+        self.blocks.release(pinned.blocks)
+        self._free_slot(pinned.slot)
+
+    def _free_slot(self, slot: int) -> None:
+        """Give a recurrent-state slot back; -1 is none."""
+        if slot >= 0:
+            self._free_slots.append(slot)
+
+    def check_integrity(self, pinned: list[Pinned]) -> None:
+        """Raise AssertionError unless blocks, rows and slots are each free or owned as often as they should be."""
+        self.blocks.check_integrity([*(seq.blocks for seq in self.active), *(pin.blocks for pin in pinned)])
+        rows = sorted([*self._free_rows, *(seq.row for seq in self.active)])
+        assert rows == list(range(self._config.max_rows)), f"lane {self.index}: rows free or held: {rows}"
+        held = [seq.slot for seq in self.active] + [pin.slot for pin in pinned]
+        slots = sorted([*self._free_slots, *(slot for slot in held if slot >= 0)])
+        assert slots == list(range(self._config.num_slots)), f"lane {self.index}: slots free or held: {slots}"
+        for seq in self.waiting:
+            assert seq.phase == "waiting", f"{seq.request.id} is {seq.phase} but in the waiting list"
+            assert not seq.blocks, f"{seq.request.id} waits but holds blocks {seq.blocks}"

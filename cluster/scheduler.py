@@ -1,0 +1,284 @@
+"""Decides each step of an engine and turns its results into events. Pure: plain data in and out, `now` an argument."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from cluster.lane import Lane, Pinned, Work
+from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
+from cluster.scheduler_config import SchedulerConfig
+from cluster.sequence import Mode, Sequence, token_logprob
+from router.errors import HandoffError, InvalidRequestError, OverloadedError
+from router.load import MemberLoad
+from router.request import MemberId, Request, RequestId, Role, TokenEvent
+from shards.batch import LaneOutput
+
+_DIGEST_HASHES = 4096
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Uncommitted:
+    """A plan given out, by lane."""
+
+    step: int
+    works: tuple[tuple[Work, ...], ...]
+
+
+class Scheduler:
+    """Continuous batching over the lanes of one engine, up to two plans ahead of the last committed one.
+
+    Used by one thread. Times are unix seconds.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self._lanes = [Lane(index, config) for index in range(config.lanes)]
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._pulls: dict[int, Sequence] = {}
+        self._pinned: dict[str, Pinned] = {}
+        self._uncommitted: deque[_Uncommitted] = deque()
+        self._arrivals = count()
+        self._steps = count()
+        self._pull_ids = count()
+        self._ticket_ids = count()
+        self._reports = count()
+
+    @property
+    def is_idle(self) -> bool:
+        """True when no sequence, pull, ticket or given-out plan is left."""
+        return not (self._sequences or self._pulls or self._pinned or self._uncommitted)
+
+    @property
+    def num_uncommitted(self) -> int:
+        """Plans with rows that were given out and not committed."""
+        return len(self._uncommitted)
+
+    def add(self, request: Request, *, mode: Mode, now: float) -> None:
+        """Let a request wait for room; mode "prefill" ends at its first token with a HandoffReady.
+
+        Raises:
+            InvalidRequestError: it can never be served here, or its id is taken.
+            OverloadedError: too many wait already.
+        """
+        del now
+        self._check(request, mode)
+        self._place(request, mode, None)
+
+    def add_handoff(self, request: Request, ticket: KvTicket, now: float) -> None:
+        """Let a request wait for room and then fetch the KV that `ticket` names.
+
+        `request.output_ids` holds the tokens emitted so far. When the ticket expires before there is room, or the
+        pull fails, prompt and output are computed here.
+
+        Raises:
+            HandoffError: the ticket does not fit the request or this cache.
+            InvalidRequestError, OverloadedError: as `add`.
+        """
+        del now
+        self._check(request, "full")
+        if ticket.layout.block_size != self.config.block_size:
+            raise HandoffError(
+                f"{request.id}: ticket has blocks of {ticket.layout.block_size} tokens, this member of "
+                f"{self.config.block_size}; give both pools one block_size"
+            )
+        num_tokens = len(request.prompt_ids) + len(request.output_ids)
+        room = len(ticket.blocks) * self.config.block_size
+        if not 0 < ticket.num_tokens < num_tokens or ticket.num_tokens > room:
+            raise HandoffError(
+                f"{request.id}: ticket has {ticket.num_tokens} positions in {len(ticket.blocks)} blocks for a request "
+                f"of {num_tokens} tokens; send it again without the ticket"
+            )
+        self._place(request, "full", ticket)
+
+    def _check(self, request: Request, mode: Mode) -> None:
+        prompt, done, new = len(request.prompt_ids), len(request.output_ids), request.sampling.max_tokens
+        if request.id in self._sequences:
+            raise InvalidRequestError(f"request id {request.id} is running here already; use a new one", field="id")
+        if not prompt:
+            raise InvalidRequestError("prompt_ids is empty; send at least one token", field="prompt_ids")
+        if done >= new:
+            raise InvalidRequestError(
+                f"max_tokens must exceed the {done} tokens generated so far, got {new}", field="max_tokens"
+            )
+        if prompt + new > self.config.max_model_len:
+            raise InvalidRequestError(
+                f"prompt of {prompt} tokens and max_tokens={new} are {prompt + new}, over the limit of "
+                f"{self.config.max_model_len}; shorten the prompt or ask for fewer tokens",
+                field="max_tokens",
+            )
+        # The last generated token is never computed.
+        need = self.config.blocks_for(prompt + done if mode == "prefill" else prompt + new - 1)
+        if need > self.config.num_blocks:
+            raise InvalidRequestError(
+                f"prompt of {prompt} tokens and max_tokens={new} need {need} KV blocks of {self.config.block_size} "
+                f"tokens, the cache has {self.config.num_blocks}; ask for less or raise kv_memory_bytes",
+                field="max_tokens",
+            )
+        waiting = sum(len(lane.waiting) for lane in self._lanes)
+        if waiting >= self.config.max_waiting:
+            raise OverloadedError(
+                f"{waiting} requests wait for room, the limit is {self.config.max_waiting}; send it again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    def _place(self, request: Request, mode: Mode, ticket: KvTicket | None) -> None:
+        """Queue on the lane with the least load."""
+        seq = Sequence(request, mode=mode, lane=0, order=(-request.priority, next(self._arrivals)))
+        seq.ticket = ticket
+        if len(self._lanes) > 1:
+            seq.lane = min(range(len(self._lanes)), key=lambda index: self._lanes[index].expected_load(seq))
+        self._sequences[request.id] = seq
+        self._lanes[seq.lane].enqueue(seq)
+
+    def abort(self, request_id: RequestId, now: float) -> TokenEvent | None:
+        """End a request and free its room, tickets included; None when it is not here.
+
+        Room that a pull writes is freed when that pull is done.
+        """
+        del now
+        for ticket_id in [key for key, pinned in self._pinned.items() if pinned.request_id == request_id]:
+            self.release_ticket(ticket_id)
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return None
+        self._drop(seq)
+        return seq.end("abort")
+
+    def _drop(self, seq: Sequence) -> None:
+        self._lanes[seq.lane].end(seq)
+        del self._sequences[seq.request.id]
+
+    def release_ticket(self, ticket_id: str) -> None:
+        """Free what a ticket holds; unknown (released or expired) tickets are no error."""
+        pinned = self._pinned.pop(ticket_id, None)
+        if pinned is not None:
+            self._lanes[pinned.lane].unpin(pinned)
+
+    def expire(self, now: float) -> list[TokenEvent]:
+        """Free tickets whose lease and grace are over, and end requests whose deadline is: their last events."""
+        limit = now - self.config.lease_grace_s
+        for ticket_id in [key for key, pinned in self._pinned.items() if pinned.expires_unix_s < limit]:
+            self.release_ticket(ticket_id)
+        events = []
+        for seq in tuple(self._sequences.values()):
+            deadline = seq.request.deadline_unix_s
+            if deadline is not None and deadline <= now:
+                self._drop(seq)
+                events.append(seq.end("error", f"deadline passed after {seq.num_output} tokens"))
+        return events
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """Plan the next step, or None when there is nothing to do. At most one plan may be uncommitted."""
+        assert len(self._uncommitted) <= 1, "schedule() with two plans uncommitted"
+        drafts = [lane.plan(now, self._pull_ids) for lane in self._lanes]
+        if not any(draft.works or draft.starts for draft in drafts):
+            return None
+        orders = []
+        for draft in drafts:
+            for order, seq in draft.pulls:
+                self._pulls[order.pull_id] = seq
+                orders.append(order)
+        plan = StepPlan(step=next(self._steps), lanes=tuple(draft.finish() for draft in drafts), pulls=tuple(orders))
+        if plan.has_rows:
+            self._uncommitted.append(_Uncommitted(step=plan.step, works=tuple(tuple(draft.works) for draft in drafts)))
+        return plan
+
+    def commit(self, output: StepOutput, now: float) -> list[TokenEvent | HandoffReady]:
+        """Take in the results of the oldest uncommitted plan. Outputs of plans without rows change nothing."""
+        events: list[TokenEvent | HandoffReady] = []
+        if self._uncommitted and self._uncommitted[0].step == output.step:
+            for works, lane_output in zip(self._uncommitted.popleft().works, output.lanes, strict=True):
+                events += self._commit_lane(works, lane_output, now)
+        else:
+            assert not any(lane.rows_N for lane in output.lanes), f"results of step {output.step} out of order"
+        return [*events, *self.expire(now)]
+
+    def _commit_lane(
+        self, works: Iterable[Work], output: LaneOutput, now: float
+    ) -> Iterator[TokenEvent | HandoffReady]:
+        sampled = [work.row for work in works if work.samples]
+        assert sampled == output.rows_N, f"ranks sampled rows {output.rows_N}, the plan rows {sampled}"
+        indices = count()
+        for work in works:
+            index = next(indices) if work.samples else -1
+            if work.seq.phase == "ended":
+                continue
+            self._lanes[work.seq.lane].settle(work)
+            if work.row in output.prompt_logprobs:
+                work.seq.collect(output.prompt_logprobs[work.row])
+            if work.samples:
+                yield from self._take(work.seq, output, index, now)
+
+    def _take(self, seq: Sequence, output: LaneOutput, index: int, now: float) -> Iterator[TokenEvent | HandoffReady]:
+        """One sampled token: its event, and what ends with it."""
+        wanted = seq.request.sampling.logprobs
+        logprob = None
+        if wanted is not None and output.logprobs is not None:
+            logprob = token_logprob(output.logprobs, index, wanted)
+        event = seq.take(output.tokens_N[index], logprob)
+        yield event
+        if event.finish is not None:
+            self._drop(seq)
+        elif seq.mode == "prefill":
+            yield self._hand_over(seq, now)
+
+    def _hand_over(self, seq: Sequence, now: float) -> HandoffReady:
+        """Keep what was prefilled for whoever fetches it."""
+        ticket_id = f"{seq.request.id}/{next(self._ticket_ids)}"
+        pinned = self._lanes[seq.lane].pin(seq, now + self.config.lease_s)
+        self._pinned[ticket_id] = pinned
+        del self._sequences[seq.request.id]
+        return HandoffReady(
+            request_id=seq.request.id,
+            ticket_id=ticket_id,
+            lane=seq.lane,
+            blocks=pinned.blocks,
+            state_slot=pinned.slot,
+            num_tokens=seq.computed,
+            expires_unix_s=pinned.expires_unix_s,
+        )
+
+    def pull_done(self, done: PullDone, now: float) -> None:
+        """A pull ended. Failed, or ended after the ticket's expiry: the sequence computes its tokens itself."""
+        seq = self._pulls.pop(done.pull_id, None)
+        if seq is None:
+            return
+        lane = self._lanes[seq.lane]
+        if seq.phase == "ended":
+            lane.leave(seq)
+        elif done.error or seq.ticket is None or seq.ticket.expires_unix_s < now:
+            lane.requeue(seq)
+        else:
+            lane.pulled(seq)
+
+    def load(self, now: float, member_id: MemberId, role: Role) -> MemberLoad:
+        """This member's state for the router; `draining` is for the caller to set."""
+        sequences = self._sequences.values()
+        lanes = self._lanes
+        newest = [lane.blocks.newest_hashes(_DIGEST_HASHES // len(lanes)) for lane in lanes]
+        return MemberLoad(
+            member_id=member_id,
+            role=role,
+            sequence=next(self._reports),
+            waiting_requests=sum(len(lane.waiting) for lane in lanes),
+            waiting_tokens=sum(seq.uncomputed_tokens for seq in sequences),
+            running_requests=sum(len(lane.active) for lane in lanes),
+            max_requests=self.config.max_rows * len(lanes),
+            free_blocks=sum(lane.blocks.num_free for lane in lanes),
+            total_blocks=self.config.num_blocks * len(lanes),
+            block_size=self.config.block_size,
+            free_state_slots=sum(lane.num_free_slots for lane in lanes),
+            total_state_slots=self.config.num_slots * len(lanes),
+            handoff_requests=sum(pinned.expires_unix_s > now for pinned in self._pinned.values()),
+            prefix_digest=frozenset(value for hashes in newest for value in hashes),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError naming what is off, unless all room is free or owned exactly as it should be."""
+        for lane in self._lanes:
+            lane.check_integrity([pinned for pinned in self._pinned.values() if pinned.lane == lane.index])
+        here = {seq.request.id for lane in self._lanes for seq in (*lane.waiting, *lane.active)}
+        missing = self._sequences.keys() - here
+        assert not missing, f"requests without a place in a lane: {sorted(missing)}"

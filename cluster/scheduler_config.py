@@ -1,0 +1,68 @@
+"""Limits of one engine's scheduler; counts are of one lane where they say so."""
+
+from dataclasses import dataclass
+
+from router.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How much room each lane has and how much one step may do. Raises ConfigError on values that cannot work."""
+
+    lanes: int
+    """Data-parallel ranks, each with blocks, rows and slots of its own."""
+    num_blocks: int
+    """KV blocks of a lane."""
+    num_slots: int
+    """Recurrent-state slots of a lane; 0 for a model without recurrent state."""
+    block_size: int
+    """Tokens a block."""
+    max_rows: int
+    """Sequences that run at once in a lane."""
+    max_step_tokens: int
+    """Tokens a lane computes in one step, at most."""
+    chunk_tokens: int
+    """Prompt tokens of one sequence in one step, at most."""
+    max_model_len: int
+    """Prompt and generated tokens of one request, at most."""
+    prefix_cache: bool
+    lease_s: float = 30.0
+    """A prefilled sequence waits this long to be fetched."""
+    lease_grace_s: float = 2.0
+    """Its room is freed this much later: clocks of two hosts differ, and a started read ends."""
+    max_waiting: int
+    """Requests that wait for room in all lanes together; more are refused."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "lanes",
+            "num_blocks",
+            "block_size",
+            "max_rows",
+            "max_step_tokens",
+            "chunk_tokens",
+            "max_model_len",
+            "max_waiting",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_slots < 0:
+            raise ConfigError(f"num_slots must be 0 (no recurrent state) or more, got {self.num_slots}")
+        if self.lease_s <= 0 or self.lease_grace_s < 0:
+            raise ConfigError(
+                f"lease_s must be positive and lease_grace_s not negative, got {self.lease_s} and {self.lease_grace_s}"
+            )
+        if self.max_step_tokens < self.max_rows:
+            raise ConfigError(
+                f"max_step_tokens={self.max_step_tokens} cannot give each of max_rows={self.max_rows} rows a token a "
+                f"step; raise max_step_tokens to {self.max_rows} or lower max_rows"
+            )
+        if self.prefix_cache and self.num_slots:
+            raise ConfigError(
+                f"prefix_cache needs a model without recurrent state, got num_slots={self.num_slots}; "
+                "turn prefix_cache off"
+            )
+
+    def blocks_for(self, positions: int) -> int:
+        """Blocks that hold this many positions."""
+        return -(-positions // self.block_size)

@@ -1,0 +1,163 @@
+"""One member's running state of a request: tokens, what is computed of them, and the room it holds."""
+
+from typing import Literal
+
+from cluster.plan import KvTicket
+from router.prefix import extend_hashes
+from router.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
+from shards.batch import LogprobColumns, RowSampling, RowStart
+
+Mode = Literal["full", "prefill"]
+Phase = Literal["waiting", "pulling", "running", "ended"]
+
+
+class Sequence:
+    """State with one writer, the scheduler. Positions count from the first prompt token.
+
+    `tokens` are known; `pending` more are sampled on the ranks (or will be, by plans given out) and not committed.
+    `computed` counts positions whose KV given-out plans write, `settled` those whose plans are committed.
+    """
+
+    def __init__(self, request: Request, *, mode: Mode, lane: int, order: tuple[int, int]) -> None:
+        self.request = request
+        self.mode: Mode = mode
+        self.lane = lane
+        self.order = order
+        """Lower goes first: (-priority, arrival)."""
+        self.phase: Phase = "waiting"
+        self.ticket: KvTicket | None = None
+        self.tokens = [*request.prompt_ids, *request.output_ids]
+        self.prompt_len = len(request.prompt_ids)
+        self.pending = 0
+        self.computed = 0
+        self.settled = 0
+        self.registered = 0
+        """Blocks of the table that were offered to the prefix cache."""
+        self.blocks: list[int] = []
+        self.row = -1
+        self.slot = -1
+        self.epoch = 0
+        """Grows with each admission: tells results of this stay from those of an earlier one."""
+        self.cached_tokens = 0
+        self.num_emitted = 0
+        self._hashes: list[int] = []
+        self._prompt_logprobs: list[TokenLogprob | None] = []
+        new_tokens = 1 if mode == "prefill" else request.sampling.max_tokens - len(request.output_ids)
+        self._last_len = len(self.tokens) + new_tokens
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated and known, by whichever member."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Positions to compute before the next token can be sampled."""
+        return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def all_sampled(self) -> bool:
+        """True when given-out plans sample the last token it can have: it needs no further step."""
+        return len(self.tokens) + self.pending >= self._last_len
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Tokens of prompt-like work (prompt, or recompute) that are still to be planned."""
+        if self.ticket is not None or self.phase == "pulling":
+            return 0
+        return self.remaining if self.phase == "waiting" else max(self.remaining - 1, 0)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True until the first generated token went out with them."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_output == 0
+
+    def hashes(self, num_blocks: int, block_size: int) -> list[int]:
+        """Hashes of the first `num_blocks` blocks; their tokens must be known."""
+        if len(self._hashes) < num_blocks:
+            tokens = self.tokens[: num_blocks * block_size]
+            extend_hashes(self._hashes, tokens, block_size, self.request.cache_salt)
+        return self._hashes[:num_blocks]
+
+    def admit(self, blocks: list[int], *, cached: int, row: int, slot: int) -> None:
+        """Take room. `cached` positions of it are computed already."""
+        self.blocks, self.row, self.slot = blocks, row, slot
+        self.computed = self.settled = cached
+        self.epoch += 1
+        self._prompt_logprobs.clear()
+        if self.num_emitted == 0:
+            self.cached_tokens = min(cached, self.prompt_len)
+
+    def start(self) -> RowStart:
+        """What the ranks need to know to hold this sequence in its row."""
+        sampling = row_sampling(self.request.sampling, prompt_logprobs=self.wants_prompt_logprobs)
+        return RowStart(
+            row=self.row,
+            token_ids=tuple(self.tokens),
+            prompt_len=self.prompt_len,
+            blocks=tuple(self.blocks),
+            state_slot=self.slot,
+            sampling=sampling,
+        )
+
+    def collect(self, columns: LogprobColumns) -> None:
+        """Keep the prompt log probabilities of one chunk."""
+        count = self.request.sampling.prompt_logprobs or 0
+        self._prompt_logprobs += [token_logprob(columns, i, count) for i in range(len(columns.logprobs_N))]
+
+    def take(self, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
+        """Commit one sampled token and tell it."""
+        first = self.num_emitted == 0
+        wanted = first and self.wants_prompt_logprobs
+        prompt_logprobs = (None, *self._prompt_logprobs[: self.prompt_len - 1]) if wanted else ()
+        self.tokens.append(token_id)
+        self.pending -= 1
+        self.num_emitted += 1
+        return TokenEvent(
+            request_id=self.request.id,
+            index=self.num_output - 1,
+            token_id=token_id,
+            finish=self._finish(token_id),
+            logprob=logprob,
+            cached_tokens=self.cached_tokens if first else 0,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _finish(self, token_id: int) -> FinishReason | None:
+        sampling = self.request.sampling
+        if token_id in sampling.stop_token_ids and self.num_output > sampling.min_tokens:
+            return "stop"
+        return "length" if self.num_output >= sampling.max_tokens else None
+
+    def end(self, finish: FinishReason, error: str = "") -> TokenEvent:
+        """Tell an end that brings no token."""
+        return TokenEvent(request_id=self.request.id, index=self.num_output, token_id=None, finish=finish, error=error)
+
+
+def token_logprob(columns: LogprobColumns, index: int, count: int) -> TokenLogprob:
+    """Entry `index` of the columns with at most `count` alternatives."""
+    return TokenLogprob(
+        logprob=columns.logprobs_N[index],
+        rank=columns.ranks_N[index],
+        top_ids=tuple(columns.top_ids_NK[index][:count]),
+        top_logprobs=tuple(columns.top_logprobs_NK[index][:count]),
+    )
+
+
+def row_sampling(params: SamplingParams, *, prompt_logprobs: bool) -> RowSampling:
+    """A request's sampling as the ranks read it."""
+    return RowSampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
+        min_tokens=params.min_tokens,
+        stop_token_ids=params.stop_token_ids,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs if prompt_logprobs else None,
+    )

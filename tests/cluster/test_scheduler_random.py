@@ -1,0 +1,318 @@
+"""Random histories over fake ranks that keep every block's content and complain when it is not what it should be."""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.plan import HandoffReady, KvLayout, KvTicket, PullDone, PullOrder, StepOutput, StepPlan
+from cluster.scheduler import Scheduler
+from cluster.scheduler_config import SchedulerConfig
+from router.errors import OverloadedError
+from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent
+from shards.batch import LaneOutput, LogprobColumns, StepBatch
+
+STOP = 7
+VOCAB = 23
+BLOCK = 4
+
+
+def digest(tokens: tuple[int, ...]) -> int:
+    """What the KV of the last of these tokens depends on: all of them."""
+    return int.from_bytes(blake2b(repr(tokens).encode(), digest_size=7).digest())
+
+
+def next_token(tokens: tuple[int, ...]) -> int:
+    return digest(tokens) % VOCAB
+
+
+def undisturbed(request: Request) -> list[int]:
+    """The tokens of the request when nothing else runs."""
+    tokens = list(request.prompt_ids)
+    while True:
+        tokens.append(next_token(tuple(tokens)))
+        done = len(tokens) - len(request.prompt_ids)
+        sampling = request.sampling
+        if (tokens[-1] in sampling.stop_token_ids and done > sampling.min_tokens) or done == sampling.max_tokens:
+            return tokens[len(request.prompt_ids) :]
+
+
+@dataclass
+class FakeRow:
+    tokens: list[int]
+    prompt_len: int
+    blocks: list[int]
+    slot: int
+    wants_prompt: bool
+    wants_logprobs: bool
+
+
+@dataclass
+class FakeLane:
+    """Ranks of one lane. kv[block, offset] is the digest of all tokens up to that position."""
+
+    kv: dict[tuple[int, int], int] = field(default_factory=dict)
+    states: dict[int, tuple[int, int]] = field(default_factory=dict)
+    rows: dict[int, FakeRow] = field(default_factory=dict)
+
+    def run(self, batch: StepBatch) -> LaneOutput:
+        for start in batch.starts:
+            self.rows[start.row] = FakeRow(
+                list(start.token_ids),
+                start.prompt_len,
+                list(start.blocks),
+                start.state_slot,
+                start.sampling.prompt_logprobs is not None,
+                start.sampling.logprobs is not None,
+            )
+        for row, block in zip(batch.grown_rows, batch.grown_blocks, strict=True):
+            self.rows[row].blocks.append(block)
+        output = LaneOutput()
+        for row, first, count, samples in zip(
+            batch.rows_S, batch.first_S, batch.counts_S, batch.samples_S, strict=True
+        ):
+            self._compute(row, first, count, output)
+            if samples:
+                held = self.rows[row]
+                assert first + count <= len(held.tokens)
+                token = next_token(tuple(held.tokens[: first + count]))
+                del held.tokens[first + count :]
+                held.tokens.append(token)
+                output.rows_N.append(row)
+                output.tokens_N.append(token)
+        if any(self.rows[row].wants_logprobs for row in output.rows_N):
+            output = replace(output, logprobs=columns(output.tokens_N))
+        return output
+
+    def _compute(self, row: int, first: int, count: int, output: LaneOutput) -> None:
+        held = self.rows[row]
+        for position in range(first):
+            place = held.blocks[position // BLOCK], position % BLOCK
+            assert self.kv[place] == digest(tuple(held.tokens[: position + 1])), f"row {row} reads foreign KV"
+        if held.slot >= 0:
+            assert first == 0 or self.states[held.slot] == (first, digest(tuple(held.tokens[:first])))
+            self.states[held.slot] = (first + count, digest(tuple(held.tokens[: first + count])))
+        for position in range(first, first + count):
+            place = held.blocks[position // BLOCK], position % BLOCK
+            self.kv[place] = digest(tuple(held.tokens[: position + 1]))
+        if held.wants_prompt:
+            output.prompt_logprobs[row] = columns(held.tokens[first + 1 : min(first + count + 1, held.prompt_len)])
+
+
+def columns(tokens: list[int]) -> LogprobColumns:
+    """Log probability -t for token t: easy to recognise."""
+    return LogprobColumns(
+        logprobs_N=[-float(token) for token in tokens],
+        ranks_N=[1] * len(tokens),
+        top_ids_NK=[[token, 0] for token in tokens],
+        top_logprobs_NK=[[-float(token), 0.0] for token in tokens],
+    )
+
+
+class Member:
+    """A scheduler with its fake ranks; results come back one step late."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.scheduler = Scheduler(config)
+        self.config = config
+        self.lanes = [FakeLane() for _ in range(config.lanes)]
+        self.outputs: deque[StepOutput] = deque()
+        self.pulls: list[PullOrder] = []
+
+    def launch(self, now: float) -> bool:
+        plan: StepPlan | None = self.scheduler.schedule(now)
+        if plan is None:
+            return False
+        lanes = tuple(lane.run(batch) for lane, batch in zip(self.lanes, plan.lanes, strict=True))
+        self.outputs.append(StepOutput(step=plan.step, lanes=lanes))
+        self.pulls += plan.pulls
+        return True
+
+    def commit(self, now: float) -> list[TokenEvent | HandoffReady]:
+        return self.scheduler.commit(self.outputs.popleft(), now)
+
+
+def make_config(rng: random.Random) -> SchedulerConfig:
+    recurrent = rng.random() < 0.3
+    rows = rng.randint(1, 5)
+    return SchedulerConfig(
+        lanes=rng.choice([1, 1, 2]),
+        num_blocks=rng.randint(9, 24),
+        num_slots=rows + rng.randint(0, 2) if recurrent else 0,
+        block_size=BLOCK,
+        max_rows=rows,
+        max_step_tokens=rng.randint(rows, 24),
+        chunk_tokens=rng.choice([1, 3, 8, 64]),
+        max_model_len=64,
+        prefix_cache=not recurrent and rng.random() < 0.8,
+        lease_s=12.0,
+        lease_grace_s=1.0,
+        max_waiting=12,
+    )
+
+
+def make_request(rng: random.Random, number: int) -> Request:
+    shared = (1, 2, 3, 4, 5, 6, 7, 8, 9)[: rng.choice([0, 0, 4, 9])]
+    prompt = (*shared, *(rng.randrange(VOCAB) for _ in range(rng.randint(1, 14))))
+    sampling = SamplingParams(
+        max_tokens=rng.randint(1, 12),
+        min_tokens=rng.randint(0, 2),
+        stop_token_ids=(STOP,),
+        logprobs=rng.choice([None, 1]),
+        prompt_logprobs=rng.choice([None, None, None, 0]),
+    )
+    return Request(
+        id=RequestId(f"r{number}"),
+        prompt_ids=prompt,
+        sampling=sampling,
+        priority=rng.choice([0, 0, 0, 1]),
+        cache_salt=rng.choice(["", "x"]),
+    )
+
+
+class Fleet:
+    """A prefill and a decode member, and the client side that checks every event."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        prefill = make_config(self.rng)
+        decode = replace(
+            make_config(self.rng),
+            num_slots=0 if prefill.num_slots == 0 else 3,
+            prefix_cache=prefill.prefix_cache,
+        )
+        self.members = [Member(prefill), Member(decode)]
+        self.requests: dict[RequestId, Request] = {}
+        self.streams: dict[RequestId, list[int]] = {}
+        self.pending: list[tuple[Request, KvTicket]] = []
+        self.pull_tickets: dict[int, str] = {}
+        self.now = 0.0
+        self.finished = 0
+
+    def arrive(self) -> None:
+        request = make_request(self.rng, len(self.requests))
+        try:
+            mode = self.rng.choice(["full", "prefill"])
+            member = self.members[0] if mode == "prefill" else self.rng.choice(self.members)
+            member.scheduler.add(request, mode="prefill" if mode == "prefill" else "full", now=self.now)
+        except OverloadedError:
+            return
+        self.requests[request.id] = request
+        self.streams[request.id] = []
+
+    def abort(self) -> None:
+        if not self.streams:
+            return
+        victim = self.rng.choice(list(self.streams))
+        for member in self.members:
+            event = member.scheduler.abort(victim, self.now)
+            assert event is None or event.finish == "abort"
+        self.pending = [entry for entry in self.pending if entry[0].id != victim]
+        del self.streams[victim]
+
+    def take(self, event: TokenEvent | HandoffReady) -> None:
+        if isinstance(event, HandoffReady):
+            self.pending.append((self.handoff_request(event), self.ticket(event)))
+            return
+        request, stream = self.requests[event.request_id], self.streams[event.request_id]
+        assert event.index == len(stream)
+        assert event.token_id is not None
+        stream.append(event.token_id)
+        if request.sampling.logprobs is not None:
+            assert event.logprob is not None
+            assert event.logprob.logprob == -event.token_id
+            assert event.logprob.top_ids == (event.token_id,)
+        if event.index == 0 and request.sampling.prompt_logprobs is not None:
+            told = [entry and -entry.logprob for entry in event.prompt_logprobs]
+            assert told == [None, *request.prompt_ids[1:]]
+        if event.finish is not None:
+            assert stream == undisturbed(request)
+            assert (event.finish == "stop") == (stream[-1] == STOP and len(stream) > request.sampling.min_tokens)
+            del self.streams[event.request_id]
+            self.finished += 1
+
+    def handoff_request(self, event: HandoffReady) -> Request:
+        return replace(self.requests[event.request_id], output_ids=tuple(self.streams[event.request_id]))
+
+    def ticket(self, event: HandoffReady) -> KvTicket:
+        config = self.members[0].config
+        layout = KvLayout(
+            fingerprint="f", tp=1, block_size=BLOCK, num_blocks=config.num_blocks, num_slots=0, dtype="float32"
+        )
+        return KvTicket(
+            id=f"{event.lane}:{event.ticket_id}",
+            member_id=MemberId("p"),
+            layout=layout,
+            ranks=(),
+            blocks=event.blocks,
+            state_slot=event.state_slot,
+            num_tokens=event.num_tokens,
+            expires_unix_s=event.expires_unix_s,
+        )
+
+    def hand_off(self) -> None:
+        for entry in tuple(self.pending):
+            request, ticket = entry
+            try:
+                self.members[1].scheduler.add_handoff(request, ticket, self.now)
+            except OverloadedError:
+                continue
+            self.pending.remove(entry)
+
+    def finish_pull(self) -> None:
+        source, target = self.members
+        if not target.pulls:
+            return
+        order = target.pulls.pop(self.rng.randrange(len(target.pulls)))
+        lane, ticket_id = order.ticket.id.split(":", 1)
+        failed = self.rng.random() < 0.2
+        for src, dst in zip(order.src_blocks, order.dst_blocks, strict=True):
+            for offset in range(BLOCK):
+                value = source.lanes[int(lane)].kv.get((src, offset), 0)
+                target.lanes[order.lane].kv[dst, offset] = -1 if failed else value
+        if order.dst_slot >= 0:
+            state = source.lanes[int(lane)].states[order.ticket.state_slot]
+            target.lanes[order.lane].states[order.dst_slot] = (-1, -1) if failed else state
+        source.scheduler.release_ticket(ticket_id)
+        target.scheduler.pull_done(PullDone(pull_id=order.pull_id, error="torn" if failed else ""), self.now)
+
+    def step(self, *, calm: bool) -> None:
+        self.now += 1.0 if self.rng.random() < 0.9 else 5.0
+        roll = self.rng.random()
+        if not calm and roll < 0.35:
+            self.arrive()
+        if not calm and roll > 0.95:
+            self.abort()
+        self.hand_off()
+        if calm or roll < 0.5:
+            self.finish_pull()
+        for member in self.members:
+            launched = member.launch(self.now)
+            if len(member.outputs) > 1 or (member.outputs and not launched):
+                for event in member.commit(self.now):
+                    self.take(event)
+            for event in member.scheduler.expire(self.now):
+                self.take(event)
+            member.scheduler.check_integrity()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_outputs_equal_the_undisturbed_run_and_all_room_is_free_in_the_end(seed: int) -> None:
+    fleet = Fleet(seed)
+    for _ in range(150):
+        fleet.step(calm=False)
+    for _ in range(3000):
+        fleet.step(calm=True)
+        if not fleet.streams and all(member.scheduler.is_idle for member in fleet.members):
+            break
+    assert not fleet.streams, f"never finished: {sorted(fleet.streams)}"
+    for member in fleet.members:
+        assert member.scheduler.is_idle
+        load = member.scheduler.load(fleet.now, MemberId("m"), "mixed")
+        assert load.free_blocks == load.total_blocks
+        assert load.free_state_slots == load.total_state_slots
+        assert load.running_requests == load.waiting_requests == load.waiting_tokens == 0
