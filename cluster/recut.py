@@ -1,0 +1,236 @@
+"""Which bytes of which source rank go where: from one cache layout to another, whatever the tp of either side.
+
+Heads are contiguous inside a block or slot, so that what a destination rank needs of a source rank is one run of
+bytes in every row of a pool. Pure: geometry in, fragments out.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cluster.plan import KvLayout
+from router.errors import HandoffError
+from shards.cache import CacheShape, Pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """`rows` runs of `num_bytes` bytes, `stride` bytes apart, in a rank's flat cache buffer."""
+
+    offset: int
+    stride: int
+    num_bytes: int
+    rows: int = 1
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows together."""
+        return self.num_bytes * self.rows
+
+    @property
+    def end(self) -> int:
+        """First byte of the buffer behind the last row."""
+        return self.offset + (self.rows - 1) * self.stride + self.num_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """One copy: equal row counts and row lengths on both sides."""
+
+    source: int
+    """tp rank of the source."""
+    src: Span
+    dst: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """The bytes of each row of a source pool that a row of a destination pool takes."""
+
+    source: int
+    src_pool: Pool
+    src_start: int
+    """Bytes into the row."""
+    dst_pool: Pool
+    dst_start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Section:
+    """Part of a row that holds heads in order, head_bytes each, on both sides."""
+
+    heads: range
+    """Those to copy; the other two are those held."""
+    src_heads: range
+    dst_heads: range
+    head_bytes: int
+
+    def cut(self, source: int, src_pool: Pool, dst_pool: Pool, *, src_at: int = 0, dst_at: int = 0) -> _Cut:
+        """The copy of `heads` where the section begins src_at and dst_at bytes into the rows."""
+        return _Cut(
+            source=source,
+            src_pool=src_pool,
+            src_start=src_at + (self.heads.start - self.src_heads.start) * self.head_bytes,
+            dst_pool=dst_pool,
+            dst_start=dst_at + (self.heads.start - self.dst_heads.start) * self.head_bytes,
+            num_bytes=len(self.heads) * self.head_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recut:
+    """How one destination rank's cache is filled from the ranks of a source lane."""
+
+    per_block: tuple[_Cut, ...]
+    per_slot: tuple[_Cut, ...]
+
+
+def check_pair(source: KvLayout, dest: KvLayout) -> None:
+    """Whether KV can move from one layout to the other at all.
+
+    Raises:
+        HandoffError: model, dtype or block size differ; names both sides.
+    """
+    for name in ("fingerprint", "dtype", "block_size"):
+        theirs, ours = getattr(source, name), getattr(dest, name)
+        if theirs != ours:
+            raise HandoffError(
+                f"hand-off: the source has {name}={theirs}, this member {name}={ours}; "
+                "serve both pools from one checkpoint with equal dtype and block_size"
+            )
+
+
+def recut(sources: Sequence[CacheShape], dest: CacheShape, dest_tp_rank: int) -> Recut:
+    """Cut the caches of a source lane (by tp rank) for one destination rank.
+
+    Where KV heads are replicated over source ranks, destination ranks spread over the replicas.
+
+    Raises:
+        HandoffError: the source ranks together do not hold what the destination needs.
+    """
+    per_block: list[_Cut] = []
+    per_slot: list[_Cut] = []
+    for source, heads in _cover([shape.kv_heads for shape in sources], dest.kv_heads, dest_tp_rank):
+        shape = sources[source]
+        for src_pool, dst_pool in zip(shape.k_pools + shape.v_pools, dest.k_pools + dest.v_pools, strict=True):
+            head_bytes = dst_pool.row_bytes // dst_pool.shape[1]
+            section = _Section(heads=heads, src_heads=shape.kv_heads, dst_heads=dest.kv_heads, head_bytes=head_bytes)
+            per_block.append(section.cut(source, src_pool, dst_pool))
+    for source, heads in _cover([shape.key_heads for shape in sources], dest.key_heads, dest_tp_rank):
+        per_slot += _state_cuts(source, sources[source], dest, heads)
+    return Recut(per_block=tuple(per_block), per_slot=tuple(per_slot))
+
+
+def _cover(held: Sequence[range], wanted: range, spread: int) -> Iterator[tuple[int, range]]:
+    """Pieces of `wanted` with the source that gives each; of several that hold a piece, number `spread` modulo them."""
+    at = wanted.start
+    while at < wanted.stop:
+        holders = [source for source, heads in enumerate(held) if at in heads]
+        if not holders:
+            raise HandoffError(f"hand-off: head {at} is held by none of the {len(held)} source ranks; check the ticket")
+        source = holders[spread % len(holders)]
+        stop = min(held[source].stop, wanted.stop)
+        yield source, range(at, stop)
+        at = stop
+
+
+def _state_cuts(source: int, src: CacheShape, dst: CacheShape, heads: range) -> Iterator[_Cut]:
+    """Conv and delta states of the key heads `heads`, each with its value heads, of every delta layer."""
+    for src_conv, dst_conv, src_delta, dst_delta in zip(
+        src.conv_states, dst.conv_states, src.delta_states, dst.delta_states, strict=True
+    ):
+        _, value_heads, key_dim, value_dim = dst_delta.shape
+        ratio = value_heads // len(dst.key_heads)
+        head_bytes = dst_delta.row_bytes // value_heads * ratio
+        section = _Section(heads=heads, src_heads=src.key_heads, dst_heads=dst.key_heads, head_bytes=head_bytes)
+        yield section.cut(source, src_delta, dst_delta)
+        channel_bytes = dst_conv.row_bytes // dst_conv.shape[1]
+        src_at = dst_at = 0
+        for width in (key_dim, key_dim, ratio * value_dim):
+            unit = width * channel_bytes
+            section = _Section(heads=heads, src_heads=src.key_heads, dst_heads=dst.key_heads, head_bytes=unit)
+            yield section.cut(source, src_conv, dst_conv, src_at=src_at, dst_at=dst_at)
+            src_at += unit * len(src.key_heads)
+            dst_at += unit * len(dst.key_heads)
+
+
+def fragments(
+    cuts: Recut, blocks: Iterable[tuple[int, int]], slots: tuple[int, int] | None, *, max_bytes: int
+) -> list[Fragment]:
+    """The copies that move blocks and a state slot.
+
+    Args:
+        cuts: from `recut`.
+        blocks: pairs (source block, destination block); runs of neighbours on both sides become one copy.
+        slots: source and destination state slot; None for models without states.
+        max_bytes: largest fragment; larger ones are split.
+
+    Raises:
+        HandoffError: a block or slot lies outside of its pool.
+    """
+    out: list[Fragment] = []
+    runs = list(_runs(blocks))
+    for cut in cuts.per_block:
+        for src, dst, count in runs:
+            out += _split(_fragment(cut, src, dst, count), max_bytes)
+    if slots is not None:
+        for cut in cuts.per_slot:
+            out += _split(_fragment(cut, slots[0], slots[1], 1), max_bytes)
+    return out
+
+
+def _runs(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Neighbouring pairs joined: (source, destination, count)."""
+    ordered = sorted(pairs)
+    if not ordered:
+        return
+    first, count = ordered[0], 1
+    for before, after in pairwise(ordered):
+        if after == (before[0] + 1, before[1] + 1):
+            count += 1
+            continue
+        yield (*first, count)
+        first, count = after, 1
+    yield (*first, count)
+
+
+def _fragment(cut: _Cut, src: int, dst: int, count: int) -> Fragment:
+    for what, row, pool in (("source", src, cut.src_pool), ("destination", dst, cut.dst_pool)):
+        if not 0 <= row <= pool.shape[0] - count:
+            raise HandoffError(
+                f"hand-off: {what} row {row}..{row + count - 1} lies outside of a pool of {pool.shape[0]}; "
+                "the ticket does not belong to this layout"
+            )
+    return Fragment(
+        source=cut.source,
+        src=_span(cut.src_pool, src, cut.src_start, cut.num_bytes, count),
+        dst=_span(cut.dst_pool, dst, cut.dst_start, cut.num_bytes, count),
+    )
+
+
+def _span(pool: Pool, row: int, start: int, num_bytes: int, count: int) -> Span:
+    offset = pool.offset_bytes + row * pool.row_bytes + start
+    return Span(offset=offset, stride=pool.row_bytes, num_bytes=num_bytes, rows=count)
+
+
+def _split(fragment: Fragment, max_bytes: int) -> Iterator[Fragment]:
+    """Pieces of at most max_bytes: fewer rows, or parts of a row where one row is larger."""
+    width = min(fragment.src.num_bytes, max_bytes)
+    if not width:
+        return
+    rows = max(1, max_bytes // fragment.src.num_bytes)
+    for row in range(0, fragment.src.rows, rows):
+        count = min(rows, fragment.src.rows - row)
+        for start in range(0, fragment.src.num_bytes, width):
+            size = min(width, fragment.src.num_bytes - start)
+            yield Fragment(
+                source=fragment.source,
+                src=_part(fragment.src, row, count, start, size),
+                dst=_part(fragment.dst, row, count, start, size),
+            )
+
+
+def _part(span: Span, row: int, rows: int, start: int, num_bytes: int) -> Span:
+    offset = span.offset + row * span.stride + start
+    return Span(offset=offset, stride=span.stride, num_bytes=num_bytes, rows=rows)
