@@ -130,6 +130,8 @@ class Cuts:
     """Key heads of the delta layers, each with its value heads."""
     dense_columns: range
     vocab: range
+    vocab_shard_size: int
+    """The most token ids a rank of the lane holds; the last rank may hold fewer."""
     experts: range
     expert_columns: range
     shared_columns: range
@@ -162,6 +164,7 @@ def make_cuts(model: ModelConfig, place: Place, *, deterministic: bool, groups: 
         key_heads=key_heads,
         dense_columns=columns(not all(moe), model.intermediate_size, tp, t),
         vocab=vocab_range(model.vocab_size, tp, t),
+        vocab_shard_size=len(vocab_range(model.vocab_size, tp, 0)),
         experts=columns(any(moe), model.num_experts, layout.ep, place.rank % layout.ep),
         expert_columns=columns(any(moe), model.moe_intermediate_size, expert_ranks, expert_rank),
         shared_columns=columns(any(moe), shared, expert_ranks, expert_rank),

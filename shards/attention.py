@@ -1,0 +1,89 @@
+"""Full attention over paged KV, its heads spread over the lane's ranks.
+
+T tokens of the step, C hidden size, H query heads and G KV heads held here, D head dim, P block size, N blocks.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shards.linear import RowLinear, Runtime
+from shards.loading import Loader, as_slice
+from shards.rows import StepTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """q/k-normed rotary attention; Qwen3-Next's queries carry a sigmoid gate for the output."""
+
+    qkv_proj_NC: Tensor
+    """Rows held here of q_proj (per head [query | gate] where gated), then k_proj, then v_proj."""
+    qkv_bias_N: Tensor | None
+    q_norm_D: Tensor
+    k_norm_D: Tensor
+    o_proj: RowLinear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gated: bool
+    zero_centred: bool
+    eps: float
+
+    @staticmethod
+    def load(loader: Loader, prefix: str) -> "Attention":
+        """The attention layer whose tensors start with `prefix`."""
+        config, cuts = loader.config, loader.cuts
+        head_dim, query_rows = config.head_dim, config.head_dim * (2 if config.attention_gated else 1)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        cut = [
+            ("q_proj", heads * query_rows, as_slice(cuts.heads, query_rows)),
+            ("k_proj", kv_heads * head_dim, as_slice(cuts.kv_heads, head_dim)),
+            ("v_proj", kv_heads * head_dim, as_slice(cuts.kv_heads, head_dim)),
+        ]
+        weights = [(f"{prefix}.{name}.weight", rows, part) for name, rows, part in cut]
+        biases = [(f"{prefix}.{name}.bias", rows, part) for name, rows, part in cut]
+        return Attention(
+            qkv_proj_NC=loader.stacked(weights, (config.hidden_size,)),
+            qkv_bias_N=loader.stacked(biases, ()) if config.attention_bias else None,
+            q_norm_D=loader.tensor(f"{prefix}.q_norm.weight", (head_dim,)),
+            k_norm_D=loader.tensor(f"{prefix}.k_norm.weight", (head_dim,)),
+            o_proj=loader.row_linear(
+                f"{prefix}.o_proj.weight",
+                heads * head_dim,
+                as_slice(cuts.heads, head_dim),
+                cuts.head_groups,
+                bias=f"{prefix}.o_proj.bias" if config.attention_bias else None,
+            ),
+            num_heads=len(cuts.heads),
+            num_kv_heads=len(cuts.kv_heads),
+            head_dim=head_dim,
+            gated=config.attention_gated,
+            zero_centred=config.zero_centred_norm,
+            eps=config.rms_norm_eps,
+        )
+
+    def forward(
+        self, runtime: Runtime, x_TC: Tensor, step: StepTensors, k_pool_NGPD: Tensor, v_pool_NGPD: Tensor
+    ) -> Tensor:
+        """Stores the step's k and v, attends, projects -> [T, C] on every rank of the lane."""
+        kernels, T, D = runtime.kernels, x_TC.shape[0], self.head_dim
+        qkv = kernels.linear(x_TC, self.qkv_proj_NC, self.qkv_bias_N)
+        kv_rows = self.num_kv_heads * D
+        q, k, v = qkv.split((qkv.shape[1] - 2 * kv_rows, kv_rows, kv_rows), dim=1)
+        q_THD = q.contiguous().view(T, self.num_heads, -1)
+        k_TGD, v_TGD = k.contiguous().view(T, -1, D), v.contiguous().view(T, -1, D)
+        gate = None
+        if self.gated:
+            q_THD, gate = q_THD[..., :D].contiguous(), q_THD[..., D:].contiguous().view(T, -1)
+        q_THD = kernels.rms_norm(q_THD, self.q_norm_D, self.eps, zero_centred=self.zero_centred)
+        k_TGD = kernels.rms_norm(k_TGD, self.k_norm_D, self.eps, zero_centred=self.zero_centred)
+        q_THD = kernels.rotary(q_THD, step.cos_TR, step.sin_TR)
+        k_TGD = kernels.rotary(k_TGD, step.cos_TR, step.sin_TR)
+        kernels.store_kv(k_TGD, v_TGD, k_pool_NGPD, v_pool_NGPD, step.slots_T)
+        out_THD = kernels.attention(
+            q_THD, k_pool_NGPD, v_pool_NGPD, step.tables_SB, step.query_start_S1, step.context_lens_S, D**-0.5
+        )
+        out = out_THD.reshape(T, -1)
+        if gate is not None:
+            out = kernels.sigmoid_mul(out, gate)
+        return self.o_proj.forward(runtime, runtime.comms.tp, out)

@@ -1,0 +1,114 @@
+"""Gated delta rule layer (linear attention), its key heads and their value heads spread over the lane's ranks.
+
+T tokens of the step, C hidden size, K key heads and V value heads held here, Dk and Dv their dims, Q channels of the
+convolution held here ([q | k | v]), W its width, M state slots.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shards.linear import RowLinear, Runtime
+from shards.loading import Loader, as_slice
+from shards.rows import StepTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """in_proj -> causal conv -> gated delta rule -> gated norm -> out_proj."""
+
+    in_proj_NC: Tensor
+    """in_proj_qkvz and in_proj_ba of the heads held here, reordered from per key head to [q | k | v | z | b | a]."""
+    conv1d_QW: Tensor
+    a_log_V: Tensor
+    """float32, as is dt_bias_V."""
+    dt_bias_V: Tensor
+    norm_D: Tensor
+    out_proj: RowLinear
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    eps: float
+
+    @staticmethod
+    def load(loader: Loader, prefix: str) -> "Delta":
+        """The delta layer whose tensors start with `prefix`."""
+        config, held = loader.config, loader.cuts.key_heads
+        share = config.linear_num_value_heads // config.linear_num_key_heads
+        value_heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
+        values = as_slice(held, share)
+        return Delta(
+            in_proj_NC=_load_in_proj(loader, prefix),
+            conv1d_QW=_load_conv(loader, f"{prefix}.conv1d.weight"),
+            a_log_V=loader.tensor(f"{prefix}.A_log", (value_heads,), values, dtype=torch.float32),
+            dt_bias_V=loader.tensor(f"{prefix}.dt_bias", (value_heads,), values, dtype=torch.float32),
+            norm_D=loader.tensor(f"{prefix}.norm.weight", (value_dim,)),
+            out_proj=loader.row_linear(
+                f"{prefix}.out_proj.weight",
+                value_heads * value_dim,
+                as_slice(held, share * value_dim),
+                loader.cuts.key_head_groups,
+            ),
+            num_key_heads=len(held),
+            num_value_heads=len(held) * share,
+            key_dim=config.linear_key_head_dim,
+            value_dim=value_dim,
+            eps=config.rms_norm_eps,
+        )
+
+    def forward(
+        self, runtime: Runtime, x_TC: Tensor, step: StepTensors, conv_state_MQW: Tensor, state_MVDD: Tensor
+    ) -> Tensor:
+        """Advances the states of the step's slots -> [T, C] on every rank of the lane."""
+        kernels, T = runtime.kernels, x_TC.shape[0]
+        keys, values = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
+        projected = kernels.linear(x_TC, self.in_proj_NC)
+        qkv, z, b, a = projected.split((2 * keys + values, values, self.num_value_heads, self.num_value_heads), dim=1)
+        where = (step.state_slots_S, step.query_start_S1, step.fresh_S)
+        qkv = kernels.causal_conv(qkv.contiguous(), self.conv1d_QW, conv_state_MQW, *where)
+        q, k, v = qkv.split((keys, keys, values), dim=1)
+        beta_TV, g_TV = kernels.delta_gates(b.contiguous(), a.contiguous(), self.a_log_V, self.dt_bias_V)
+        out_TVD = kernels.delta_rule(
+            q.contiguous().view(T, -1, self.key_dim),
+            k.contiguous().view(T, -1, self.key_dim),
+            v.contiguous().view(T, -1, self.value_dim),
+            beta_TV,
+            g_TV,
+            state_MVDD,
+            *where,
+        )
+        z_TVD = z.contiguous().view(T, -1, self.value_dim)
+        out_TVD = kernels.gated_rms_norm(out_TVD, z_TVD, self.norm_D, self.eps)
+        return self.out_proj.forward(runtime, runtime.comms.tp, out_TVD.reshape(T, -1))
+
+
+def _load_in_proj(loader: Loader, prefix: str) -> Tensor:
+    """Checkpoint rows lie per key head as [q | k | v | z] and [b | a]; forward wants each kind in one piece."""
+    config, held = loader.config, loader.cuts.key_heads
+    share = config.linear_num_value_heads // config.linear_num_key_heads
+    key_dim, value_dim, hidden = config.linear_key_head_dim, share * config.linear_value_head_dim, config.hidden_size
+    kinds = {"qkvz": (key_dim, key_dim, value_dim, value_dim), "ba": (share, share)}
+    pieces: list[Tensor] = []
+    for name, sizes in kinds.items():
+        shape = (config.linear_num_key_heads * sum(sizes), hidden)
+        rows = loader.tensor(f"{prefix}.in_proj_{name}.weight", shape, as_slice(held, sum(sizes)))
+        pieces += [piece.flatten(0, 1) for piece in rows.view(len(held), -1, hidden).split(sizes, dim=1)]
+    return torch.cat(pieces)
+
+
+def _load_conv(loader: Loader, name: str) -> Tensor:
+    """Channels [q | k | v] of the heads held here, out of [q | k | v] of all heads -> [Q, W]."""
+    config, held = loader.config, loader.cuts.key_heads
+    share = config.linear_num_value_heads // config.linear_num_key_heads
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    shape = (2 * keys + values, 1, config.linear_conv_kernel_dim)
+    key_part, value_part = (
+        as_slice(held, config.linear_key_head_dim),
+        as_slice(held, share * config.linear_value_head_dim),
+    )
+    parts = [(0, key_part), (keys, key_part), (2 * keys, value_part)]
+    slices = [slice(base + part.start, base + part.stop) for base, part in parts]
+    return torch.cat([loader.tensor(name, shape, part) for part in slices]).squeeze(1)

@@ -1,0 +1,65 @@
+"""Reads one rank's slices of a checkpoint into tensors of the rank's device and dtype."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shards.config import ModelConfig
+from shards.cuts import Cuts
+from shards.linear import DenseMlp, RowLinear
+from shards.weights import CheckpointReader
+
+
+def as_slice(part: range, scale: int = 1) -> slice:
+    """The rows that units `part` take, `scale` rows a unit."""
+    return slice(part.start * scale, part.stop * scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Where a rank's parameters come from and go to. Every method raises ValueError naming tensor and shapes."""
+
+    reader: CheckpointReader
+    config: ModelConfig
+    cuts: Cuts
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self, name: str, shape: tuple[int, ...], *slices: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """The given slices of tensor `name`, which has `shape` in the checkpoint."""
+        self.reader.expect(name, shape)
+        return self.reader.read(name, *slices).to(self.device, dtype or self.dtype).contiguous()
+
+    def stacked(self, parts: list[tuple[str, int, slice]], tail: tuple[int, ...]) -> Tensor:
+        """Row slices of several tensors under one another; a part is (name, its rows in the checkpoint, slice)."""
+        out = torch.empty(sum(s.stop - s.start for _, _, s in parts), *tail, dtype=self.dtype, device=self.device)
+        end = 0
+        for name, rows, part in parts:
+            begin, end = end, end + part.stop - part.start
+            self.reader.expect(name, (rows, *tail))
+            out[begin:end] = self.reader.read(name, part)
+        return out
+
+    def row_linear(self, name: str, inputs: int, part: slice, groups: int, *, bias: str | None = None) -> RowLinear:
+        """Columns `part` of the [hidden_size, inputs] matrix `name`."""
+        hidden = self.config.hidden_size
+        return RowLinear(
+            weight_NC=self.tensor(name, (hidden, inputs), slice(None), part),
+            bias_N=None if bias is None else self.tensor(bias, (hidden,)),
+            groups=groups,
+        )
+
+    def mlp(self, prefix: str, width: int, columns: range, groups: int) -> DenseMlp:
+        """gate_proj, up_proj and down_proj under `prefix`, `columns` of their `width`."""
+        part = as_slice(columns)
+        gate_up = [(f"{prefix}.gate_proj.weight", width, part), (f"{prefix}.up_proj.weight", width, part)]
+        return DenseMlp(
+            gate_up_2IC=self.stacked(gate_up, (self.config.hidden_size,)),
+            down_proj=self.row_linear(f"{prefix}.down_proj.weight", width, part, groups),
+        )
+
+    def experts(self, prefix: str) -> tuple[Tensor, Tensor]:
+        """Gate and up [E, 2I, C], down [E, C, I] of the experts and columns held here."""
+        gate_up, down = self.reader.read_experts(prefix, self.cuts.experts, as_slice(self.cuts.expert_columns))
+        return gate_up.to(self.device, self.dtype).contiguous(), down.to(self.device, self.dtype).contiguous()

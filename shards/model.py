@@ -1,0 +1,126 @@
+"""The model of one rank: embedding, decoder layers, final norm, head. Parameters carry their checkpoint names.
+
+T tokens of the step, C hidden size, N rows whose logits are wanted, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from torch import Tensor
+
+from shards import qwen3_moe, qwen3_next
+from shards.attention import Attention
+from shards.cache import KvCache
+from shards.delta import Delta
+from shards.embedding import VocabShard
+from shards.linear import DenseMlp, Runtime
+from shards.loading import Loader
+from shards.moe import Moe
+from shards.rows import StepTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """Pre-norm residual block: token mixer, then MLP."""
+
+    input_layernorm_C: Tensor
+    mixer: Attention | Delta
+    mixer_index: int
+    """Which of the cache's attention (or delta) layers this is."""
+    post_attention_layernorm_C: Tensor
+    mlp: DenseMlp | Moe
+
+
+class Model:
+    """One rank's share of a model."""
+
+    def __init__(
+        self,
+        *,
+        embed_tokens: VocabShard,
+        layers: list[DecoderLayer],
+        norm_C: Tensor,
+        lm_head: VocabShard,
+        eps: float,
+        zero_centred: bool,
+    ) -> None:
+        self.embed_tokens = embed_tokens
+        self.layers = layers
+        self.norm_C = norm_C
+        self.lm_head = lm_head
+        self._eps = eps
+        self._zero_centred = zero_centred
+
+    def forward(self, runtime: Runtime, step: StepTensors, cache: KvCache) -> Tensor:
+        """Run the step's tokens through all layers, advancing the cache -> hidden [T, C], before the final norm.
+
+        Every rank of every lane takes part; a lane without tokens (T = 0) only in what spans lanes.
+        """
+        if not step.tokens_T.shape[0]:
+            x_TC = self.norm_C.new_zeros(0, self.norm_C.shape[0])
+            for layer in self.layers:
+                if isinstance(layer.mlp, Moe):
+                    layer.mlp.forward(runtime, x_TC, step.lane_tokens)
+            return x_TC
+        x_TC = self.embed_tokens.embed(runtime, step.tokens_T)
+        for layer in self.layers:
+            normed_TC = self._norm(runtime, x_TC, layer.input_layernorm_C)
+            x_TC = x_TC + _mix(runtime, layer, normed_TC, step, cache)
+            normed_TC = self._norm(runtime, x_TC, layer.post_attention_layernorm_C)
+            if isinstance(layer.mlp, Moe):
+                x_TC = x_TC + layer.mlp.forward(runtime, normed_TC, step.lane_tokens)
+            else:
+                x_TC = x_TC + layer.mlp.forward(runtime, normed_TC)
+        return x_TC
+
+    def logits(self, runtime: Runtime, hidden_NC: Tensor) -> Tensor:
+        """Chosen rows of `forward`'s result -> float32 [N, V] on every rank of the lane."""
+        return self.lm_head.logits(runtime, self._norm(runtime, hidden_NC, self.norm_C))
+
+    def _norm(self, runtime: Runtime, x: Tensor, weight_C: Tensor) -> Tensor:
+        return runtime.kernels.rms_norm(x, weight_C, self._eps, zero_centred=self._zero_centred)
+
+
+def _mix(runtime: Runtime, layer: DecoderLayer, x_TC: Tensor, step: StepTensors, cache: KvCache) -> Tensor:
+    i = layer.mixer_index
+    match layer.mixer:
+        case Attention() as attention:
+            return attention.forward(runtime, x_TC, step, cache.k_pools[i], cache.v_pools[i])
+        case Delta() as delta:
+            return delta.forward(runtime, x_TC, step, cache.conv_states[i], cache.delta_states[i])
+        case _:
+            assert_never(layer.mixer)
+
+
+def load_model(loader: Loader) -> Model:
+    """Read the rank's share of every parameter.
+
+    Raises:
+        ValueError: a tensor is missing or has the wrong shape; names file, tensor, expected and found.
+    """
+    config = loader.config
+    family = qwen3_next if config.architecture == "qwen3_next" else qwen3_moe
+    embed_tokens = VocabShard.load(loader, "model.embed_tokens.weight")
+    layers = []
+    for i in range(config.num_hidden_layers):
+        same_kind = config.delta_layers if i in config.delta_layers else config.attention_layers
+        prefix = f"model.layers.{i}"
+        layers.append(
+            DecoderLayer(
+                input_layernorm_C=loader.tensor(f"{prefix}.input_layernorm.weight", (config.hidden_size,)),
+                mixer=family.load_mixer(loader, i),
+                mixer_index=same_kind.index(i),
+                post_attention_layernorm_C=loader.tensor(
+                    f"{prefix}.post_attention_layernorm.weight", (config.hidden_size,)
+                ),
+                mlp=family.load_mlp(loader, i),
+            )
+        )
+    return Model(
+        embed_tokens=embed_tokens,
+        layers=layers,
+        norm_C=loader.tensor("model.norm.weight", (config.hidden_size,)),
+        lm_head=embed_tokens if config.tie_word_embeddings else VocabShard.load(loader, "lm_head.weight"),
+        eps=config.rms_norm_eps,
+        zero_centred=config.zero_centred_norm,
+    )

@@ -1,0 +1,163 @@
+"""Mixture of experts: gate, routed experts, shared expert; sliced over all ranks or whole experts spread over them.
+
+T tokens of this lane, A tokens of all lanes, N tokens this rank dispatches, E experts of the model, K experts a
+token, I expert columns held here, C hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shards.comm import Comm
+from shards.cuts import token_range
+from shards.dispatch import collect, dispatch, plan_exchange
+from shards.linear import DenseMlp, Runtime
+from shards.loading import Loader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedExpert:
+    """An expert every token takes, scaled by a sigmoid gate; its columns are cut as the routed experts' are."""
+
+    mlp: DenseMlp
+    gate_1C: Tensor
+
+    def partial(self, runtime: Runtime, x_TC: Tensor, *, wide: bool) -> Tensor:
+        """This rank's part of the sum, ungated -> [T, C]."""
+        inner = runtime.kernels.silu_mul(runtime.kernels.linear(x_TC, self.mlp.gate_up_2IC))
+        down = self.mlp.down_proj
+        return runtime.kernels.linear(inner, down.weight_NC, groups=down.groups, wide=wide)
+
+    def gated(self, runtime: Runtime, x_TC: Tensor, y_TC: Tensor) -> Tensor:
+        """y * sigmoid(gate(x)), in x's dtype."""
+        return runtime.kernels.sigmoid_mul(y_TC.to(x_TC.dtype), runtime.kernels.linear(x_TC, self.gate_1C))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moe:
+    """One layer's experts, as far as this rank holds them."""
+
+    gate_EC: Tensor
+    gate_up_E2IC: Tensor
+    down_ECI: Tensor
+    shared: SharedExpert | None
+    top_k: int
+    renormalize: bool
+    groups: int
+    spread: bool
+    """Whole experts spread over the ranks; else a slice of every expert on each rank."""
+
+    @staticmethod
+    def load(loader: Loader, prefix: str) -> "Moe":
+        """The MoE block whose tensors start with `prefix`."""
+        config, cuts = loader.config, loader.cuts
+        gate_up, down = loader.experts(f"{prefix}.experts")
+        shared, width = None, config.shared_expert_intermediate_size
+        if width:
+            mlp = loader.mlp(f"{prefix}.shared_expert", width, cuts.shared_columns, cuts.shared_groups)
+            gate = loader.tensor(f"{prefix}.shared_expert_gate.weight", (1, config.hidden_size))
+            shared = SharedExpert(mlp=mlp, gate_1C=gate)
+        return Moe(
+            gate_EC=loader.tensor(f"{prefix}.gate.weight", (config.num_experts, config.hidden_size)),
+            gate_up_E2IC=gate_up,
+            down_ECI=down,
+            shared=shared,
+            top_k=config.num_experts_per_tok,
+            renormalize=config.norm_topk_prob,
+            groups=cuts.expert_groups,
+            spread=len(cuts.experts) < config.num_experts,
+        )
+
+    def forward(self, runtime: Runtime, x_TC: Tensor, lane_tokens: tuple[int, ...]) -> Tensor:
+        """The lane's tokens -> [T, C] on every rank of the lane. All ranks of all lanes take part, also with T = 0.
+
+        Args:
+            lane_tokens: T of every lane; not all zero.
+        """
+        if self.spread:
+            return self._forward_spread(runtime, x_TC)
+        return self._forward_sliced(runtime, x_TC, lane_tokens)
+
+    def _route(self, runtime: Runtime, x_TC: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TE = runtime.kernels.linear(x_TC, self.gate_EC)
+        return runtime.kernels.route(logits_TE, self.top_k, renormalize=self.renormalize)
+
+    def _forward_sliced(self, runtime: Runtime, x_TC: Tensor, lane_tokens: tuple[int, ...]) -> Tensor:
+        """Every rank computes its columns for the tokens of all lanes; sums over all ranks."""
+        comms, lane = runtime.comms, runtime.comms.dp.rank
+        x_AC = gather_lanes(comms.dp, x_TC, lane_tokens)
+        first = sum(lane_tokens[:lane])
+        mine = slice(first, first + x_TC.shape[0])
+        weights_AK, ids_AK = self._route(runtime, x_AC)
+        y_AKC = runtime.kernels.experts(
+            x_AC, ids_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=runtime.exact
+        )
+        shared_AC = None if self.shared is None else self.shared.partial(runtime, x_AC, wide=runtime.exact)
+        if comms.world.size == 1:
+            return self._finish(runtime, x_AC, y_AKC, weights_AK, shared_AC)
+        if not runtime.exact:
+            # Summing K before the ranks moves K times less; the order of float sums differs from one rank's.
+            return comms.world.all_reduce(self._finish(runtime, x_AC, y_AKC, weights_AK, shared_AC))[mine]
+        if shared_AC is not None:
+            y_AKC = torch.cat((y_AKC, shared_AC.unsqueeze(1)), dim=1)
+        y_TKC = comms.world.all_reduce(y_AKC)[mine]
+        if not x_TC.shape[0]:
+            return x_TC
+        shared_TC = None if shared_AC is None else y_TKC[:, self.top_k].contiguous()
+        y_TKC = y_TKC[:, : self.top_k].contiguous()
+        return self._finish(runtime, x_TC, y_TKC, weights_AK[mine].contiguous(), shared_TC)
+
+    def _forward_spread(self, runtime: Runtime, x_TC: Tensor) -> Tensor:
+        """Each rank of the lane dispatches its part of the lane's tokens to the ranks of their experts."""
+        kernels, comms, T = runtime.kernels, runtime.comms, x_TC.shape[0]
+        held = token_range(T, comms.tp.size, comms.tp.rank)
+        x_NC = x_TC[held.start : held.stop]
+        weights_NK, ids_NK = x_NC.new_zeros(0, self.top_k), x_NC.new_zeros(0, self.top_k, dtype=torch.int64)
+        if len(held):
+            weights_NK, ids_NK = self._route(runtime, x_NC)
+        exchange = plan_exchange(comms.world, ids_NK, self.gate_EC.shape[0])
+        x_RC = dispatch(comms.world, exchange, x_NC)
+        y_RC = x_RC.float() if runtime.exact else x_RC
+        if x_RC.shape[0]:
+            ids_R1 = exchange.local_experts_R.unsqueeze(1)
+            y_R1C = kernels.experts(
+                x_RC, ids_R1, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=runtime.exact
+            )
+            y_RC = y_R1C.squeeze(1)
+        y_NKC = collect(comms.world, exchange, y_RC)
+        if not T:
+            return x_TC
+        out_NC = x_NC
+        if len(held):
+            shared_NC = None if self.shared is None else self.shared.partial(runtime, x_NC, wide=runtime.exact)
+            out_NC = self._finish(runtime, x_NC, y_NKC, weights_NK, shared_NC)
+        return gather_padded(comms.tp, out_NC, -(-T // comms.tp.size))[:T]
+
+    def _finish(
+        self, runtime: Runtime, x_TC: Tensor, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None
+    ) -> Tensor:
+        """Weighted sum over K in order, then the gated shared expert."""
+        out_TC = runtime.kernels.combine(y_TKC, weights_TK, x_TC)
+        if self.shared is not None and shared_TC is not None:
+            out_TC = out_TC + self.shared.gated(runtime, x_TC, shared_TC)
+        return out_TC
+
+
+def gather_padded(comm: Comm, x_NC: Tensor, rows: int) -> Tensor:
+    """Every rank's rows, each rank's padded with zeros to `rows` -> [size * rows, C]."""
+    missing = rows - x_NC.shape[0]
+    if missing:
+        x_NC = torch.cat((x_NC, x_NC.new_zeros(missing, x_NC.shape[1])))
+    return comm.all_gather(x_NC)
+
+
+def gather_lanes(dp: Comm, x_TC: Tensor, lane_tokens: tuple[int, ...]) -> Tensor:
+    """The tokens of all lanes, lane by lane -> [A, C]."""
+    if dp.size == 1:
+        return x_TC
+    longest = max(lane_tokens)
+    padded = gather_padded(dp, x_TC, longest)
+    if min(lane_tokens) == longest:
+        return padded
+    return torch.cat([padded[d * longest : d * longest + count] for d, count in enumerate(lane_tokens)])

@@ -1,0 +1,214 @@
+"""One rank of a replica: loads its share of the model, holds its rows and cache, carries out step batches.
+
+N rows sampled in a step, V vocabulary, T tokens of the step.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shards.batch import LaneOutput, LogprobColumns, StepBatch
+from shards.cache import KvCache, cache_shape
+from shards.comm import Comms
+from shards.config import load_model_config
+from shards.cuts import check_layout, make_cuts
+from shards.kernels.select import select_kernels
+from shards.linear import Runtime
+from shards.loading import Loader
+from shards.mesh import Place
+from shards.model import Model, load_model
+from shards.rope import rotary_tables
+from shards.rows import PromptSpan, Rows
+from shards.sampler import Sampler
+from shards.weights import CheckpointReader
+
+KernelsName = Literal["auto", "native", "torch"]
+DeterministicMode = Literal["auto", "on", "off"]
+
+PROMPT_LOGITS_ROWS = 256
+"""Prompt positions whose logits are in memory at once: 256 x 151,936 float32 are 156 MB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """What one rank needs to know to start."""
+
+    model: Path
+    """Checkpoint folder."""
+    place: Place
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    kernels: KernelsName = "auto"
+    deterministic: DeterministicMode = "auto"
+    reduction_groups: int = 4
+    block_size: int = 16
+    num_blocks: int
+    num_slots: int
+    max_rows: int
+    max_model_len: int
+    threads: int | None = None
+    """CPU threads of this rank; None leaves torch's own choice."""
+
+
+def torch_dtype(name: Literal["float32", "bfloat16"]) -> torch.dtype:
+    """The torch dtype by that name."""
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def resolve_deterministic(mode: DeterministicMode, kernels: KernelsName, device: str) -> bool:
+    """Whether ranks of this configuration give the same bits in every layout; auto is on where the kernels can.
+
+    Raises:
+        ValueError: it is asked for and the kernels that would run cannot.
+    """
+    chosen = select_kernels(kernels, device)
+    if mode == "on" and not chosen.deterministic:
+        raise ValueError(
+            f"deterministic=on needs kernels=native; kernels={kernels} on device={device} gives {chosen.name}; "
+            "use kernels=native on a cpu, or deterministic=auto"
+        )
+    return mode != "off" and chosen.deterministic
+
+
+class Rank:
+    """Not thread-safe: `load` and `step` are called from one thread. `close` ends it.
+
+    Raises:
+        ValueError: the config, the checkpoint's config or the layout cannot be served; names field, value, remedy.
+    """
+
+    def __init__(self, config: RankConfig, comms: Comms) -> None:
+        self.config = config
+        self.model_config = load_model_config(config.model)
+        self._device = torch.device(config.device)
+        exact = resolve_deterministic(config.deterministic, config.kernels, config.device)
+        check_layout(self.model_config, config.place.layout, deterministic=exact, groups=config.reduction_groups)
+        kernels = select_kernels(config.kernels, config.device)
+        self._runtime = Runtime(kernels=kernels, comms=comms, exact=exact)
+        self._model: Model | None = None
+        shape = cache_shape(
+            self.model_config,
+            config.place.layout.tp,
+            config.place.tp_rank,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            num_slots=config.num_slots,
+            dtype=torch_dtype(config.dtype),
+        )
+        self.cache = KvCache(shape, self._device)
+        self._rows = Rows(
+            max_rows=config.max_rows,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            device=self._device,
+        )
+        self._cos_LR, self._sin_LR = rotary_tables(self.model_config.rope, config.max_model_len, self._device)
+        self._sampler = Sampler(self.model_config.vocab_size, self._device)
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read this rank's share of the checkpoint; `progress` gets (bytes done, bytes in all).
+
+        Raises:
+            ValueError: a tensor is missing, surplus, of the wrong shape, or a file is broken.
+        """
+        config, dtype = self.config, torch_dtype(self.config.dtype)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        cuts = make_cuts(
+            self.model_config, config.place, deterministic=self._runtime.exact, groups=config.reduction_groups
+        )
+        reader = CheckpointReader(config.model, progress)
+        loader = Loader(reader=reader, config=self.model_config, cuts=cuts, dtype=dtype, device=self._device)
+        with torch.inference_mode():
+            self._model = load_model(loader)
+        reader.finish(("mtp.",))
+
+    def step(self, batch: StepBatch) -> LaneOutput | None:
+        """Carry out one batch; every rank of the replica is called with its lane's batch, in the same order.
+
+        Returns:
+            the lane's answer on its first TP rank, None on the others.
+        """
+        assert self._model is not None
+        started = time.monotonic()
+        with torch.inference_mode():
+            self._rows.update(batch)
+            lane_tokens = self._lane_tokens(sum(batch.counts_S))
+            output = self._compute(self._model, batch, lane_tokens) if any(lane_tokens) else LaneOutput()
+        if not self.config.place.is_lane_leader:
+            return None
+        return LaneOutput(
+            rows_N=output.rows_N,
+            tokens_N=output.tokens_N,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            compute_s=time.monotonic() - started,
+        )
+
+    def close(self) -> None:
+        """Let go of cache and weights."""
+        self._model = None
+        self.cache.close()
+
+    def _lane_tokens(self, num_tokens: int) -> tuple[int, ...]:
+        """Every lane's number of tokens in this step."""
+        dp = self._runtime.comms.dp
+        if dp.size == 1:
+            return (num_tokens,)
+        return tuple(dp.all_gather(torch.tensor([num_tokens], dtype=torch.int64, device=self._device)).tolist())
+
+    def _compute(self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...]) -> LaneOutput:
+        step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
+        hidden_TC = model.forward(self._runtime, step, self.cache)
+        prompt_logprobs = {
+            span.row: self._prompt_logprobs(model, hidden_TC, span) for span in self._rows.prompt_spans(batch)
+        }
+        last_S = (step.query_start_S1[1:] - 1)[torch.tensor(batch.samples_S, dtype=torch.bool, device=self._device)]
+        rows_N = [row for row, wanted in zip(batch.rows_S, batch.samples_S, strict=True) if wanted]
+        if not rows_N:
+            return LaneOutput(prompt_logprobs=prompt_logprobs)
+        positions_N = [
+            first + count
+            for first, count, wanted in zip(batch.first_S, batch.counts_S, batch.samples_S, strict=True)
+            if wanted
+        ]
+        logits_NV = model.logits(self._runtime, hidden_TC[last_S])
+        tokens_N, logprobs = self._sample(logits_NV, rows_N, positions_N)
+        self._rows.store(rows_N, positions_N, tokens_N)
+        return LaneOutput(rows_N=rows_N, tokens_N=tokens_N.tolist(), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _sample(
+        self, logits_NV: Tensor, rows_N: list[int], positions_N: list[int]
+    ) -> tuple[Tensor, LogprobColumns | None]:
+        """The lane's first rank chooses, the others hear of it -> token ids int64 [N]."""
+        tp, rows = self._runtime.comms.tp, self._rows
+        if tp.rank:
+            return tp.broadcast(torch.empty(len(rows_N), dtype=torch.int64, device=self._device), 0), None
+        histories = [
+            (rows.tokens_RL[row, :position], rows.prompt_lens[row])
+            for row, position in zip(rows_N, positions_N, strict=True)
+        ]
+        samplings = [rows.samplings[row] for row in rows_N]
+        tokens_N, logprobs = self._sampler.sample(logits_NV, samplings, positions_N, histories)
+        return tp.broadcast(tokens_N, 0), logprobs
+
+    def _prompt_logprobs(self, model: Model, hidden_TC: Tensor, span: PromptSpan) -> LogprobColumns:
+        """Log probabilities of the prompt tokens behind a row's positions, some positions at a time."""
+        parts = []
+        for done in range(0, span.count, PROMPT_LOGITS_ROWS):
+            count = min(PROMPT_LOGITS_ROWS, span.count - done)
+            first, position = span.first_token + done, span.first_position + done + 1
+            logits_NV = model.logits(self._runtime, hidden_TC[first : first + count])
+            next_N = self._rows.tokens_RL[span.row, position : position + count]
+            parts.append(self._sampler.prompt_logprob_columns(logits_NV, next_N, span.num_top))
+        return LogprobColumns(
+            logprobs_N=[x for part in parts for x in part.logprobs_N],
+            ranks_N=[x for part in parts for x in part.ranks_N],
+            top_ids_NK=[x for part in parts for x in part.top_ids_NK],
+            top_logprobs_NK=[x for part in parts for x in part.top_logprobs_NK],
+        )

@@ -1,0 +1,130 @@
+"""The sequences a rank holds, by row, and one step's batch as device tensors.
+
+R rows, L positions a row can hold, B blocks a row can hold, S rows and T tokens of the step, N rows sampled in it,
+R in cos_TR is the rotary dim.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shards.batch import RowSampling, RowStart, StepBatch
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTensors:
+    """What the layers need to know of a step."""
+
+    tokens_T: Tensor
+    """int64 token ids, the rows' tokens one after the other."""
+    cos_TR: Tensor
+    sin_TR: Tensor
+    slots_T: Tensor
+    """int64 block * block_size + offset of each token's KV."""
+    tables_SB: Tensor
+    """int32 block tables, as wide as the longest context needs."""
+    query_start_S1: Tensor
+    """int64 first token of each row; one more entry than rows."""
+    context_lens_S: Tensor
+    """int64 positions of each row after this step."""
+    state_slots_S: Tensor
+    """int64 recurrent-state slots."""
+    fresh_S: Tensor
+    """bool: the row starts from zero state."""
+    lane_tokens: tuple[int, ...]
+    """T of every lane."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSpan:
+    """Positions of one row whose prompt log probabilities the step gives."""
+
+    row: int
+    first_token: int
+    """Index in the step's tokens."""
+    first_position: int
+    count: int
+    num_top: int
+
+
+class Rows:
+    """Tokens, block tables and sampling of a rank's rows. Written by the rank's step only."""
+
+    def __init__(self, *, max_rows: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.device = device
+        # One place more than positions that are computed: the last sampled token is stored too.
+        self.tokens_RL = torch.zeros(max_rows, max_model_len + 1, dtype=torch.int64, device=device)
+        self._tables_RB = np.zeros((max_rows, -(-max_model_len // block_size)), dtype=np.int32)
+        self._num_blocks_R = np.zeros(max_rows, dtype=np.int64)
+        self._state_slots_R = np.zeros(max_rows, dtype=np.int64)
+        self.prompt_lens = [0] * max_rows
+        self.samplings = [RowSampling()] * max_rows
+
+    def update(self, batch: StepBatch) -> None:
+        """Carry out the batch's starts, then its grown block tables."""
+        for start in batch.starts:
+            self._start(start)
+        for row, block in zip(batch.grown_rows, batch.grown_blocks, strict=True):
+            self._tables_RB[row, self._num_blocks_R[row]] = block
+            self._num_blocks_R[row] += 1
+
+    def _start(self, start: RowStart) -> None:
+        row, num_blocks = start.row, len(start.blocks)
+        self.tokens_RL[row, : len(start.token_ids)] = torch.tensor(start.token_ids, dtype=torch.int64)
+        self._tables_RB[row, :num_blocks] = start.blocks
+        self._num_blocks_R[row] = num_blocks
+        self._state_slots_R[row] = max(0, start.state_slot)
+        self.prompt_lens[row] = start.prompt_len
+        self.samplings[row] = start.sampling
+
+    def tensors(self, batch: StepBatch, cos_LR: Tensor, sin_LR: Tensor, lane_tokens: tuple[int, ...]) -> StepTensors:
+        """The step's tensors; `update` has been called with this batch."""
+        rows_S, first_S, counts_S = _ints(batch.rows_S), _ints(batch.first_S), _ints(batch.counts_S)
+        starts_S1 = np.concatenate(([0], np.cumsum(counts_S)))
+        rows_T = np.repeat(rows_S, counts_S)
+        positions_T = np.arange(starts_S1[-1]) + np.repeat(first_S - starts_S1[:-1], counts_S)
+        blocks_T = self._tables_RB[rows_T, positions_T // self.block_size].astype(np.int64)
+        context_S = first_S + counts_S
+        width = -(-int(context_S.max(initial=0)) // self.block_size)
+        positions = self._send(positions_T)
+        return StepTensors(
+            tokens_T=self.tokens_RL[self._send(rows_T), positions],
+            cos_TR=cos_LR[positions],
+            sin_TR=sin_LR[positions],
+            slots_T=self._send(blocks_T * self.block_size + positions_T % self.block_size),
+            tables_SB=torch.from_numpy(self._tables_RB[rows_S, :width]).to(self.device),
+            query_start_S1=self._send(starts_S1),
+            context_lens_S=self._send(context_S),
+            state_slots_S=self._send(self._state_slots_R[rows_S]),
+            fresh_S=self._send(first_S) == 0,
+            lane_tokens=lane_tokens,
+        )
+
+    def store(self, rows_N: list[int], positions_N: list[int], tokens_N: Tensor) -> None:
+        """Write sampled tokens behind the rows' last positions."""
+        self.tokens_RL[self._send(_ints(rows_N)), self._send(_ints(positions_N))] = tokens_N
+
+    def prompt_spans(self, batch: StepBatch) -> list[PromptSpan]:
+        """Computed prompt positions of rows that asked for prompt log probabilities and have a next prompt token."""
+        spans: list[PromptSpan] = []
+        end = 0
+        for row, first, count in zip(batch.rows_S, batch.first_S, batch.counts_S, strict=True):
+            begin, end = end, end + count
+            num_top = self.samplings[row].prompt_logprobs
+            known = min(count, self.prompt_lens[row] - 1 - first)
+            if num_top is not None and known > 0:
+                spans.append(PromptSpan(row=row, first_token=begin, first_position=first, count=known, num_top=num_top))
+        return spans
+
+    def _send(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+
+def _ints(values: list[int]) -> Ints:
+    return np.asarray(values, dtype=np.int64)

@@ -1,0 +1,170 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shards.batch import LaneOutput, RowSampling, RowStart, StepBatch
+from shards.comm import Comms
+from shards.mesh import Layout, Place
+from shards.rank import Rank, RankConfig, resolve_deterministic
+from tests.support.reference import make_reference
+from tests.support.stepping import Work, make_rank, run, tokens_of
+
+LAYOUTS = [
+    Layout(tp=2),
+    Layout(dp=2),
+    Layout(tp=2, dp=2),
+    Layout(tp=2, ep=2),
+    Layout(dp=2, ep=2),
+    Layout(tp=2, dp=2, ep=4),
+    Layout(tp=4),
+]
+ARCHITECTURES = ["qwen3_moe", "qwen3_next"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random checkpoint of an architecture, with a dense layer mixed in; made once."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp(architecture)
+            make_reference(made[architecture], architecture, {"mlp_only_layers": [1]})
+        return made[architecture]
+
+    return make
+
+
+def make_prompts(lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return [torch.randint(0, 131, (n,), generator=generator).tolist() for n in lengths]
+
+
+def alone(rank: Rank, batch: StepBatch) -> LaneOutput:
+    """A step of a rank that is its lane's leader."""
+    output = rank.step(batch)
+    assert output is not None
+    return output
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_layout_gives_the_tokens_of_one_rank(
+    architecture: str, layout: Layout, checkpoint: Callable[[str], Path]
+) -> None:
+    # Three prompts over two lanes: the lanes differ in length, and one has nothing left to do before the other.
+    work = Work(prompts=make_prompts((5, 40, 17)), new_tokens=16, chunk=9)
+    expected = tokens_of(run(checkpoint(architecture), work), 3)
+
+    assert tokens_of(run(checkpoint(architecture), work, layout), 3) == expected
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=4)], ids=str)
+def test_a_lane_without_any_sequence_takes_part(layout: Layout, checkpoint: Callable[[str], Path]) -> None:
+    work = Work(prompts=make_prompts((11,)), new_tokens=8)
+
+    assert tokens_of(run(checkpoint("qwen3_next"), work, layout), 1) == tokens_of(
+        run(checkpoint("qwen3_next"), work), 1
+    )
+
+
+def test_seeded_sampling_and_log_probabilities_agree_over_layouts(checkpoint: Callable[[str], Path]) -> None:
+    samplings = [
+        RowSampling(temperature=0.9, top_k=20, seed=7, logprobs=3),
+        RowSampling(temperature=1.1, top_p=0.8, seed=8, repetition_penalty=1.2, frequency_penalty=0.3),
+    ]
+    work = Work(prompts=make_prompts((6, 23)), new_tokens=16, samplings=samplings)
+
+    one, two = run(checkpoint("qwen3_moe"), work), run(checkpoint("qwen3_moe"), work, Layout(tp=2))
+
+    assert tokens_of(one, 2) == tokens_of(two, 2)
+    for a, b in zip(one[0], two[0], strict=True):
+        assert a.logprobs is not None
+        assert b.logprobs is not None
+        assert a.logprobs.top_ids_NK[0] == b.logprobs.top_ids_NK[0]
+        assert a.logprobs.logprobs_N[0] == pytest.approx(b.logprobs.logprobs_N[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_preempted_sequence_started_again_on_another_row_goes_on_as_if_nothing_had_happened(
+    architecture: str, checkpoint: Callable[[str], Path]
+) -> None:
+    [prompt], sampling = make_prompts((20,)), RowSampling(temperature=0.7, seed=3)
+    whole = tokens_of(run(checkpoint(architecture), Work(prompts=[prompt], new_tokens=9, samplings=[sampling])), 1)[0]
+    place = Place(layout=Layout(), rank=0)
+    rank = make_rank(checkpoint(architecture), place, Comms.local(), max_rows=2)
+    start = RowStart(
+        row=1,
+        token_ids=(*prompt, *whole[:4]),
+        prompt_len=20,
+        blocks=(3,),
+        state_slot=1 if architecture == "qwen3_next" else -1,
+        sampling=sampling,
+    )
+
+    # The second block comes when the row has grown into it, as the scheduler does it.
+    first = StepBatch(starts=(start,), rows_S=[1], first_S=[0], counts_S=[16], samples_S=[0])
+    second = StepBatch(grown_rows=[1], grown_blocks=[7], rows_S=[1], first_S=[16], counts_S=[8], samples_S=[1])
+    third = StepBatch(rows_S=[1], first_S=[24], counts_S=[1], samples_S=[1])
+    outputs = [alone(rank, batch) for batch in (first, second, third)]
+
+    assert [output.tokens_N for output in outputs] == [[], [whole[4]], [whole[5]]]
+
+
+def test_prompt_log_probabilities_come_for_computed_prompt_positions_only(checkpoint: Callable[[str], Path]) -> None:
+    work = Work(
+        prompts=make_prompts((10, 3)),
+        new_tokens=3,
+        chunk=6,
+        samplings=[RowSampling(temperature=0.0, prompt_logprobs=2), RowSampling(temperature=0.0)],
+    )
+
+    [steps] = run(checkpoint("qwen3_moe"), work)
+
+    counts = [{row: len(columns.logprobs_N) for row, columns in step.prompt_logprobs.items()} for step in steps]
+    assert counts == [{0: 6}, {0: 3}, {}, {}]
+    assert all(step.compute_s > 0 for step in steps)
+    assert all(step.logprobs is None for step in steps)
+
+
+def test_a_step_without_rows_answers_nothing(checkpoint: Callable[[str], Path]) -> None:
+    rank = make_rank(checkpoint("qwen3_moe"), Place(layout=Layout(), rank=0), Comms.local(), max_rows=1)
+
+    assert alone(rank, StepBatch()).tokens_N == []
+    rank.close()
+    assert rank.cache.fd == -1
+
+
+def test_a_layout_the_model_does_not_allow_is_refused_before_anything_is_loaded(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    config = RankConfig(
+        model=checkpoint("qwen3_moe"),
+        place=Place(layout=Layout(tp=3), rank=0),
+        num_blocks=1,
+        num_slots=0,
+        max_rows=1,
+        max_model_len=16,
+    )
+
+    with pytest.raises(ValueError, match=r"num_attention_heads=8|num_key_value_heads=2"):
+        Rank(config, Comms.local())
+
+
+def test_deterministic_results_are_refused_of_kernels_that_cannot_give_them() -> None:
+    with pytest.raises(ValueError, match="deterministic=on needs kernels=native; kernels=torch"):
+        resolve_deterministic("on", "torch", "cpu")
+    assert resolve_deterministic("auto", "torch", "cpu") is False
+
+
+def test_an_unfilled_parameter_is_named(tmp_path: Path) -> None:
+    make_reference(tmp_path, "qwen3_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.self_attn.k_norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.k_norm\.weight"):
+        make_rank(tmp_path, Place(layout=Layout(), rank=0), Comms.local(), max_rows=1)
