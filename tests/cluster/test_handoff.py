@@ -1,0 +1,222 @@
+"""Pulls between real caches: over shared memory and TCP, any tp to any tp, and every way they may fail."""
+
+import dataclasses
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from cluster.handoff import Puller, host_key, source_rank
+from cluster.plan import KvTicket, PullDone, PullOrder
+from cluster.security import new_token
+from cluster.transport import KvServer
+from shards.cache import KvCache
+from shards.config import ModelConfig
+from tests.support.kv_patterns import Geometry, GlobalState, assert_moved, fill, make_global, make_lane
+from tests.support.model_configs import make_moe_config, make_next_config
+
+TOKEN = new_token()
+BLOCKS = ((7, 2), (8, 3), (1, 9))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A lane of caches with contents, each with its server, and a ticket on them."""
+
+    model: ModelConfig
+    state: GlobalState
+    servers: list[KvServer]
+    lane: list[KvCache]
+    ticket: KvTicket
+
+
+@contextmanager
+def sourcing(model: ModelConfig, geometry: Geometry, *, lease_s: float = 60) -> Iterator[Source]:
+    lane, state = make_lane(model, geometry), make_global(model, geometry)
+    fill(lane, state)
+    servers = [KvServer(cache.buffer, TOKEN) for cache in lane]
+    ticket = KvTicket(
+        id="t1",
+        member_id="p0",
+        layout=geometry.layout(model),
+        ranks=tuple(source_rank(cache, rank, servers[rank]) for rank, cache in enumerate(lane)),
+        blocks=(7, 8, 1),
+        state_slot=2 if model.delta_layers else -1,
+        num_tokens=11,
+        expires_unix_s=time.time() + lease_s,
+    )
+    try:
+        yield Source(model=model, state=state, servers=servers, lane=lane, ticket=ticket)
+    finally:
+        for server in servers:
+            server.close()
+
+
+def make_order(ticket: KvTicket) -> PullOrder:
+    return PullOrder(
+        pull_id=5,
+        ticket=ticket,
+        lane=0,
+        src_blocks=tuple(src for src, _ in BLOCKS),
+        dst_blocks=tuple(dst for _, dst in BLOCKS),
+        dst_slot=1 if ticket.state_slot >= 0 else -1,
+    )
+
+
+def wait_for(puller: Puller, num: int = 1) -> list[PullDone]:
+    done: list[PullDone] = []
+    deadline = time.monotonic() + 20
+    while len(done) < num and time.monotonic() < deadline:
+        done += puller.poll()
+        time.sleep(0.001)
+    return done
+
+
+def pull(
+    source: Source, ticket: KvTicket, geometry: Geometry, *, same_host: bool = True, token: str = TOKEN
+) -> tuple[Sequence[KvCache], list[PullDone]]:
+    """Every rank of a fresh lane pulls; returns the lane and how the pulls ended."""
+    lane = make_lane(source.model, geometry)
+    done: list[PullDone] = []
+    for rank, cache in enumerate(lane):
+        puller = Puller(
+            cache, source.model, geometry.layout(source.model), tp_rank=rank, token=token, same_host=same_host
+        )
+        puller.start(make_order(ticket))
+        done += wait_for(puller)
+        puller.close()
+    return lane, done
+
+
+@pytest.mark.parametrize("same_host", [True, False], ids=["shm", "tcp"])
+@pytest.mark.parametrize("make_config", [make_moe_config, make_next_config])
+@pytest.mark.parametrize(("src_tp", "dst_tp"), [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 4)])
+def test_a_pull_moves_blocks_and_state_between_lanes_of_any_tp(
+    make_config: Callable[[], ModelConfig], src_tp: int, dst_tp: int, same_host: bool
+) -> None:
+    with sourcing(make_config(), Geometry(tp=src_tp, dtype=torch.bfloat16)) as source:
+        geometry = Geometry(tp=dst_tp, dtype=torch.bfloat16, num_blocks=10, num_slots=2)
+        lane, done = pull(source, source.ticket, geometry, same_host=same_host)
+        assert [one.error for one in done] == [""] * dst_tp
+        assert all(one.pull_id == 5 and one.seconds > 0 for one in done)
+        shape = lane[0].shape
+        slots = (2, 1) if source.model.delta_layers else None
+        assert done[0].num_bytes == 3 * shape.bytes_per_block + (shape.bytes_per_slot if slots else 0)
+        assert_moved(lane, source.state, BLOCKS, slots)
+
+
+def test_a_source_of_another_process_is_mapped() -> None:
+    with sourcing(make_next_config(), Geometry(tp=1)) as source:
+        # A child that inherits the memory file stands for the prefill rank; nobody serves its TCP address.
+        child = subprocess.Popen(["sleep", "60"], pass_fds=(source.lane[0].fd,))
+        try:
+            rank = dataclasses.replace(source.ticket.ranks[0], pid=child.pid, address="127.0.0.1:1")
+            lane, done = pull(source, dataclasses.replace(source.ticket, ranks=(rank,)), Geometry(tp=1))
+        finally:
+            child.kill()
+            child.wait()
+        assert done[0].error == ""
+        assert_moved(lane, source.state, BLOCKS, (2, 1))
+
+
+def test_a_dead_source_of_this_host_fails_the_pull() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        rank = dataclasses.replace(source.ticket.ranks[0], pid=gone.pid)
+        _, done = pull(source, dataclasses.replace(source.ticket, ranks=(rank,)), Geometry(tp=1))
+        assert "gone" in done[0].error
+
+
+def test_a_file_too_small_to_be_the_source_cache_is_refused() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source, open("/proc/self/status") as other:
+        rank = dataclasses.replace(source.ticket.ranks[0], pool_fd=other.fileno())
+        _, done = pull(source, dataclasses.replace(source.ticket, ranks=(rank,)), Geometry(tp=1))
+        assert "does not belong" in done[0].error
+
+
+def test_a_dead_source_of_another_host_fails_the_pull() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        source.servers[0].close()
+        _, done = pull(source, source.ticket, Geometry(tp=1), same_host=False)
+        assert "cannot be reached" in done[0].error
+
+
+@pytest.mark.parametrize("same_host", [True, False], ids=["shm", "tcp"])
+def test_an_expired_ticket_is_not_pulled(same_host: bool) -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1), lease_s=-1) as source:
+        lane, done = pull(source, source.ticket, Geometry(tp=1), same_host=same_host)
+        assert "expired" in done[0].error
+        assert not lane[0].buffer.any()
+
+
+def test_a_ticket_that_expires_during_the_copy_fails_the_pull() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        expires = source.ticket.expires_unix_s
+        times = iter([expires - 1.0])
+        cache = make_lane(source.model, Geometry(tp=1))[0]
+        layout = Geometry(tp=1).layout(source.model)
+        puller = Puller(cache, source.model, layout, tp_rank=0, token=TOKEN, now=lambda: next(times, expires + 0.5))
+        puller.start(make_order(source.ticket))
+        assert "expired 0.500 s before" in wait_for(puller)[0].error
+        puller.close()
+
+
+def test_another_cluster_token_is_refused() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        _, done = pull(source, source.ticket, Geometry(tp=1), same_host=False, token=new_token())
+        assert "token" in done[0].error
+
+
+def test_members_of_another_dtype_or_block_size_are_refused_naming_both() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        _, done = pull(source, source.ticket, Geometry(tp=1, block_size=8))
+        assert "block_size=4" in done[0].error
+        assert "block_size=8" in done[0].error
+        _, done = pull(source, source.ticket, Geometry(tp=1, dtype=torch.bfloat16))
+        assert "float32" in done[0].error
+        assert "bfloat16" in done[0].error
+
+
+def test_a_ticket_without_all_ranks_or_state_is_refused() -> None:
+    with sourcing(make_next_config(), Geometry(tp=2)) as source:
+        half = dataclasses.replace(source.ticket, ranks=source.ticket.ranks[:1])
+        assert "names 1 ranks" in pull(source, half, Geometry(tp=1))[1][0].error
+        puller = Puller(
+            make_lane(source.model, Geometry(tp=1))[0],
+            source.model,
+            Geometry(tp=1).layout(source.model),
+            tp_rank=0,
+            token=TOKEN,
+        )
+        stateless = dataclasses.replace(source.ticket, state_slot=-1)
+        puller.start(dataclasses.replace(make_order(source.ticket), ticket=stateless))
+        assert "no recurrent state" in wait_for(puller)[0].error
+        puller.close()
+
+
+def test_many_pulls_run_one_after_the_other_over_kept_connections() -> None:
+    with sourcing(make_next_config(), Geometry(tp=2)) as source:
+        cache = make_lane(source.model, Geometry(tp=1))[0]
+        layout = Geometry(tp=1).layout(source.model)
+        puller = Puller(cache, source.model, layout, tp_rank=0, token=TOKEN, same_host=False)
+        for number in range(20):
+            puller.start(dataclasses.replace(make_order(source.ticket), pull_id=number))
+        done = wait_for(puller, 20)
+        puller.close()
+        assert {one.pull_id for one in done} == set(range(20))
+        assert not any(one.error for one in done)
+        assert_moved([cache], source.state, BLOCKS, (2, 1))
+
+
+def test_the_source_rank_of_a_cache_can_be_reached_as_it_says() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        rank = source.ticket.ranks[0]
+        assert rank.pid == os.getpid()
+        assert rank.host_key == host_key()
+        assert rank.pool_fd == source.lane[0].fd
+        assert rank.address == source.servers[0].address
