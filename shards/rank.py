@@ -15,7 +15,7 @@ from torch import Tensor
 from shards.batch import LaneOutput, LogprobColumns, StepBatch
 from shards.cache import KvCache, cache_shape
 from shards.comm import Comms
-from shards.config import load_model_config
+from shards.config import ModelConfig, load_model_config
 from shards.cuts import check_layout, make_cuts
 from shards.kernels.select import select_kernels
 from shards.linear import Runtime
@@ -75,6 +75,13 @@ def resolve_deterministic(mode: DeterministicMode, kernels: KernelsName, device:
     return mode != "off" and chosen.deterministic
 
 
+def _empty_tensors(model: ModelConfig) -> list[str]:
+    """Prefixes of tensors of no elements, or without effect, that transformers saves where there is no shared expert."""
+    if model.shared_expert_intermediate_size:
+        return []
+    return [f"model.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]
+
+
 class Rank:
     """Not thread-safe: `load` and `step` are called from one thread. `close` ends it.
 
@@ -107,7 +114,8 @@ class Rank:
             block_size=config.block_size,
             device=self._device,
         )
-        self._cos_LR, self._sin_LR = rotary_tables(self.model_config.rope, config.max_model_len, self._device)
+        cos_LR, sin_LR = rotary_tables(self.model_config.rope, config.max_model_len)
+        self._cos_LR, self._sin_LR = cos_LR.to(self._device), sin_LR.to(self._device)
         self._sampler = Sampler(self.model_config.vocab_size, self._device)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -126,7 +134,7 @@ class Rank:
         loader = Loader(reader=reader, config=self.model_config, cuts=cuts, dtype=dtype, device=self._device)
         with torch.inference_mode():
             self._model = load_model(loader)
-        reader.finish(("mtp.",))
+        reader.finish(("mtp.", *_empty_tensors(self.model_config)))
 
     def step(self, batch: StepBatch) -> LaneOutput | None:
         """Carry out one batch; every rank of the replica is called with its lane's batch, in the same order.
@@ -165,9 +173,9 @@ class Rank:
     def _compute(self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...]) -> LaneOutput:
         step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
         hidden_TC = model.forward(self._runtime, step, self.cache)
-        prompt_logprobs = {
-            span.row: self._prompt_logprobs(model, hidden_TC, span) for span in self._rows.prompt_spans(batch)
-        }
+        prompt_logprobs: dict[int, LogprobColumns] = {}
+        for span in self._rows.prompt_spans(batch):
+            prompt_logprobs[span.row] = self._prompt_logprobs(model, hidden_TC, span)
         last_S = (step.query_start_S1[1:] - 1)[torch.tensor(batch.samples_S, dtype=torch.bool, device=self._device)]
         rows_N = [row for row, wanted in zip(batch.rows_S, batch.samples_S, strict=True) if wanted]
         if not rows_N:
