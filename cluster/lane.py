@@ -242,7 +242,7 @@ class Lane:
         self.blocks.release(seq.blocks)
         self._free_rows.append(seq.row)
         self._free_slot(seq.slot)
-        seq.blocks, seq.row, seq.slot = [], -1, -1
+        seq.vacate()
 
     def end(self, seq: Sequence) -> None:
         """Let a sequence go. Ranks that pull for it still write its room: that is freed when they are done."""

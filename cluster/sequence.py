@@ -88,6 +88,11 @@ class Sequence:
         if self.num_emitted == 0:
             self.cached_tokens = min(cached, self.prompt_len)
 
+    def vacate(self) -> None:
+        """Hold no room any more."""
+        self.blocks = []
+        self.row = self.slot = -1
+
     def start(self) -> RowStart:
         """What the ranks need to know to hold this sequence in its row."""
         sampling = row_sampling(self.request.sampling, prompt_logprobs=self.wants_prompt_logprobs)

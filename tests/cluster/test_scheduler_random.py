@@ -16,7 +16,7 @@ from router.request import MemberId, Request, RequestId, SamplingParams, TokenEv
 from shards.batch import LaneOutput, LogprobColumns, StepBatch
 
 STOP = 7
-VOCAB = 23
+VOCAB = 53
 BLOCK = 4
 
 
@@ -137,10 +137,10 @@ class Member:
 
 def make_config(rng: random.Random) -> SchedulerConfig:
     recurrent = rng.random() < 0.3
-    rows = rng.randint(1, 5)
+    rows = rng.randint(1, 6)
     return SchedulerConfig(
         lanes=rng.choice([1, 1, 2]),
-        num_blocks=rng.randint(9, 24),
+        num_blocks=rng.randint(13, 22),
         num_slots=rows + rng.randint(0, 2) if recurrent else 0,
         block_size=BLOCK,
         max_rows=rows,
@@ -158,7 +158,7 @@ def make_request(rng: random.Random, number: int) -> Request:
     shared = (1, 2, 3, 4, 5, 6, 7, 8, 9)[: rng.choice([0, 0, 4, 9])]
     prompt = (*shared, *(rng.randrange(VOCAB) for _ in range(rng.randint(1, 14))))
     sampling = SamplingParams(
-        max_tokens=rng.randint(1, 12),
+        max_tokens=rng.choice([1, 2, 5, 20, 28]),
         min_tokens=rng.randint(0, 2),
         stop_token_ids=(STOP,),
         logprobs=rng.choice([None, 1]),
