@@ -75,11 +75,15 @@ def resolve_deterministic(mode: DeterministicMode, kernels: KernelsName, device:
     return mode != "off" and chosen.deterministic
 
 
-def _empty_tensors(model: ModelConfig) -> list[str]:
-    """Prefixes of tensors of no elements, or without effect, that transformers saves where there is no shared expert."""
-    if model.shared_expert_intermediate_size:
-        return []
-    return [f"model.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]
+def _tensors_without_use(model: ModelConfig) -> list[str]:
+    """Prefixes of tensors that a checkpoint may hold and the model has no use for."""
+    unused = ["mtp."]
+    if model.tie_word_embeddings:
+        unused.append("lm_head.")
+    if not model.shared_expert_intermediate_size:
+        # transformers saves empty ones.
+        unused += [f"model.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]
+    return unused
 
 
 class Rank:
@@ -134,7 +138,7 @@ class Rank:
         loader = Loader(reader=reader, config=self.model_config, cuts=cuts, dtype=dtype, device=self._device)
         with torch.inference_mode():
             self._model = load_model(loader)
-        reader.finish(("mtp.", *_empty_tensors(self.model_config)))
+        reader.finish(tuple(_tensors_without_use(self.model_config)))
 
     def step(self, batch: StepBatch) -> LaneOutput | None:
         """Carry out one batch; every rank of the replica is called with its lane's batch, in the same order.

@@ -9,6 +9,7 @@ from shards.batch import LaneOutput, RowSampling, RowStart, StepBatch
 from shards.comm import Comms
 from shards.mesh import Layout, Place
 from shards.rank import Rank, RankConfig, resolve_deterministic
+from tests.support.rank_processes import run_in_processes
 from tests.support.reference import make_reference
 from tests.support.stepping import Work, make_rank, run, tokens_of
 
@@ -60,6 +61,18 @@ def test_every_layout_gives_the_tokens_of_one_rank(
     expected = tokens_of(run(checkpoint(architecture), work), 3)
 
     assert tokens_of(run(checkpoint(architecture), work, layout), 3) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one_host", [False, True], ids=["gloo", "shared memory"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, dp=2), Layout(tp=2, dp=2, ep=4)], ids=str)
+def test_ranks_that_are_processes_give_the_tokens_of_one_rank(
+    layout: Layout, one_host: bool, checkpoint: Callable[[str], Path]
+) -> None:
+    work = Work(prompts=make_prompts((5, 40, 17)), new_tokens=8, chunk=9)
+    expected = tokens_of(run(checkpoint("qwen3_next"), work), 3)
+
+    assert tokens_of(run_in_processes(checkpoint("qwen3_next"), work, layout, one_host=one_host), 3) == expected
 
 
 @pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=4)], ids=str)
