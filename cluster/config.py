@@ -1,0 +1,89 @@
+"""EngineConfig: everything one engine is told. Light to import: no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from router.errors import ConfigError
+from shards.mesh import Layout
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+KernelChoice = Literal["auto", "native", "torch"]
+DeterministicChoice = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine: a model, its layout over ranks, and the limits of its steps.
+
+    Raises ConfigError where a value cannot work whatever the model; what depends on the model is checked by
+    `cluster.resolve.resolve_engine`.
+    """
+
+    model: Path
+    """Checkpoint folder."""
+    layout: Layout = field(default_factory=Layout)
+    dtype: Dtype = "bfloat16"
+    """Of weights, activations and KV; recurrent states and sums are float32."""
+    device: Device = "cpu"
+    kernels: KernelChoice = "auto"
+    deterministic: DeterministicChoice = "auto"
+    """Results of the same bits in every batch, chunking and layout; auto: on where native kernels run."""
+    reduction_groups: int = 4
+    """Parts of a row-parallel sum in deterministic mode: the most ranks that may share one."""
+    block_size: int = 16
+    """Tokens a KV block."""
+    kv_memory_bytes: int = 256 << 20
+    """KV and recurrent state of one rank."""
+    max_rows: int = 64
+    """Sequences that run at once in a lane."""
+    max_step_tokens: int = 2048
+    """Tokens a lane computes in one step, at most."""
+    chunk_tokens: int | None = None
+    """Prompt tokens of one sequence in one step, at most; None: max_step_tokens."""
+    max_model_len: int | None = None
+    """Prompt and output tokens of one request, at most; None: the model's limit."""
+    max_waiting: int = 1024
+    """Requests that wait for room; more are refused."""
+    prefix_cache: bool = True
+    """Reuse KV of equal prefixes; models with recurrent state do without."""
+    threads: int | None = None
+    """Compute threads a rank; None: the machine's cores shared by the ranks that run on it."""
+    lease_s: float = 30.0
+    """A prefilled sequence waits this long to be fetched."""
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, get_args(Dtype))
+        _one_of("device", self.device, get_args(Device))
+        _one_of("kernels", self.kernels, get_args(KernelChoice))
+        _one_of("deterministic", self.deterministic, get_args(DeterministicChoice))
+        for name in ("block_size", "kv_memory_bytes", "max_rows", "max_step_tokens", "max_waiting"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("chunk_tokens", "max_model_len", "threads"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        if self.reduction_groups < 1 or self.reduction_groups & (self.reduction_groups - 1):
+            raise ConfigError(f"reduction_groups must be a power of two, such as 4, got {self.reduction_groups}")
+        if self.max_step_tokens < self.max_rows:
+            raise ConfigError(
+                f"max_step_tokens={self.max_step_tokens} must be at least max_rows={self.max_rows}: each running "
+                "sequence needs a token a step; raise max_step_tokens or lower max_rows"
+            )
+        if self.lease_s <= 0:
+            raise ConfigError(f"lease_s must be positive, got {self.lease_s}")
+        if self.deterministic == "on" and (self.kernels == "torch" or self.device == "cuda"):
+            raise ConfigError(
+                f"deterministic=on needs the native kernels, got kernels={self.kernels} device={self.device}; "
+                "use kernels=native on device=cpu, or deterministic=auto"
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}")

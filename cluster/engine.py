@@ -1,0 +1,348 @@
+"""The step loop of one member: takes requests in, schedules, runs the ranks, gives events out.
+
+One thread owns the scheduler and the ranks. The plan of step n + 1 is made and launched while step n runs; an idle
+engine sleeps and wakes with the next command.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import Final, Literal
+
+from cluster.executor import Ranks
+from cluster.plan import HandoffReady, KvTicket, StepPlan
+from cluster.scheduler import Scheduler
+from cluster.scheduler_config import SchedulerConfig
+from cluster.sequence import Mode
+from router.errors import MemberLostError, MoefleetError, OverloadedError
+from router.load import MemberLoad
+from router.request import MemberId, Request, RequestId, Role, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+_LOCAL: Final = MemberId("local")
+_LOAD_PERIOD_S: Final = 0.05
+_EXPIRY_PERIOD_S: Final = 0.05
+"""Between two looks at leases and deadlines while nothing runs."""
+_JOIN_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketReady:
+    """A prefilled request's KV waits to be fetched; comes right behind its first token."""
+
+    request_id: RequestId
+    ticket: KvTicket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """A submitted request was not taken in."""
+
+    request_id: RequestId
+    error: MoefleetError
+
+
+EngineEvent = TokenEvent | TicketReady | Rejected
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the start, for metrics. The engine's thread writes its own; others get copies."""
+
+    steps: int = 0
+    computed_tokens: int = 0
+    """Prompt and output positions that went through the model."""
+    sampled_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    requests: int = 0
+    rejected: int = 0
+    admissions: int = 0
+    """Times a request got room; more than `requests` by the number of preemptions and failed pulls."""
+    pulls: int = 0
+    failed_pulls: int = 0
+    pulled_bytes: int = 0
+    compute_s: float = 0.0
+    """Seconds that ranks computed (the slowest lane of each step)."""
+    wait_s: float = 0.0
+    """Seconds the engine waited for ranks."""
+    idle_s: float = 0.0
+    """Seconds without work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Submit:
+    request: Request
+    mode: Mode
+    ticket: KvTicket | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Abort:
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Release:
+    ticket_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOutlets:
+    """Where an engine's results go; all are called in the engine's thread and must not block."""
+
+    on_events: Callable[[list[EngineEvent]], None]
+    """Once a step, with that step's events."""
+    make_ticket: Callable[[HandoffReady], KvTicket]
+    on_failure: Callable[[MoefleetError], None]
+    """Once, when the ranks have failed; every request has had its last event by then."""
+
+
+class Engine:
+    """One member's engine. All public methods may be called from any thread.
+
+    Args:
+        limits: rows, blocks and lengths.
+        ranks: the loaded ranks; closed by `stop`.
+        outlets: where events go.
+        clock: unix seconds.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerConfig,
+        ranks: Ranks,
+        outlets: EngineOutlets,
+        *,
+        member_id: MemberId = _LOCAL,
+        role: Role = "mixed",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._scheduler = Scheduler(limits)
+        self._ranks = ranks
+        self._outlets = outlets
+        self._member_id = member_id
+        self._role: Role = role
+        self._clock = clock
+        self._commands: SimpleQueue[_Submit | _Abort | _Release] = SimpleQueue()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._draining = False
+        self._drained = threading.Event()
+        self._live: set[RequestId] = set()
+        self._events: list[EngineEvent] = []
+        self._stats = EngineStats()
+        self._load = self._scheduler.load(clock(), member_id, role)
+        self._load_at = 0.0
+        self._failure: MoefleetError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        ranks.wake_on(self._wake.set)
+
+    @property
+    def failure(self) -> MoefleetError | None:
+        """Why the engine ended by itself; None while it is well."""
+        return self._failure
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the counters."""
+        return replace(self._stats)
+
+    def load(self) -> MemberLoad:
+        """The latest load report, at most 50 ms old while there is work."""
+        return self._load
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def submit(self, request: Request, *, mode: Literal["full", "prefill"] = "full") -> None:
+        """Take a request in; "prefill" ends with its first token and a TicketReady. Refusals come as `Rejected`."""
+        self._command(_Submit(request=request, mode=mode, ticket=None))
+
+    def submit_handoff(self, request: Request, ticket: KvTicket) -> None:
+        """Go on with a request prefilled elsewhere; `request.output_ids` holds its first token."""
+        self._command(_Submit(request=request, mode="full", ticket=ticket))
+
+    def abort(self, request_id: RequestId) -> None:
+        """End a request; its last event has finish "abort". Unknown ids are no error."""
+        self._command(_Abort(request_id=request_id))
+
+    def release_ticket(self, ticket_id: str) -> None:
+        """Free the KV of a ticket: it was fetched, or nobody will come."""
+        self._command(_Release(ticket_id=ticket_id))
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Refuse new requests and wait until running ones and unfetched KV are gone; True when they are."""
+        self._draining = True
+        self._wake.set()
+        return self._drained.wait(timeout_s)
+
+    def halt(self) -> None:
+        """End the loop: running requests get finish "abort". The ranks stay up, for another engine."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_S)
+
+    def stop(self) -> None:
+        """`halt`, then close the ranks."""
+        self.halt()
+        self._ranks.close()
+
+    def _command(self, command: _Submit | _Abort | _Release) -> None:
+        self._commands.put(command)
+        self._wake.set()
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except MoefleetError as error:
+            self._fail(error)
+        except Exception as error:
+            logger.exception("engine failed")
+            self._fail(MemberLostError(f"engine failed: {type(error).__name__}: {error}"))
+        self._drained.set()
+
+    def _loop(self) -> None:
+        pending: StepPlan | None = None
+        while not self._stopping.is_set():
+            self._take_commands()
+            plan, pending = self._step(pending)
+            self._flush()
+            if plan is None and pending is None:
+                self._sleep()
+        if pending is not None:
+            self._ranks.result()
+        for request_id in tuple(self._live):
+            self._end(request_id)
+        self._flush()
+
+    def _step(self, pending: StepPlan | None) -> tuple[StepPlan | None, StepPlan | None]:
+        """Plan and launch the next step, then take the result of `pending` -> (the plan, the plan now in flight)."""
+        now = self._clock()
+        for done in self._ranks.poll_pulls():
+            self._stats.pulls += 1
+            self._stats.pulled_bytes += done.num_bytes
+            if done.error:
+                self._stats.failed_pulls += 1
+                logger.warning("pull %s failed, computing its tokens here: %s", done.pull_id, done.error)
+            self._scheduler.pull_done(done, now)
+        plan = self._scheduler.schedule(now)
+        if plan is not None:
+            self._ranks.launch(plan)
+            self._stats.steps += plan.has_rows
+            self._stats.computed_tokens += sum(sum(lane.counts_S) for lane in plan.lanes)
+            self._stats.admissions += sum(len(lane.starts) for lane in plan.lanes)
+        if pending is not None:
+            self._take_result()
+        return plan, plan if plan is not None and plan.has_rows else None
+
+    def _take_result(self) -> None:
+        waited_from = time.monotonic()
+        output = self._ranks.result()
+        self._stats.wait_s += time.monotonic() - waited_from
+        self._stats.compute_s += max(lane.compute_s for lane in output.lanes)
+        self._stats.sampled_tokens += sum(len(lane.tokens_N) for lane in output.lanes)
+        for event in self._scheduler.commit(output, self._clock()):
+            self._emit(event)
+
+    def _emit(self, event: TokenEvent | HandoffReady) -> None:
+        if isinstance(event, HandoffReady):
+            self._live.discard(event.request_id)
+            self._events.append(TicketReady(request_id=event.request_id, ticket=self._outlets.make_ticket(event)))
+            return
+        self._stats.cached_tokens += event.cached_tokens
+        if event.finish is not None:
+            self._live.discard(event.request_id)
+        self._events.append(event)
+
+    def _flush(self) -> None:
+        """Give out what happened, and refresh the load report."""
+        if self._events:
+            events = self._events
+            self._events = []
+            self._outlets.on_events(events)
+        now = time.monotonic()
+        if now - self._load_at >= _LOAD_PERIOD_S:
+            self._report_load(now)
+
+    def _report_load(self, now: float) -> None:
+        load = self._scheduler.load(self._clock(), self._member_id, self._role)
+        self._load = replace(load, draining=self._draining)
+        self._load_at = now
+
+    def _sleep(self) -> None:
+        """Nothing runs: wait for a command, a pull, a lost rank, or the next lease or deadline."""
+        for event in self._scheduler.expire(self._clock()):
+            self._emit(event)
+        self._flush()
+        idle_from = time.monotonic()
+        self._report_load(idle_from)
+        if self._draining and self._scheduler.is_idle and self._commands.empty():
+            self._drained.set()
+        self._wake.wait(None if self._scheduler.is_idle else _EXPIRY_PERIOD_S)
+        self._wake.clear()
+        self._stats.idle_s += time.monotonic() - idle_from
+
+    def _take_commands(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except Empty:
+                return
+            match command:
+                case _Submit():
+                    self._take_in(command)
+                case _Abort(request_id=request_id):
+                    self._end(request_id)
+                case _Release(ticket_id=ticket_id):
+                    self._scheduler.release_ticket(ticket_id)
+
+    def _take_in(self, command: _Submit) -> None:
+        request, now = command.request, self._clock()
+        try:
+            if self._draining:
+                raise OverloadedError(f"{self._member_id} is draining; send the request elsewhere", retry_after_s=0.0)
+            if command.ticket is None:
+                self._scheduler.add(request, mode=command.mode, now=now)
+            else:
+                self._scheduler.add_handoff(request, command.ticket, now)
+        except MoefleetError as error:
+            self._stats.rejected += 1
+            self._events.append(Rejected(request_id=request.id, error=error))
+            return
+        self._live.add(request.id)
+        self._stats.requests += 1
+
+    def _end(self, request_id: RequestId) -> None:
+        event = self._scheduler.abort(request_id, self._clock())
+        if event is not None:
+            self._emit(event)
+
+    def _fail(self, error: MoefleetError) -> None:
+        """The ranks are gone: every request ends with an error, later ones are rejected."""
+        logger.error("engine ends: %s", error)
+        self._failure = error
+        self._draining = True
+        for request_id in tuple(self._live):
+            event = self._scheduler.abort(request_id, self._clock())
+            if event is not None:
+                self._emit(replace(event, finish="error", error=str(error)))
+        self._flush()
+        self._outlets.on_failure(error)
+        self._drained.set()
+        while not self._stopping.is_set():
+            self._reject_commands(error)
+            self._wake.wait()
+            self._wake.clear()
+        self._reject_commands(error)
+
+    def _reject_commands(self, error: MoefleetError) -> None:
+        while not self._commands.empty():
+            command = self._commands.get_nowait()
+            if isinstance(command, _Submit):
+                self._outlets.on_events([Rejected(request_id=command.request.id, error=error)])
