@@ -144,12 +144,8 @@ class Lane:
 
         Not one that a rank still writes by pulling, nor one that will end by itself when its plan is committed.
         """
-        for other in reversed(self.active):
-            if other is seq:
-                break
-            if other.phase == "running" and not other.all_sampled:
-                return other
-        return None
+        behind = self.active[self.active.index(seq) + 1 :]
+        return next((other for other in reversed(behind) if other.phase == "running" and not other.all_sampled), None)
 
     def _admit(self, draft: LaneDraft, now: float, pull_ids: Iterator[int]) -> None:
         """Give room to waiting sequences in order, up to the first that must wait longer."""

@@ -1,0 +1,90 @@
+"""Ranks that keep the content of every block and state slot, and complain when it is not what it should be."""
+
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+from shards.batch import LaneOutput, LogprobColumns, StepBatch
+
+VOCAB = 53
+BLOCK = 4
+
+
+def digest(tokens: tuple[int, ...]) -> int:
+    """What the KV of the last of these tokens depends on: all of them."""
+    return int.from_bytes(blake2b(repr(tokens).encode(), digest_size=7).digest())
+
+
+def next_token(tokens: tuple[int, ...]) -> int:
+    return digest(tokens) % VOCAB
+
+
+@dataclass
+class FakeRow:
+    tokens: list[int]
+    prompt_len: int
+    blocks: list[int]
+    slot: int
+    wants_prompt: bool
+    wants_logprobs: bool
+
+
+@dataclass
+class FakeLane:
+    """Ranks of one lane. kv[block, offset] is the digest of all tokens up to that position."""
+
+    kv: dict[tuple[int, int], int] = field(default_factory=dict)
+    states: dict[int, tuple[int, int]] = field(default_factory=dict)
+    rows: dict[int, FakeRow] = field(default_factory=dict)
+
+    def run(self, batch: StepBatch) -> LaneOutput:
+        for start in batch.starts:
+            self.rows[start.row] = FakeRow(
+                list(start.token_ids),
+                start.prompt_len,
+                list(start.blocks),
+                start.state_slot,
+                start.sampling.prompt_logprobs is not None,
+                start.sampling.logprobs is not None,
+            )
+        for row, block in zip(batch.grown_rows, batch.grown_blocks, strict=True):
+            self.rows[row].blocks.append(block)
+        output = LaneOutput()
+        for row, first, count, samples in zip(
+            batch.rows_S, batch.first_S, batch.counts_S, batch.samples_S, strict=True
+        ):
+            self._compute(row, first, count, output)
+            if samples:
+                held = self.rows[row]
+                assert first + count <= len(held.tokens)
+                token = next_token(tuple(held.tokens[: first + count]))
+                del held.tokens[first + count :]
+                held.tokens.append(token)
+                output.rows_N.append(row)
+                output.tokens_N.append(token)
+        if any(self.rows[row].wants_logprobs for row in output.rows_N):
+            output = replace(output, logprobs=columns(output.tokens_N))
+        return output
+
+    def _compute(self, row: int, first: int, count: int, output: LaneOutput) -> None:
+        held = self.rows[row]
+        for position in range(first):
+            place = held.blocks[position // BLOCK], position % BLOCK
+            assert self.kv[place] == digest(tuple(held.tokens[: position + 1])), f"row {row} reads foreign KV"
+        if held.slot >= 0:
+            assert first == 0 or self.states[held.slot] == (first, digest(tuple(held.tokens[:first])))
+            self.states[held.slot] = (first + count, digest(tuple(held.tokens[: first + count])))
+        for position in range(first, first + count):
+            place = held.blocks[position // BLOCK], position % BLOCK
+            self.kv[place] = digest(tuple(held.tokens[: position + 1]))
+        if held.wants_prompt:
+            output.prompt_logprobs[row] = columns(held.tokens[first + 1 : min(first + count + 1, held.prompt_len)])
+
+
+def columns(tokens: list[int]) -> LogprobColumns:
+    """Log probability -t for token t: easy to recognise."""
+    return LogprobColumns(
+        logprobs_N=[-float(token) for token in tokens],
+        ranks_N=[1] * len(tokens),
+        top_ids_NK=[[token, 0] for token in tokens],
+        top_logprobs_NK=[[-float(token), 0.0] for token in tokens],
+    )
