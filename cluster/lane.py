@@ -20,7 +20,6 @@ class Work:
     """What a plan asks of one sequence, remembered until the plan is committed."""
 
     seq: Sequence
-    epoch: int
     row: int
     end: int
     """First position behind the computed ones."""
@@ -60,7 +59,7 @@ class LaneDraft:
         seq.computed += count
         seq.pending += samples
         self.budget -= count
-        self.works.append(Work(seq=seq, epoch=seq.epoch, row=seq.row, end=seq.computed, samples=samples))
+        self.works.append(Work(seq=seq, row=seq.row, end=seq.computed, samples=samples))
 
     def finish(self) -> StepBatch:
         """The batch as the ranks get it."""
@@ -115,6 +114,7 @@ class Lane:
         for seq in self.active:
             if seq.phase == "running" and seq.remaining > 1:
                 self._add_chunk(seq, draft)
+        # Whoever was preempted now is back in the next step at the earliest, when all its earlier work is committed.
         if not draft.preempted:
             self._admit(draft, now, pull_ids)
         return draft
@@ -212,7 +212,7 @@ class Lane:
 
     def settle(self, work: Work) -> None:
         """A plan is committed: what it computed may be found by others, if the sequence still has that room."""
-        if work.seq.phase == "running" and work.seq.epoch == work.epoch:
+        if work.seq.phase == "running":
             self._settle_to(work.seq, work.end)
 
     def _settle_to(self, seq: Sequence, end: int) -> None:

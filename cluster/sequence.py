@@ -36,8 +36,6 @@ class Sequence:
         self.blocks: list[int] = []
         self.row = -1
         self.slot = -1
-        self.epoch = 0
-        """Grows with each admission: tells results of this stay from those of an earlier one."""
         self.cached_tokens = 0
         self.num_emitted = 0
         self._hashes: list[int] = []
@@ -83,7 +81,6 @@ class Sequence:
         """Take room. `cached` positions of it are computed already."""
         self.blocks, self.row, self.slot = blocks, row, slot
         self.computed = self.settled = cached
-        self.epoch += 1
         self._prompt_logprobs.clear()
         if self.num_emitted == 0:
             self.cached_tokens = min(cached, self.prompt_len)

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from cluster.plan import PullDone
+from cluster.plan import HandoffReady, PullDone
 from router.request import RequestId, TokenEvent
+from shards.batch import LogprobColumns
 from tests.support.scheduler_bench import CONFIG, Bench, make_request, make_ticket, tokens_of
 
 
@@ -106,6 +107,23 @@ def test_log_probabilities_are_cut_to_what_was_asked_for() -> None:
     assert (asked.logprob.logprob, asked.logprob.rank, asked.logprob.top_ids) == (-1.0, 2, (5,))
     assert isinstance(silent, TokenEvent)
     assert silent.logprob is None
+
+
+def test_prompt_log_probabilities_of_all_chunks_are_on_the_first_event() -> None:
+    bench = Bench(replace(CONFIG, chunk_tokens=2))
+    request = make_request("a", 4)
+    bench.add(replace(request, sampling=replace(request.sampling, prompt_logprobs=0)))
+    events: list[TokenEvent | HandoffReady] = []
+    for values in ([-1.0, -2.0], [-3.0]):
+        output = bench.answer(bench.plan())
+        columns = LogprobColumns(
+            logprobs_N=values, ranks_N=[1] * len(values), top_ids_NK=[[]] * 2, top_logprobs_NK=[[]] * 2
+        )
+        output = replace(output, lanes=(replace(output.lanes[0], prompt_logprobs={0: columns}),))
+        events += bench.scheduler.commit(output, 0.0)
+    (event,) = events
+    assert isinstance(event, TokenEvent)
+    assert [entry and entry.logprob for entry in event.prompt_logprobs] == [None, -1.0, -2.0, -3.0]
 
 
 def test_new_sequences_go_to_the_lane_with_the_least_load() -> None:
