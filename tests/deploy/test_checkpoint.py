@@ -10,12 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from deploy.checkpoint import write_random_checkpoint
 from router.errors import ConfigError
-from shards.config import load_model_config
+from shards.config import Architecture, load_model_config
 from shards.generation_config import load_generation_config
 
 ARCHITECTURES = ["qwen3_moe", "qwen3_next"]
 PROMPTS = ["Hello world, how are you?", "def main():\n    return 3", "The lazy dog"]
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -26,7 +29,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), "pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 safe_open is no dict
+            for name in opened.keys():  # noqa: SIM118 safe_open is no dict
+                found[name] = opened.get_tensor(name)
     return found
 
 
@@ -71,7 +75,7 @@ def test_greedy_output_does_not_collapse(make_checkpoint: Callable[..., Path], a
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_same_seed_gives_the_same_bytes_and_another_seed_other_weights(tmp_path: Path, arch: str) -> None:
+def test_same_seed_gives_the_same_bytes_and_another_seed_other_weights(tmp_path: Path, arch: Architecture) -> None:
     for name, seed in {"a": 7, "b": 7, "c": 8}.items():
         write_random_checkpoint(arch, "tiny", seed, tmp_path / name, max_shard_bytes=1 << 20)
     a, b, c = (folder_bytes(tmp_path / name) for name in "abc")

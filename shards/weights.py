@@ -1,0 +1,230 @@
+"""CheckpointReader: reads slices of a safetensors checkpoint, only the byte ranges asked for, and keeps account.
+
+E experts, I expert width, C hidden size.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from shards.safetensors_files import StoredTensor, find_tensors
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+_LATER_PREFIX = "mtp."  # multi-token prediction: known, and not read yet
+_REPORTS = 200
+_NAMES_SHOWN = 8
+
+
+class CheckpointReader:
+    """One checkpoint, opened by one rank. Not thread-safe.
+
+    Raises:
+        ValueError: a file is missing, truncated or corrupt; names file, tensor, expected, found and remedy.
+    """
+
+    def __init__(self, path: Path, progress: Progress | None = None) -> None:
+        """Read index and headers.
+
+        Args:
+            path: the checkpoint's folder.
+            progress: told (bytes read, bytes to read) now and then. A rank does not know its share beforehand: the
+                second number is estimated from what it took of the tensors so far, and exact at the end.
+        """
+        self._path = path
+        self._tensors = find_tensors(path)
+        self._progress = progress
+        self._files: dict[Path, safe_open] = {}
+        self._stack = ExitStack()
+        self._used: set[str] = set()
+        self._stored_bytes = sum(t.num_bytes for name, t in self._tensors.items() if not name.startswith(_LATER_PREFIX))
+        self._seen_bytes = 0
+        self._done_bytes = 0
+        self._told_bytes = 0
+
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape; ValueError when it is missing."""
+        return self._stored(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype it is stored in; ValueError when it is missing."""
+        return self._stored(name).dtype
+
+    def head_name(self, *, tied: bool) -> str:
+        """The tensor that makes logits: lm_head.weight where it is stored, even when tied (as in transformers)."""
+        return "model.embed_tokens.weight" if tied and "lm_head.weight" not in self._tensors else "lm_head.weight"
+
+    def expect(self, name: str, shape: Sequence[int]) -> None:
+        """Raise ValueError unless tensor `name` is stored with this shape."""
+        stored = self._stored(name)
+        if stored.shape != tuple(shape):
+            raise ValueError(
+                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, expected {list(shape)} by config.json; "
+                "use the config and weights of one model"
+            )
+
+    def read(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
+        """Read the given slices of the leading axes (all where none is given).
+
+        Args:
+            name: the tensor.
+            slices: one per leading axis, step 1, within the tensor.
+            out: filled and returned when given, converting to its dtype and device; of the slices' shape.
+
+        Returns:
+            `out`, or a new contiguous CPU tensor in the stored dtype.
+        """
+        stored = self._stored(name)
+        shape = _sliced_shape(stored.shape, slices)
+        if out is None:
+            out = torch.empty(shape, dtype=stored.dtype)
+        assert tuple(out.shape) == shape, f"{name}: out has shape {tuple(out.shape)}, the slices {shape}"
+        if out.numel():
+            # The slice is a view of the mapped file: copy, so that no weight lives on a file that may change.
+            out.copy_(self._open(stored.file).get_slice(name)[slices])
+        self._count(name, out.numel() * stored.dtype.itemsize)
+        return out
+
+    def read_experts(
+        self, prefix: str, experts: range, columns: slice, *, expect: tuple[int, int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read some columns of some experts, stored one by one or fused.
+
+        Args:
+            prefix: such as "model.layers.0.mlp.experts".
+            experts: ids to read, consecutive.
+            columns: which of the I columns of each expert.
+            expect: (E, I, C) that the whole layer must have; None takes the stored sizes.
+
+        Returns:
+            gate_up [E, 2I, C] (gate rows, then up rows) and down [E, C, I] of what was asked for, in the stored dtype.
+        """
+        if f"{prefix}.gate_up_proj" in self._tensors:
+            return self._read_fused(prefix, experts, columns, expect)
+        return self._read_one_by_one(prefix, experts, columns, expect)
+
+    def finish(self, ignored_prefixes: tuple[str, ...] = (_LATER_PREFIX,)) -> None:
+        """Close the files; raise ValueError when a tensor was never used, but for the ignored prefixes."""
+        self.close()
+        unused = sorted(self.names() - self._used)
+        surplus = [name for name in unused if not name.startswith(ignored_prefixes)]
+        if surplus:
+            shown = ", ".join(surplus[:_NAMES_SHOWN]) + (", ..." if len(surplus) > _NAMES_SHOWN else "")
+            raise ValueError(
+                f"{self._tensors[surplus[0]].file}: {len(surplus)} tensors have no place in this model: {shown}; "
+                "use the config and weights of one model"
+            )
+        if unused:
+            logger.info("%s: %d tensors of %s are not used yet", self._path, len(unused), ", ".join(ignored_prefixes))
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._done_bytes)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.clear()
+        self._stack.close()
+
+    def _read_fused(
+        self, prefix: str, experts: range, columns: slice, expect: tuple[int, int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        gate_up_name, down_name = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+        num_experts, width, hidden = expect or self._fused_sizes(gate_up_name)
+        self.expect(gate_up_name, (num_experts, 2 * width, hidden))
+        self.expect(down_name, (num_experts, hidden, width))
+        ids = slice(experts.start, experts.stop)
+        taken = columns.stop - columns.start
+        gate_up = torch.empty(len(experts), 2 * taken, hidden, dtype=self.dtype(gate_up_name))
+        self.read(gate_up_name, ids, columns, out=gate_up[:, :taken])
+        self.read(gate_up_name, ids, slice(width + columns.start, width + columns.stop), out=gate_up[:, taken:])
+        return gate_up, self.read(down_name, ids, slice(None), columns)
+
+    def _read_one_by_one(
+        self, prefix: str, experts: range, columns: slice, expect: tuple[int, int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        num_experts, width, hidden = expect or self._single_sizes(prefix)
+        for expert in range(num_experts):
+            for name in (f"{prefix}.{expert}.gate_proj.weight", f"{prefix}.{expert}.up_proj.weight"):
+                self.expect(name, (width, hidden))
+            self.expect(f"{prefix}.{expert}.down_proj.weight", (hidden, width))
+        taken = columns.stop - columns.start
+        gate_up = torch.empty(
+            len(experts), 2 * taken, hidden, dtype=self.dtype(f"{prefix}.{experts.start}.gate_proj.weight")
+        )
+        down = torch.empty(len(experts), hidden, taken, dtype=self.dtype(f"{prefix}.{experts.start}.down_proj.weight"))
+        for place, expert in enumerate(experts):
+            self.read(f"{prefix}.{expert}.gate_proj.weight", columns, out=gate_up[place, :taken])
+            self.read(f"{prefix}.{expert}.up_proj.weight", columns, out=gate_up[place, taken:])
+            self.read(f"{prefix}.{expert}.down_proj.weight", slice(None), columns, out=down[place])
+        for expert in set(range(num_experts)) - set(experts):  # other ranks read those
+            for kind in ("gate_proj", "up_proj", "down_proj"):
+                self._count(f"{prefix}.{expert}.{kind}.weight", 0)
+        return gate_up, down
+
+    def _fused_sizes(self, gate_up_name: str) -> tuple[int, int, int]:
+        shape = self.shape(gate_up_name)
+        if len(shape) != 3 or shape[1] % 2:
+            raise ValueError(
+                f"{self._stored(gate_up_name).file}: tensor {gate_up_name} has shape {list(shape)}, expected "
+                "[experts, 2 * width, hidden]; fetch the file again"
+            )
+        return shape[0], shape[1] // 2, shape[2]
+
+    def _single_sizes(self, prefix: str) -> tuple[int, int, int]:
+        name = f"{prefix}.0.gate_proj.weight"
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise ValueError(
+                f"{self._stored(name).file}: tensor {name} has shape {list(shape)}, expected [width, hidden]; "
+                "fetch the file again"
+            )
+        num_experts = 1
+        while f"{prefix}.{num_experts}.gate_proj.weight" in self._tensors:
+            num_experts += 1
+        return num_experts, shape[0], shape[1]
+
+    def _stored(self, name: str) -> StoredTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise ValueError(
+                f"{self._path}: tensor {name} is missing from the safetensors files; "
+                "use the config and weights of one model, or fetch the weights again"
+            ) from None
+
+    def _open(self, file: Path) -> safe_open:
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(str(file), framework="pt"))
+        return self._files[file]
+
+    def _count(self, name: str, num_bytes: int) -> None:
+        if name not in self._used:
+            self._used.add(name)
+            self._seen_bytes += self._tensors[name].num_bytes
+        self._done_bytes += num_bytes
+        if self._progress is None or self._seen_bytes - self._told_bytes < self._stored_bytes / _REPORTS:
+            return
+        self._told_bytes = self._seen_bytes
+        total = max(self._done_bytes, round(self._done_bytes * self._stored_bytes / self._seen_bytes))
+        self._progress(self._done_bytes, total)
+
+
+def _sliced_shape(shape: tuple[int, ...], slices: tuple[slice, ...]) -> tuple[int, ...]:
+    assert len(slices) <= len(shape)
+    sliced = list(shape)
+    for axis, part in enumerate(slices):
+        start, stop, step = part.indices(shape[axis])
+        assert step == 1
+        assert part.stop is None or part.stop <= shape[axis], f"slice {part} exceeds the axis of {shape[axis]}"
+        sliced[axis] = max(stop - start, 0)
+    return tuple(sliced)
