@@ -1,0 +1,88 @@
+"""One gateway's stream as the member sees it: a bounded queue of messages, and a step's events sorted into columns."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+
+from cluster.engine import EngineEvent, Rejected, TicketReady
+from cluster.member_codec import rejection_message, step_message
+from cluster.plan import KvTicket
+from cluster.protos import member_pb2 as pb
+from router.errors import MoefleetError
+from router.request import RequestId, TokenEvent
+
+
+class GatewayConnection:
+    """One gateway's stream. Lives on the event loop."""
+
+    def __init__(self, max_messages: int) -> None:
+        self.handles: dict[int, RequestId] = {}
+        self.tickets: set[str] = set()
+        """Given out on this stream and not released."""
+        self.closed = False
+        self.error: tuple[grpc.StatusCode, str] | None = None
+        self.digest_at_s = 0.0
+        self._max_messages = max_messages
+        self._outbox: deque[pb.MemberMessage] = deque()
+        self._wake = asyncio.Event()
+
+    @property
+    def num_queued(self) -> int:
+        """Messages the gateway has not taken yet."""
+        return len(self._outbox)
+
+    def send(self, message: pb.MemberMessage) -> None:
+        """Queue a message; one too many cuts the stream."""
+        if self.closed:
+            return
+        if len(self._outbox) >= self._max_messages:
+            text = f"the gateway is {self._max_messages} messages behind; it reads too slowly"
+            self.close(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            return
+        self._outbox.append(message)
+        self._wake.set()
+
+    def close(self, code: grpc.StatusCode | None = None, text: str = "") -> None:
+        """End the stream, with an error status if a code is given; what is queued is dropped."""
+        self.closed = True
+        self._outbox.clear()
+        if code is not None and self.error is None:
+            self.error = (code, text)
+        self._wake.set()
+
+    async def messages(self) -> AsyncIterator[pb.MemberMessage]:
+        """Messages in order until the stream is closed."""
+        while not self.closed:
+            if not self._outbox:
+                self._wake.clear()
+                await self._wake.wait()
+            while self._outbox and not self.closed:
+                yield self._outbox.popleft()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepColumns:
+    """One gateway's part of one step."""
+
+    tokens: list[tuple[int, TokenEvent]] = field(default_factory=list)
+    tickets: list[tuple[int, KvTicket]] = field(default_factory=list)
+    rejected: list[tuple[int, MoefleetError]] = field(default_factory=list)
+    """All with the handle of their request."""
+
+    def add(self, handle: int, event: EngineEvent) -> None:
+        """Sort one event in."""
+        match event:
+            case TokenEvent():
+                self.tokens.append((handle, event))
+            case TicketReady():
+                self.tickets.append((handle, event.ticket))
+            case Rejected():
+                self.rejected.append((handle, event.error))
+
+    def messages(self) -> list[pb.MemberMessage]:
+        """One message for the tokens and tickets, one for each refusal."""
+        refusals = [rejection_message(handle, error) for handle, error in self.rejected]
+        return [step_message(self.tokens, self.tickets), *refusals] if self.tokens or self.tickets else refusals

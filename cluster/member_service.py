@@ -1,0 +1,341 @@
+"""The member's end of the streams to its gateways: requests go to the engine, its events go back, a message a step.
+
+Runs in any process with a running Engine. The engine's thread hands each step's events to the event loop once; what a
+gateway does not read in time costs that gateway its stream, never the step loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import grpc
+import grpc.aio
+
+from cluster.engine import EngineEvent, TicketReady
+from cluster.gateway_connection import GatewayConnection, StepColumns
+from cluster.member_codec import MemberHello, hello_message, load_message, read_submit, rejection_message
+from cluster.plan import KvTicket
+from cluster.protos import member_pb2 as pb
+from cluster.protos.member_pb2_grpc import MemberServicer, add_MemberServicer_to_server
+from cluster.security import check_token, metadata_has_token
+from router.errors import CorruptDataError, InvalidRequestError, MoefleetError
+from router.load import MemberLoad
+from router.request import Request, RequestId, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+
+class MemberEngine(Protocol):
+    """What the service needs of an engine; every method may be called from any thread and returns at once."""
+
+    @property
+    def failure(self) -> MoefleetError | None:
+        """Why it ended by itself; None while it is well."""
+        ...
+
+    def submit(self, request: Request, *, mode: Literal["full", "prefill"] = "full") -> None:
+        """Take a request in; events and refusals come through `MemberService.on_events`."""
+        ...
+
+    def submit_handoff(self, request: Request, ticket: KvTicket) -> None:
+        """Go on with a request that was prefilled elsewhere."""
+        ...
+
+    def abort(self, request_id: RequestId) -> None:
+        """End a request."""
+        ...
+
+    def release_ticket(self, ticket_id: str) -> None:
+        """Free the KV of a ticket."""
+        ...
+
+    def load(self) -> MemberLoad:
+        """The latest load."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLimits:
+    """Bounds of one member's service."""
+
+    max_message_bytes: int = 16 << 20
+    max_queued_messages: int = 1024
+    """Messages (steps) a gateway may lag behind before its stream is cut."""
+    load_period_s: float = 0.25
+    """Between two load reports at rest."""
+    min_load_gap_s: float = 0.05
+    """Between two load reports that go with steps."""
+    digest_period_s: float = 1.0
+    """Between two reports that carry the digest of cached prefixes."""
+    orphan_ticket_s: float = 1.0
+    """Tickets of a gateway that is gone are released this much later: their readers have ended by then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Live:
+    """Whose request it is."""
+
+    connection: GatewayConnection
+    handle: int
+
+
+class MemberService(MemberServicer):
+    """Serves an engine to gateways that hold the cluster token.
+
+    `on_events` and `on_failure` are the engine's outlets and belong to its thread; all else runs on one event loop.
+
+    Args:
+        hello: who this member is.
+        token: the cluster token.
+        limits: bounds.
+    """
+
+    def __init__(self, hello: MemberHello, token: str, *, limits: ServiceLimits | None = None) -> None:
+        self._hello = hello
+        self._token = check_token(token)
+        self._limits = limits or ServiceLimits()
+        self._engine: MemberEngine | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server: grpc.aio.Server | None = None
+        self._reporter: asyncio.Task[None] | None = None
+        self._connections: set[GatewayConnection] = set()
+        self._live: dict[RequestId, _Live] = {}
+        self._reported_s = 0.0
+
+    @property
+    def num_requests(self) -> int:
+        """Requests whose last event has not come."""
+        return len(self._live)
+
+    @property
+    def num_connections(self) -> int:
+        """Gateways connected."""
+        return len(self._connections)
+
+    async def start(
+        self, engine: MemberEngine, host: str, port: int = 0, *, credentials: grpc.ServerCredentials | None = None
+    ) -> str:
+        """Listen; returns host:port.
+
+        Args:
+            engine: started or about to be; its outlets call this service.
+            host: address of the node's interface.
+            port: 0 takes a free one.
+            credentials: TLS; without, the token crosses the network in clear.
+
+        Raises:
+            OSError: host and port cannot be listened on.
+        """
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", self._limits.max_message_bytes),
+                ("grpc.max_send_message_length", self._limits.max_message_bytes),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 5000),
+                ("grpc.keepalive_timeout_ms", 5000),
+                # Gateways ping while nothing runs, to notice a lost member.
+                ("grpc.http2.min_ping_interval_without_data_ms", 500),
+                ("grpc.http2.max_ping_strikes", 0),
+            ],
+        )
+        add_MemberServicer_to_server(self, server)
+        address = f"{host}:{port}"
+        try:
+            if credentials is None:
+                bound = server.add_insecure_port(address)
+            else:
+                bound = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise OSError(f"member service cannot listen on {address}: {error}") from error
+        await server.start()
+        self._server = server
+        self._reporter = asyncio.create_task(self._report_periodically())
+        return f"{host}:{bound}"
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Stop listening and end all streams; requests that still run are aborted."""
+        if self._reporter is not None:
+            self._reporter.cancel()
+        for connection in tuple(self._connections):
+            connection.close(grpc.StatusCode.UNAVAILABLE, f"{self._hello.member_id} is stopping")
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    def on_events(self, events: list[EngineEvent]) -> None:
+        """Take a step's events from the engine's thread."""
+        self._call(lambda: self._deliver(events))
+
+    def on_failure(self, error: MoefleetError) -> None:
+        """The engine has ended by itself: every stream ends, so that gateways see a lost member."""
+        self._call(lambda: self._fail(error))
+
+    def _call(self, action: Callable[[], None]) -> None:
+        if self._loop is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:
+            # The loop is closed: the process is ending and nobody listens.
+            logger.debug("%s: event after the end", self._hello.member_id)
+
+    async def Connect(  # type: ignore[override]  # noqa: N802 (name and stub are protoc's; grpc.aio takes writers too)
+        self,
+        request_iterator: AsyncIterator[pb.GatewayMessage],
+        context: "grpc.aio.ServicerContext[pb.GatewayMessage, pb.MemberMessage]",
+    ) -> None:
+        """One gateway's stream, until either side ends it."""
+        metadata = [(str(key), value) for key, value in context.invocation_metadata() or ()]
+        if not metadata_has_token(metadata, self._token):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the call does not carry this cluster's token")
+        connection = GatewayConnection(self._limits.max_queued_messages)
+        self._connections.add(connection)
+        reader = asyncio.create_task(self._read(request_iterator, connection))
+        try:
+            await context.write(hello_message(self._hello))
+            self._report(connection, time.monotonic())
+            async for message in connection.messages():
+                await context.write(message)
+            if connection.error is not None:
+                await context.abort(*connection.error)
+        except grpc.aio.InternalError as error:
+            logger.debug("%s: a gateway went while it was written to: %s", self._hello.member_id, error)
+        finally:
+            reader.cancel()
+            self._forget(connection)
+
+    async def _read(self, requests: AsyncIterator[pb.GatewayMessage], connection: GatewayConnection) -> None:
+        try:
+            async for message in requests:
+                self._take(message, connection)
+        except CorruptDataError as error:
+            logger.warning("%s: a gateway's stream is cut: %s", self._hello.member_id, error)
+            connection.close(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            connection.close()
+
+    def _take(self, message: pb.GatewayMessage, connection: GatewayConnection) -> None:
+        assert self._engine is not None
+        match message.WhichOneof("kind"):
+            case "submit":
+                self._submit(message.submit, connection)
+            case "abort":
+                request_id = connection.handles.get(message.abort.handle)
+                if request_id is not None:
+                    self._engine.abort(request_id)
+            case "release_ticket":
+                connection.tickets.discard(message.release_ticket.ticket_id)
+                self._engine.release_ticket(message.release_ticket.ticket_id)
+            case _:
+                raise CorruptDataError("unknown message from a gateway; run one release everywhere")
+
+    def _submit(self, message: pb.Submit, connection: GatewayConnection) -> None:
+        assert self._engine is not None
+        handle = message.handle
+        if handle in connection.handles:
+            raise CorruptDataError(f"handle {handle} is in use on this stream")
+        request, mode, ticket = read_submit(message)
+        if request.id in self._live:
+            error = InvalidRequestError(f"request id {request.id} is running here already; use a new one", field="id")
+            connection.send(rejection_message(handle, error))
+            return
+        connection.handles[handle] = request.id
+        self._live[request.id] = _Live(connection=connection, handle=handle)
+        if ticket is not None:
+            self._engine.submit_handoff(request, ticket)
+        else:
+            self._engine.submit(request, mode="prefill" if mode == "prefill" else "full")
+
+    def _deliver(self, events: Sequence[EngineEvent]) -> None:
+        """Give each gateway its part of a step's events."""
+        assert self._engine is not None
+        if self._engine.failure is not None:
+            self._fail(self._engine.failure)
+            return
+        steps: dict[GatewayConnection, StepColumns] = {}
+        for event in events:
+            live = self._live.get(event.request_id)
+            if live is None:
+                continue
+            if _is_last(event):
+                self._end(event.request_id, live)
+            if live.connection.closed:
+                self._drop(event)
+                continue
+            columns = steps.get(live.connection)
+            if columns is None:
+                columns = steps[live.connection] = StepColumns()
+            columns.add(live.handle, event)
+        for connection, columns in steps.items():
+            connection.tickets.update(ticket.id for _, ticket in columns.tickets)
+            for message in columns.messages():
+                connection.send(message)
+            if connection.closed:
+                # Cut for reading too slowly; its handler may still wait for the network.
+                self._forget(connection)
+        self._report_with_step()
+
+    def _end(self, request_id: RequestId, live: _Live) -> None:
+        del self._live[request_id]
+        live.connection.handles.pop(live.handle, None)
+
+    def _drop(self, event: EngineEvent) -> None:
+        """Nobody waits for this event; its KV must not wait for its lease."""
+        assert self._engine is not None
+        if isinstance(event, TicketReady):
+            self._engine.release_ticket(event.ticket.id)
+
+    def _forget(self, connection: GatewayConnection) -> None:
+        """The gateway is gone: end what it asked for."""
+        assert self._engine is not None
+        if connection not in self._connections:
+            return
+        connection.close()
+        self._connections.discard(connection)
+        for request_id in connection.handles.values():
+            self._engine.abort(request_id)
+        if connection.tickets:
+            asyncio.get_running_loop().call_later(
+                self._limits.orphan_ticket_s, self._release, tuple(connection.tickets)
+            )
+
+    def _release(self, ticket_ids: tuple[str, ...]) -> None:
+        assert self._engine is not None
+        for ticket_id in ticket_ids:
+            self._engine.release_ticket(ticket_id)
+
+    def _fail(self, error: MoefleetError) -> None:
+        for connection in tuple(self._connections):
+            connection.close(grpc.StatusCode.UNAVAILABLE, str(error))
+        self._live.clear()
+
+    async def _report_periodically(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.load_period_s)
+            now = time.monotonic()
+            for connection in tuple(self._connections):
+                self._report(connection, now)
+
+    def _report_with_step(self) -> None:
+        now = time.monotonic()
+        if now - self._reported_s >= self._limits.min_load_gap_s:
+            for connection in tuple(self._connections):
+                self._report(connection, now)
+
+    def _report(self, connection: GatewayConnection, now: float) -> None:
+        assert self._engine is not None
+        self._reported_s = now
+        if connection.num_queued > self._limits.max_queued_messages // 2:
+            return
+        with_digest = now - connection.digest_at_s >= self._limits.digest_period_s
+        if with_digest:
+            connection.digest_at_s = now
+        connection.send(load_message(self._engine.load(), with_digest=with_digest))
+
+
+def _is_last(event: EngineEvent) -> bool:
+    return not isinstance(event, TokenEvent) or event.finish is not None
