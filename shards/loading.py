@@ -29,7 +29,7 @@ class Loader:
     def tensor(self, name: str, shape: tuple[int, ...], *slices: slice, dtype: torch.dtype | None = None) -> Tensor:
         """The given slices of tensor `name`, which has `shape` in the checkpoint."""
         self.reader.expect(name, shape)
-        return self.reader.read(name, *slices).to(self.device, dtype or self.dtype).contiguous()
+        return self.reader.read(name, *slices).to(self.device, dtype or self.dtype)
 
     def stacked(self, parts: list[tuple[str, int, slice]], tail: tuple[int, ...]) -> Tensor:
         """Row slices of several tensors under one another; a part is (name, its rows in the checkpoint, slice)."""
@@ -38,7 +38,7 @@ class Loader:
         for name, rows, part in parts:
             begin, end = end, end + part.stop - part.start
             self.reader.expect(name, (rows, *tail))
-            out[begin:end] = self.reader.read(name, part)
+            self.reader.read(name, part, out=out[begin:end])
         return out
 
     def row_linear(self, name: str, inputs: int, part: slice, groups: int, *, bias: str | None = None) -> RowLinear:
@@ -61,5 +61,7 @@ class Loader:
 
     def experts(self, prefix: str) -> tuple[Tensor, Tensor]:
         """Gate and up [E, 2I, C], down [E, C, I] of the experts and columns held here."""
-        gate_up, down = self.reader.read_experts(prefix, self.cuts.experts, as_slice(self.cuts.expert_columns))
-        return gate_up.to(self.device, self.dtype).contiguous(), down.to(self.device, self.dtype).contiguous()
+        config, columns = self.config, as_slice(self.cuts.expert_columns)
+        sizes = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
+        gate_up, down = self.reader.read_experts(prefix, self.cuts.experts, columns, expect=sizes)
+        return gate_up.to(self.device, self.dtype), down.to(self.device, self.dtype)

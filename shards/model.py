@@ -100,7 +100,8 @@ def load_model(loader: Loader) -> Model:
     """
     config = loader.config
     family = qwen3_next if config.architecture == "qwen3_next" else qwen3_moe
-    embed_tokens = VocabShard.load(loader, "model.embed_tokens.weight")
+    embed_name, head_name = "model.embed_tokens.weight", loader.reader.head_name(tied=config.tie_word_embeddings)
+    embed_tokens = VocabShard.load(loader, embed_name)
     layers = []
     for i in range(config.num_hidden_layers):
         same_kind = config.delta_layers if i in config.delta_layers else config.attention_layers
@@ -120,7 +121,7 @@ def load_model(loader: Loader) -> Model:
         embed_tokens=embed_tokens,
         layers=layers,
         norm_C=loader.tensor("model.norm.weight", (config.hidden_size,)),
-        lm_head=embed_tokens if config.tie_word_embeddings else VocabShard.load(loader, "lm_head.weight"),
+        lm_head=embed_tokens if head_name == embed_name else VocabShard.load(loader, head_name),
         eps=config.rms_norm_eps,
         zero_centred=config.zero_centred_norm,
     )

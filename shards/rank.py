@@ -78,8 +78,6 @@ def resolve_deterministic(mode: DeterministicMode, kernels: KernelsName, device:
 def _tensors_without_use(model: ModelConfig) -> list[str]:
     """Prefixes of tensors that a checkpoint may hold and the model has no use for."""
     unused = ["mtp."]
-    if model.tie_word_embeddings:
-        unused.append("lm_head.")
     if not model.shared_expert_intermediate_size:
         # transformers saves empty ones.
         unused += [f"model.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]

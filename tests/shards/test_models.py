@@ -7,12 +7,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shards.batch import LogprobColumns, RowSampling
+from shards.rank import KernelsName
 from tests.support.reference import make_reference, reference_logits
-from tests.support.stepping import Work, run, tokens_of
+from tests.support.stepping import Work, needs_native, run, tokens_of
 
-LOGPROB_TOLERANCE = 5e-4
-"""Measured: 2e-6 to 3e-5, and up to 2e-4 at single positions whose delta output is small before it is normed."""
+LOGPROB_TOLERANCE = 2e-4
+"""Measured: at most 9e-5, of which transformers' own float32 error is 7e-5 (the tied shape, whose logits reach 15);
+below 2e-5 for all others."""
 TIE_MARGIN = 1e-3
+KERNELS = ["torch", pytest.param("native", marks=needs_native)]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "moe": ("qwen3_moe", {}),
@@ -61,8 +64,11 @@ def worst_margin(model: PreTrainedModel, prompt: list[int], output: list[int]) -
     return float((logits.max(dim=1).values - chosen).max())
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_prompt_positions_log_probabilities_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
+def test_every_prompt_positions_log_probabilities_are_those_of_transformers(
+    shape: str, kernels: KernelsName, tmp_path: Path
+) -> None:
     architecture, changes = SHAPES[shape]
     model = make_reference(tmp_path, architecture, changes)
     prompts = make_prompts((37, 5, 1, 100))
@@ -70,7 +76,7 @@ def test_every_prompt_positions_log_probabilities_are_those_of_transformers(shap
     # One token more, so that every position of the prompt has a next one.
     work = Work(prompts=[[*prompt, 0] for prompt in prompts], samplings=[everything] * 4, chunk=64)
 
-    steps = run(tmp_path, work)[0]
+    steps = run(tmp_path, work, kernels=kernels)[0]
 
     for row, prompt in enumerate(prompts):
         ours = torch.cat([whole_rows(step.prompt_logprobs[row]) for step in steps if row in step.prompt_logprobs])
@@ -78,13 +84,14 @@ def test_every_prompt_positions_log_probabilities_are_those_of_transformers(shap
         torch.testing.assert_close(ours, expected, rtol=0, atol=LOGPROB_TOLERANCE)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("shape", ["moe", "moe YaRN", "next", "next tied, dense layer, attention first"])
-def test_greedy_output_is_that_of_transformers_but_for_ties(shape: str, tmp_path: Path) -> None:
+def test_greedy_output_is_that_of_transformers_but_for_ties(shape: str, kernels: KernelsName, tmp_path: Path) -> None:
     architecture, changes = SHAPES[shape]
     model = make_reference(tmp_path, architecture, changes, seed=1)
     prompts = make_prompts((1, 3, 9, 16, 17, 33, 64, 80), seed=1)
 
-    outputs = tokens_of(run(tmp_path, Work(prompts=prompts, new_tokens=64)), len(prompts))
+    outputs = tokens_of(run(tmp_path, Work(prompts=prompts, new_tokens=64), kernels=kernels), len(prompts))
 
     margins = [worst_margin(model, *pair) for pair in zip(prompts, outputs, strict=True)]
     differences = [margin for margin in margins if margin > 0]

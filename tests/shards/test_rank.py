@@ -11,7 +11,7 @@ from shards.mesh import Layout, Place
 from shards.rank import Rank, RankConfig, resolve_deterministic
 from tests.support.rank_processes import run_in_processes
 from tests.support.reference import make_reference
-from tests.support.stepping import Work, make_rank, run, tokens_of
+from tests.support.stepping import Work, make_rank, needs_native, run, tokens_of
 
 LAYOUTS = [
     Layout(tp=2),
@@ -61,6 +61,44 @@ def test_every_layout_gives_the_tokens_of_one_rank(
     expected = tokens_of(run(checkpoint(architecture), work), 3)
 
     assert tokens_of(run(checkpoint(architecture), work, layout), 3) == expected
+
+
+def everything_said(lanes: list[list[LaneOutput]], num_prompts: int) -> list[list[object]]:
+    """All numbers of each prompt: tokens, log probabilities of prompt and output, alternatives."""
+    said: list[list[object]] = [[] for _ in range(num_prompts)]
+    for lane, outputs in enumerate(lanes):
+        for output in outputs:
+            for row, columns in output.prompt_logprobs.items():
+                said[row * len(lanes) + lane] += zip(
+                    columns.logprobs_N, columns.top_ids_NK, columns.top_logprobs_NK, strict=True
+                )
+            for i, (row, token) in enumerate(zip(output.rows_N, output.tokens_N, strict=True)):
+                assert output.logprobs is not None
+                said[row * len(lanes) + lane].append(
+                    (token, output.logprobs.logprobs_N[i], output.logprobs.top_logprobs_NK[i])
+                )
+    return said
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_native_ranks_give_the_same_bits_in_every_layout_and_chunking(
+    architecture: str, layout: Layout, dtype: str, checkpoint: Callable[[str], Path]
+) -> None:
+    sampling = RowSampling(temperature=0.8, seed=5, logprobs=4, prompt_logprobs=4)
+    prompts = make_prompts((5, 40, 17))
+    folder = checkpoint(architecture)
+    alone_said: list[list[object]] = []
+    for prompt in prompts:
+        work = Work(prompts=[prompt], new_tokens=8, samplings=[sampling])
+        alone_said += everything_said(run(folder, work, kernels="native", dtype=dtype), 1)
+
+    work = Work(prompts=prompts, new_tokens=8, chunk=9, samplings=[sampling] * 3)
+    together_said = everything_said(run(folder, work, layout, kernels="native", dtype=dtype), 3)
+
+    assert together_said == alone_said
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from shards.batch import LaneOutput, RowSampling, RowStart, StepBatch
 from shards.comm import Comms
+from shards.kernels.library import load_library
 from shards.mesh import Layout, Place
 from shards.rank import DeterministicMode, KernelsName, Rank, RankConfig
 from tests.support.thread_comm import on_every_rank
@@ -12,6 +15,9 @@ from tests.support.thread_comm import on_every_rank
 BLOCK_SIZE = 16
 MAX_LEN = 256
 BLOCKS_A_ROW = MAX_LEN // BLOCK_SIZE
+
+
+needs_native = pytest.mark.skipif(load_library() is None, reason="the native kernel library is not built")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
