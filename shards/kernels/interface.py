@@ -37,7 +37,7 @@ class Kernels(Protocol):
         ...
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float, *, zero_centred: bool) -> Tensor:
-        """RMS norm over the last axis, in float32: weight * x, or x * (1 + weight) where zero-centred; any leading axes."""
+        """RMS norm over the last axis, in float32: weight * x, or x * (1 + weight) where zero-centred."""
         ...
 
     def gated_rms_norm(self, x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -129,7 +129,7 @@ class TorchKernels:
                 continue
             inner = self.silu_mul(functional.linear(x_TC[pairs // K], gate_up_E2IC[expert]))
             y_TKC[pairs] = self.linear(inner, down_ECI[expert], groups=groups, wide=wide)
-        return y_TKC.view(T, K, -1)
+        return y_TKC.view(T, K, down_ECI.shape[1])
 
     def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y, in float32."""

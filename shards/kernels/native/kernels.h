@@ -1,0 +1,158 @@
+// What the native operators share: number formats, exp, and the table of functions that each instruction set fills.
+//
+// The contract: a result row has the same bits whatever rows are computed with it. So a sum always runs in one order
+// that depends on its own length only, and every element of a vector goes through the same IEEE operations (the build
+// forbids the compiler to fuse or reorder them; where we fuse, we say so by intrinsics).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define KERNELS_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace kernels {
+
+constexpr int ABI = 1;
+
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
+
+using bf16 = uint16_t;
+
+// Lanes of every vector in this library, real or emulated: sums over K use this many partial sums.
+constexpr int LANES = 16;
+// Weight rows that a task takes at once; a multiple of the tile widths of all paths.
+constexpr int COLUMNS = 48;
+// Key positions that attention takes at once, counted from position 0.
+constexpr int KEYS = 32;
+// Most query rows that attention takes at once.
+constexpr int QUERY_ROWS = 32;
+// Columns of the delta state that a task takes at once: its 128 x 64 floats fit the first-level cache.
+constexpr int STATE_COLUMNS = 64;
+
+template <class T>
+using Rows = const T* const*;
+
+// The inner loops of one instruction set.
+struct Path {
+    // out[r * stride + n] = x[r] . w[n] over K, in `groups` parts that are added as a balanced tree.
+    void (*dots_f32)(Rows<float> x, int rows, Rows<float> w, int columns, int64_t K, int groups, float* out, int stride);
+    void (*dots_bf16)(Rows<bf16> x, int rows, Rows<bf16> w, int columns, int64_t K, int groups, float* out, int stride);
+    // acc[r] = acc[r] * keep[r] + sum over j < counts[r] of p[r * KEYS + j] * v[j], over D columns.
+    void (*weigh_f32)(const float* p, const int* counts, const float* keep, int rows, Rows<float> v, int D, float* acc);
+    void (*weigh_bf16)(const float* p, const int* counts, const float* keep, int rows, Rows<bf16> v, int D, float* acc);
+    // Scores to weights e^(p * scale - top), zeros behind count; raises *top, brings *total up to date; returns the
+    // factor by which earlier weights shrink.
+    float (*soften)(float* p, int count, float scale, float* top, float* total);
+    // One token of the gated delta rule on `columns` <= STATE_COLUMNS columns of a state with rows `stride` apart.
+    void (*delta)(float* state, int64_t stride, int Dk, int columns, const float* k, const float* q, const float* v,
+                  float beta, float decay, float* out);
+
+    void dots(Rows<float> x, int rows, Rows<float> w, int columns, int64_t K, int groups, float* out, int stride) const {
+        dots_f32(x, rows, w, columns, K, groups, out, stride);
+    }
+    void dots(Rows<bf16> x, int rows, Rows<bf16> w, int columns, int64_t K, int groups, float* out, int stride) const {
+        dots_bf16(x, rows, w, columns, K, groups, out, stride);
+    }
+    void weigh(const float* p, const int* counts, const float* keep, int rows, Rows<float> v, int D, float* acc) const {
+        weigh_f32(p, counts, keep, rows, v, D, acc);
+    }
+    void weigh(const float* p, const int* counts, const float* keep, int rows, Rows<bf16> v, int D, float* acc) const {
+        weigh_bf16(p, counts, keep, rows, v, D, acc);
+    }
+};
+
+// Null where this machine cannot run it. 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 dot products.
+constexpr int PATHS = 4;
+const Path* find_path(int index);
+const Path* plain_path();
+const Path* avx2_path();
+const Path* avx512_path();
+const Path* avx512bf16_path();
+
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float load(const float* p) { return *p; }
+static inline float load(const bf16* p) { return float_of(uint32_t(*p) << 16); }
+static inline void store(float* p, float x) { *p = x; }
+// Round to nearest, ties to even; NaN stays NaN.
+static inline void store(bf16* p, float x) {
+    uint32_t bits = bits_of(x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *p = bf16(x != x ? 0x7fc0 : rounded);
+}
+
+// x as it reads back from storage in T: the rounding points of a model in bfloat16.
+template <class T>
+static inline float rounded(float x) {
+    T stored;
+    store(&stored, x);
+    return load(&stored);
+}
+
+// e^x to about 1 ulp, from additions and multiplications only, so that a vectorised loop gives the same bits.
+static inline float exp_f32(float x) {
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -110.0f ? -110.0f : x;
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    float shifted = x * 1.44269504f + shift;
+    float n = shifted - shift;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    float y = (p * (r * r) + r) + 1.0f;
+    // 2^n in two factors: one alone would overflow at the ends of the range.
+    int32_t power = int32_t(bits_of(shifted) - bits_of(shift));
+    int32_t half = power >> 1;
+    y = y * float_of(uint32_t(half + 127) << 23);
+    return y * float_of(uint32_t(power - half + 127) << 23);
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
+static inline float silu(float x) { return x / (1.0f + exp_f32(-x)); }
+
+// Sum of LANES partial sums, in one fixed order.
+static inline float sum_lanes(const float* lane) {
+    float a[8], b[4];
+    for (int i = 0; i < 8; i++) a[i] = lane[i] + lane[i + 8];
+    for (int i = 0; i < 4; i++) b[i] = a[i] + a[i + 4];
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+template <class T>
+static inline float sum_of_squares(const T* x, int64_t n) {
+    float lane[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int l = 0; l < LANES; l++) {
+            float value = load(x + i + l);
+            lane[l] += value * value;
+        }
+    }
+    for (int l = 0; i + l < n; l++) {
+        float value = load(x + i + l);
+        lane[l] += value * value;
+    }
+    return sum_lanes(lane);
+}
+
+// Threads worth waking: below some 10 us of work a thread costs more than it saves.
+static inline int threads_for(int64_t work, int threads) {
+    int64_t useful = work / 32768 + 1;
+    return useful < threads ? int(useful) : threads;
+}
+
+}  // namespace kernels

@@ -1,0 +1,26 @@
+// Which instruction sets this machine runs, and the library's version.
+#include "kernels.h"
+
+namespace kernels {
+
+const Path* find_path(int index) {
+    switch (index) {
+        case 0: return plain_path();
+        case 1: return avx2_path();
+        case 2: return avx512_path();
+        case 3: return avx512bf16_path();
+        default: return nullptr;
+    }
+}
+
+}  // namespace kernels
+
+KERNELS_EXPORT int kernels_abi() { return kernels::ABI; }
+
+KERNELS_EXPORT int kernels_has_path(int index) { return kernels::find_path(index) != nullptr; }
+
+KERNELS_EXPORT int kernels_best_path() {
+    int best = kernels::PATHS - 1;
+    while (kernels::find_path(best) == nullptr) best--;
+    return best;
+}

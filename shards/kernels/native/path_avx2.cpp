@@ -1,0 +1,21 @@
+// The inner loops for AVX2 with FMA.
+#if defined(__x86_64__)
+#define ENTRY __attribute__((target("avx2,fma")))
+#define FN inline __attribute__((always_inline, target("avx2,fma")))
+
+#include "vec_avx2.h"
+
+#include "tiles.h"
+
+namespace kernels {
+
+const Path* avx2_path() {
+    static const Path path = {dots<Widened<float>>, dots<Widened<bf16>>, weigh<float>, weigh<bf16>, soften, delta};
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &path : nullptr;
+}
+
+}  // namespace kernels
+#else
+#include "kernels.h"
+const kernels::Path* kernels::avx2_path() { return nullptr; }
+#endif

@@ -1,0 +1,210 @@
+// The inner loops, written once over a path's `vec`; included by each path_*.cpp after its vec_*.h.
+//
+// Every (row, column) of a product has its own accumulator that walks K in steps from its start, so a tile's shape
+// decides the speed and never the bits. No standard templates here: they would be shared between instruction sets.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+
+namespace kernels {
+namespace {
+
+// Operands of a product: how many of K a step takes, how they are read and multiplied.
+template <class T>
+struct Widened {
+    using scalar = T;
+    using operand = vec;
+    static constexpr int STEP = LANES;
+    static FN operand take(const T* p) { return read(p); }
+    static FN operand take(const T* p, int n) { return read(p, n); }
+    static FN vec add_product(vec acc, operand x, operand w) { return fused(x, w, acc); }
+};
+
+template <class Kind, int R, int N>
+FN void part_tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int64_t start, int64_t end, float* out) {
+    vec acc[R][N];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) acc[r][n] = zero();
+    int64_t k = start;
+    for (; k + Kind::STEP <= end; k += Kind::STEP) {
+        typename Kind::operand xs[R];
+        for (int r = 0; r < R; r++) xs[r] = Kind::take(x[r] + k);
+        for (int n = 0; n < N; n++) {
+            typename Kind::operand column = Kind::take(w[n] + k);
+            for (int r = 0; r < R; r++) acc[r][n] = Kind::add_product(acc[r][n], xs[r], column);
+        }
+    }
+    if (k < end) {
+        int left = int(end - k);
+        typename Kind::operand xs[R];
+        for (int r = 0; r < R; r++) xs[r] = Kind::take(x[r] + k, left);
+        for (int n = 0; n < N; n++) {
+            typename Kind::operand column = Kind::take(w[n] + k, left);
+            for (int r = 0; r < R; r++) acc[r][n] = Kind::add_product(acc[r][n], xs[r], column);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) out[r * N + n] = sum(acc[r][n]);
+}
+
+// The parts of K are added like a binary counter carries: (p0 + p1) + (p2 + p3), whatever their number.
+template <class Kind, int R, int N>
+FN void tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int64_t K, int groups, float* out, int stride) {
+    constexpr int LEVELS = 16;
+    float sums[LEVELS][R * N];
+    int64_t width = K / groups;
+    for (int g = 0; g < groups; g++) {
+        float part[R * N];
+        part_tile<Kind, R, N>(x, w, g * width, (g + 1) * width, part);
+        int level = 0;
+        for (int carry = g; carry & 1; carry >>= 1, level++)
+            for (int i = 0; i < R * N; i++) part[i] = sums[level][i] + part[i];
+        for (int i = 0; i < R * N; i++) sums[level][i] = part[i];
+    }
+    int top = 0;
+    while ((1 << top) < groups) top++;
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) out[r * stride + n] = sums[top][r * N + n];
+}
+
+template <class Kind, int R>
+FN void row_of_tiles(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int columns, int64_t K, int groups,
+                     float* out, int stride) {
+    constexpr int N = tile_columns(R);
+    int n = 0;
+    for (; n + N <= columns; n += N) tile<Kind, R, N>(x, w + n, K, groups, out + n, stride);
+    for (; n + 2 <= columns; n += 2) tile<Kind, R, 2>(x, w + n, K, groups, out + n, stride);
+    if (n < columns) tile<Kind, R, 1>(x, w + n, K, groups, out + n, stride);
+}
+
+template <class Kind, int R>
+FN void last_rows(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::scalar> w, int columns, int64_t K,
+                  int groups, float* out, int stride) {
+    if (rows == R) {
+        row_of_tiles<Kind, R>(x, w, columns, K, groups, out, stride);
+    } else if constexpr (R > 1) {
+        last_rows<Kind, R - 1>(x, rows, w, columns, K, groups, out, stride);
+    }
+}
+
+template <class Kind>
+ENTRY void dots(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::scalar> w, int columns, int64_t K,
+                int groups, float* out, int stride) {
+    constexpr int R = MAX_TILE_ROWS;
+    int r = 0;
+    for (; r + R <= rows; r += R)
+        row_of_tiles<Kind, R>(x + r, w, columns, K, groups, out + int64_t(r) * stride, stride);
+    if (r < rows) last_rows<Kind, R>(x + r, rows - r, w, columns, K, groups, out + int64_t(r) * stride, stride);
+}
+
+ENTRY float soften(float* p, int count, float scale, float* top, float* total) {
+    if (count == 0) return 1.0f;
+    float highest = *top;
+    for (int j = 0; j < count; j++) {
+        p[j] *= scale;
+        highest = p[j] > highest ? p[j] : highest;
+    }
+    for (int j = count; j < KEYS; j++) p[j] = -INFINITY;
+    for (int j = 0; j < KEYS; j++) p[j] = exp_f32(p[j] - highest);
+    for (int j = count; j < KEYS; j++) p[j] = 0.0f;
+    float lane[LANES];
+    for (int l = 0; l < LANES; l++) lane[l] = p[l] + p[l + LANES];
+    float keep = exp_f32(*top - highest);
+    *total = *total * keep + sum_lanes(lane);
+    *top = highest;
+    return keep;
+}
+
+// acc = acc * keep + sum of p[j] * v[j], over V vectors of columns from column d on.
+template <class T, int V>
+FN void weigh_columns(const float* p, int count, float keep, Rows<T> v, int64_t d, float* acc) {
+    vec sums[V];
+    for (int i = 0; i < V; i++) sums[i] = multiply(read(acc + d + i * LANES), fill(keep));
+    for (int j = 0; j < count; j++) {
+        vec weight = fill(p[j]);
+        for (int i = 0; i < V; i++) sums[i] = fused(weight, read(v[j] + d + i * LANES), sums[i]);
+    }
+    for (int i = 0; i < V; i++) write(acc + d + i * LANES, sums[i]);
+}
+
+template <class T>
+FN void weigh_tail(const float* p, int count, float keep, Rows<T> v, int64_t d, int left, float* acc) {
+    vec sums = multiply(read(acc + d, left), fill(keep));
+    for (int j = 0; j < count; j++) sums = fused(fill(p[j]), read(v[j] + d, left), sums);
+    write(acc + d, sums, left);
+}
+
+template <class T>
+ENTRY void weigh(const float* p, const int* counts, const float* keep, int rows, Rows<T> v, int D, float* acc) {
+    constexpr int V = 4;
+    for (int r = 0; r < rows; r++, p += KEYS, acc += D) {
+        int d = 0;
+        for (; d + V * LANES <= D; d += V * LANES) weigh_columns<T, V>(p, counts[r], keep[r], v, d, acc);
+        for (; d + LANES <= D; d += LANES) weigh_columns<T, 1>(p, counts[r], keep[r], v, d, acc);
+        if (d < D) weigh_tail<T>(p, counts[r], keep[r], v, d, D - d, acc);
+    }
+}
+
+// V vectors of state columns through one token; each column is on its own.
+template <int V>
+FN void delta_columns(float* state, int64_t stride, int Dk, const float* k, const float* q, const float* v, float beta,
+                      float decay, float* out) {
+    vec seen[V], result[V];
+    for (int i = 0; i < V; i++) seen[i] = result[i] = zero();
+    for (int row = 0; row < Dk; row++) {
+        vec weight = fill(k[row]);
+        for (int i = 0; i < V; i++) {
+            float* at = state + row * stride + i * LANES;
+            vec kept = multiply(read(at), fill(decay));
+            write(at, kept);
+            seen[i] = fused(weight, kept, seen[i]);
+        }
+    }
+    vec change[V];
+    for (int i = 0; i < V; i++) change[i] = multiply(subtract(read(v + i * LANES), seen[i]), fill(beta));
+    for (int row = 0; row < Dk; row++) {
+        vec weight = fill(k[row]), query = fill(q[row]);
+        for (int i = 0; i < V; i++) {
+            float* at = state + row * stride + i * LANES;
+            vec next = fused(weight, change[i], read(at));
+            write(at, next);
+            result[i] = fused(query, next, result[i]);
+        }
+    }
+    for (int i = 0; i < V; i++) write(out + i * LANES, result[i]);
+}
+
+FN void delta_tail(float* state, int64_t stride, int Dk, int columns, const float* k, const float* q, const float* v,
+                   float beta, float decay, float* out) {
+    vec seen = zero(), result = zero();
+    for (int row = 0; row < Dk; row++) {
+        float* at = state + row * stride;
+        vec kept = multiply(read(at, columns), fill(decay));
+        write(at, kept, columns);
+        seen = fused(fill(k[row]), kept, seen);
+    }
+    vec change = multiply(subtract(read(v, columns), seen), fill(beta));
+    for (int row = 0; row < Dk; row++) {
+        float* at = state + row * stride;
+        vec next = fused(fill(k[row]), change, read(at, columns));
+        write(at, next, columns);
+        result = fused(fill(q[row]), next, result);
+    }
+    write(out, result, columns);
+}
+
+ENTRY void delta(float* state, int64_t stride, int Dk, int columns, const float* k, const float* q, const float* v,
+                 float beta, float decay, float* out) {
+    constexpr int V = STATE_COLUMNS / LANES;
+    int d = 0;
+    for (; d + V * LANES <= columns; d += V * LANES)
+        delta_columns<V>(state + d, stride, Dk, k, q, v + d, beta, decay, out + d);
+    for (; d + LANES <= columns; d += LANES)
+        delta_columns<1>(state + d, stride, Dk, k, q, v + d, beta, decay, out + d);
+    if (d < columns) delta_tail(state + d, stride, Dk, columns - d, k, q, v + d, beta, decay, out + d);
+}
+
+}  // namespace
+}  // namespace kernels

@@ -1,0 +1,56 @@
+// Vectors of 16 floats in two AVX2 registers. The including file defines FN with its target attribute.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace kernels {
+namespace {
+
+struct vec {
+    __m256 low, high;
+};
+
+// A full tile keeps 12 of the 16 registers as accumulators.
+constexpr int MAX_TILE_ROWS = 2;
+constexpr int tile_columns(int rows) { return rows == 2 ? 3 : 4; }
+
+FN vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+FN vec fill(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+FN vec multiply(vec a, vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+FN vec subtract(vec a, vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+FN vec fused(vec a, vec b, vec c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+FN vec read(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+FN __m256 widen(const bf16* p) {
+    __m128i halves = _mm_loadu_si128((const __m128i*)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+FN vec read(const bf16* p) { return {widen(p), widen(p + 8)}; }
+template <class T>
+FN vec read(const T* p, int n) {
+    T padded[LANES] = {};
+    for (int i = 0; i < n; i++) padded[i] = p[i];
+    return read(padded);
+}
+FN void write(float* p, vec x) {
+    _mm256_storeu_ps(p, x.low);
+    _mm256_storeu_ps(p + 8, x.high);
+}
+FN void write(float* p, vec x, int n) {
+    float padded[LANES];
+    write(padded, x);
+    for (int i = 0; i < n; i++) p[i] = padded[i];
+}
+
+FN float sum(vec x) {
+    __m256 eight = _mm256_add_ps(x.low, x.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+}  // namespace
+}  // namespace kernels

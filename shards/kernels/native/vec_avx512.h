@@ -1,0 +1,40 @@
+// Vectors of 16 floats in one AVX-512 register. The including file defines FN with its target attribute.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace kernels {
+namespace {
+
+using vec = __m512;
+
+// A full row of tiles keeps 24 of the 32 registers as accumulators.
+constexpr int MAX_TILE_ROWS = 4;
+constexpr int tile_columns(int rows) { return rows == 4 ? 6 : 8; }
+
+FN __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
+FN vec zero() { return _mm512_setzero_ps(); }
+FN vec fill(float x) { return _mm512_set1_ps(x); }
+FN vec multiply(vec a, vec b) { return _mm512_mul_ps(a, b); }
+FN vec subtract(vec a, vec b) { return _mm512_sub_ps(a, b); }
+FN vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+FN vec read(const float* p) { return _mm512_loadu_ps(p); }
+FN vec read(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes(n), p); }
+FN vec widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+FN vec read(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+FN vec read(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+FN void write(float* p, vec x) { _mm512_storeu_ps(p, x); }
+FN void write(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
+
+FN float sum(vec x) {
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x),
+                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+}  // namespace
+}  // namespace kernels

@@ -1,0 +1,46 @@
+// Vectors of 16 floats in the compiler's own vector type: SSE2, NEON or whatever the machine's baseline has.
+#pragma once
+
+#include "kernels.h"
+
+namespace kernels {
+namespace {
+
+typedef float vec __attribute__((vector_size(64)));
+
+constexpr int MAX_TILE_ROWS = 2;
+constexpr int tile_columns(int) { return 2; }
+
+FN vec zero() { return vec{}; }
+FN vec fill(float x) { return vec{} + x; }
+FN vec multiply(vec a, vec b) { return a * b; }
+FN vec subtract(vec a, vec b) { return a - b; }
+FN vec fused(vec a, vec b, vec c) { return a * b + c; }
+FN vec read(const float* p) {
+    vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+FN vec read(const bf16* p) {
+    vec x;
+    for (int i = 0; i < LANES; i++) x[i] = load(p + i);
+    return x;
+}
+template <class T>
+FN vec read(const T* p, int n) {
+    T padded[LANES] = {};
+    for (int i = 0; i < n; i++) padded[i] = p[i];
+    return read(padded);
+}
+FN void write(float* p, vec x) { memcpy(p, &x, sizeof x); }
+FN void write(float* p, vec x, int n) {
+    for (int i = 0; i < n; i++) p[i] = x[i];
+}
+FN float sum(vec x) {
+    float lane[LANES];
+    write(lane, x);
+    return sum_lanes(lane);
+}
+
+}  // namespace
+}  // namespace kernels

@@ -1,0 +1,266 @@
+"""A native result row has the same bits alone or in a batch, in chunks, in slices, over ranks and over threads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from shards.comm import tree_sum
+from shards.kernels.library import load_library
+from shards.kernels.native import PATHS, NativeKernels
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def runnable_paths() -> list[NativeKernels]:
+    loaded = load_library()
+    assert loaded is not None, "build the native kernels first: python hatch_build.py"
+    best = NativeKernels(loaded)
+    return [NativeKernels(loaded, path) for path in PATHS[: PATHS.index(best.path) + 1]]
+
+
+NATIVE = runnable_paths()
+every_path = pytest.mark.parametrize("kernels", NATIVE, ids=[kernels.path for kernels in NATIVE])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cuts(total: int, sizes: list[int]) -> list[slice]:
+    """Pieces of the given sizes in turn, until total is used up."""
+    pieces: list[slice] = []
+    at = 0
+    while at < total:
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(slice(at, min(at + size, total)))
+        at += size
+    return pieces
+
+
+def one_sequence(piece: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Slot 1, start and freshness of a step with this piece of one sequence."""
+    starts = torch.tensor([0, piece.stop - piece.start])
+    return torch.tensor([1]), starts, torch.tensor([piece.start == 0])
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("K", [1, 15, 33, 100, 512])
+def test_a_linear_row_is_the_same_alone_and_in_any_batch(kernels: NativeKernels, dtype: torch.dtype, K: int) -> None:
+    x, weight, bias = random(75, K, dtype=dtype), random(101, K, dtype=dtype), random(101, dtype=dtype)
+    whole = kernels.linear(x, weight, bias)
+    for sizes in ([1], [2], [3], [5, 4, 7], [64]):
+        pieces = [kernels.linear(x[piece], weight, bias) for piece in cuts(75, sizes)]
+        assert torch.equal(torch.cat(pieces), whole)
+    order = torch.randperm(75, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kernels.linear(x[order], weight, bias), whole[order])
+
+
+@every_path
+@every_dtype
+def test_slices_of_columns_put_together_are_the_whole(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    x, weight = random(9, 90, dtype=dtype), random(128, 90, dtype=dtype)
+    whole = kernels.linear(x, weight)
+    for sizes in ([1], [5], [32], [48, 7]):
+        pieces = [kernels.linear(x, weight[piece]) for piece in cuts(128, sizes)]
+        assert torch.equal(torch.cat(pieces, dim=1), whole)
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("K", [8, 72, 256])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_that_sum_their_share_of_groups_as_a_tree_agree_with_one_rank(
+    kernels: NativeKernels, dtype: torch.dtype, K: int, ranks: int
+) -> None:
+    x, weight = random(7, K, dtype=dtype), random(50, K, dtype=dtype)
+    alone = kernels.linear(x, weight, groups=8, wide=True)
+    parts = [
+        kernels.linear(a.contiguous(), b.contiguous(), groups=8 // ranks, wide=True)
+        for a, b in zip(x.chunk(ranks, dim=1), weight.chunk(ranks, dim=1), strict=True)
+    ]
+    assert torch.equal(tree_sum(parts), alone)
+
+
+@every_path
+@every_dtype
+def test_experts_give_a_token_the_same_rows_in_any_batch(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    T, E, K, C, width = 80, 5, 3, 70, 36
+    x = random(T, C, dtype=dtype)
+    gate_up, down = random(E, 2 * width, C, dtype=dtype), random(E, C, width, dtype=dtype)
+    ids = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(t))[:K] for t in range(T)])
+    whole = kernels.experts(x, ids, gate_up, down, groups=2)
+    for sizes in ([1], [7, 30]):
+        pieces = [kernels.experts(x[piece], ids[piece], gate_up, down, groups=2) for piece in cuts(T, sizes)]
+        assert torch.equal(torch.cat(pieces), whole)
+    # An expert is a dense layer: the same bits as if no sorting had been.
+    gated = kernels.silu_mul(kernels.linear(x[:1], gate_up[ids[0, 1]]))
+    assert torch.equal(kernels.linear(gated, down[ids[0, 1]], groups=2)[0], whole[0, 1])
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_with_slices_of_every_expert_agree_with_one_rank(
+    kernels: NativeKernels, dtype: torch.dtype, ranks: int
+) -> None:
+    T, E, K, C, width = 11, 4, 2, 40, 48
+    x, ids = random(T, C, dtype=dtype), torch.randint(0, E, (T, K), generator=torch.Generator().manual_seed(0))
+    gate_up, down = random(E, 2, width, C, dtype=dtype), random(E, C, width, dtype=dtype)
+    alone = kernels.experts(x, ids, gate_up.flatten(1, 2), down, groups=4, wide=True)
+    slices = zip(gate_up.chunk(ranks, dim=2), down.chunk(ranks, dim=2), strict=True)
+    parts = [
+        kernels.experts(x, ids, a.flatten(1, 2).contiguous(), b.contiguous(), groups=4 // ranks, wide=True)
+        for a, b in slices
+    ]
+    assert torch.equal(tree_sum(parts), alone)
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize(("H", "Hkv", "D", "P"), [(4, 2, 16, 16), (8, 1, 72, 4), (40, 1, 32, 16), (16, 2, 256, 16)])
+def test_attention_rows_do_not_depend_on_chunks_batch_or_blocks(
+    kernels: NativeKernels, dtype: torch.dtype, H: int, Hkv: int, D: int, P: int
+) -> None:
+    length, blocks = 75, -(-75 // P)
+    q = random(length, H, D, dtype=dtype)
+    k_pool, v_pool = (random(blocks + 3, Hkv, P, D, dtype=dtype, seed=seed) for seed in (1, 2))
+    # Unwritten blocks hold anything; nothing of it may show.
+    k_pool[blocks:] = v_pool[blocks:] = float("nan")
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).to(torch.int32).unsqueeze(0)
+
+    def attend(queries: slice) -> Tensor:
+        starts, contexts = torch.tensor([0, queries.stop - queries.start]), torch.tensor([queries.stop])
+        return kernels.attention(q[queries], k_pool, v_pool, table, starts, contexts, D**-0.5)
+
+    whole = attend(slice(0, length))
+    for sizes in ([1], [7], [33], [64, 3]):
+        assert torch.equal(torch.cat([attend(piece) for piece in cuts(length, sizes)]), whole)
+    # Two sequences at once, with a wider table whose tail names unwritten blocks, at other places of the pools.
+    moved = torch.full((2, blocks + 2), blocks + 1, dtype=torch.int32)
+    moved[0, :blocks] = moved[1, :blocks] = table
+    starts, contexts = torch.tensor([0, 5, 5 + length]), torch.tensor([5, length])
+    both = kernels.attention(torch.cat((q[:5], q)), k_pool, v_pool, moved, starts, contexts, D**-0.5)
+    assert torch.equal(both, torch.cat((whole[:5], whole)))
+
+
+@every_path
+@every_dtype
+def test_attention_heads_do_not_depend_on_the_heads_beside_them(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    q, pools = random(20, 8, 32, dtype=dtype), [random(2, 4, 16, 32, dtype=dtype, seed=s) for s in (1, 2)]
+    arguments = (torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([0, 20]), torch.tensor([20]), 0.2)
+    whole = kernels.attention(q, pools[0], pools[1], *arguments)
+    for ranks in (2, 4):
+        parts = [
+            kernels.attention(a.contiguous(), b.contiguous(), c.contiguous(), *arguments)
+            for a, b, c in zip(*(x.chunk(ranks, dim=1) for x in (q, *pools)), strict=True)
+        ]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+@every_dtype
+def test_convolution_in_chunks_is_the_whole(dtype: torch.dtype) -> None:
+    kernels, C, T = NATIVE[-1], 70, 40
+    x, weight = random(T, C, dtype=dtype), random(C, 4, dtype=dtype)
+
+    def convolve(sizes: list[int]) -> tuple[Tensor, Tensor]:
+        state = torch.full((2, C, 3), float("nan"), dtype=dtype)
+        pieces = [kernels.causal_conv(x[at], weight, state, *one_sequence(at)) for at in cuts(T, sizes)]
+        return torch.cat(pieces), state[1]
+
+    whole, last = convolve([T])
+    for sizes in ([1], [2], [7, 1, 16]):
+        pieces, state = convolve(sizes)
+        assert torch.equal(pieces, whole)
+        assert torch.equal(state, last)
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize(("Dk", "Dv"), [(16, 16), (24, 40), (128, 128)])
+def test_delta_rule_in_chunks_and_batches_is_the_whole(
+    kernels: NativeKernels, dtype: torch.dtype, Dk: int, Dv: int
+) -> None:
+    T, K, V = 40, 2, 4
+    q, k, v = random(T, K, Dk, dtype=dtype), random(T, K, Dk, dtype=dtype, seed=1), random(T, V, Dv, dtype=dtype)
+    beta, g = torch.sigmoid(random(T, V)), -random(T, V, seed=1).abs()
+
+    def run(sizes: list[int]) -> tuple[Tensor, Tensor]:
+        state = torch.full((2, V, Dk, Dv), float("nan"))
+        pieces = [
+            kernels.delta_rule(q[at], k[at], v[at], beta[at], g[at], state, *one_sequence(at)) for at in cuts(T, sizes)
+        ]
+        return torch.cat(pieces), state[1]
+
+    whole, last = run([T])
+    for sizes in ([1], [7, 1, 16]):
+        pieces, state = run(sizes)
+        assert torch.equal(pieces, whole)
+        assert torch.equal(state, last)
+    state = torch.zeros(2, V, Dk, Dv)
+    slots, starts, fresh = torch.tensor([0, 1]), torch.tensor([0, 5, 5 + T]), torch.tensor([True, True])
+    q, k, v, beta, g = (torch.cat((x[:5], x)) for x in (q, k, v, beta, g))
+    both = kernels.delta_rule(q, k, v, beta, g, state, slots, starts, fresh)
+    assert torch.equal(both, torch.cat((whole[:5], whole)))
+    assert torch.equal(state[1], last)
+
+
+@every_dtype
+def test_rows_of_norms_activations_and_routing_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    kernels, x, weight = NATIVE[-1], random(50, 66, dtype=dtype), random(66, dtype=dtype)
+    gate = random(50, 66, dtype=dtype, seed=1)
+    cos, sin = random(50, 22), random(50, 22, seed=1)
+    operators: list[Callable[[slice], Tensor]] = [
+        lambda r: kernels.rms_norm(x[r], weight, 1e-6, zero_centred=True),
+        lambda r: kernels.rms_norm(x[r], weight, 1e-6, zero_centred=False),
+        lambda r: kernels.gated_rms_norm(x[r], gate[r], weight, 1e-6),
+        lambda r: kernels.silu_mul(x[r]),
+        lambda r: kernels.sigmoid_mul(x[r], gate[r]),
+        lambda r: kernels.rotary(x[r].view(-1, 3, 22), cos[r], sin[r]),
+        lambda r: kernels.route(x[r], 5, renormalize=True)[0],
+        lambda r: kernels.route(x[r], 5, renormalize=True)[1],
+        lambda r: kernels.combine(x[r].view(-1, 6, 11), cos[r, :6].contiguous(), x),
+        lambda r: kernels.delta_gates(x[r], gate[r], weight, weight)[1],
+    ]
+    for operator in operators:
+        whole = operator(slice(0, 50))
+        for sizes in ([1], [7, 2]):
+            assert torch.equal(torch.cat([operator(piece) for piece in cuts(50, sizes)]), whole)
+
+
+@every_path
+@every_dtype
+def test_one_and_two_and_three_threads_give_the_same_bits(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    x, weight = random(40, 300, dtype=dtype), random(500, 300, dtype=dtype)
+    gate_up, down = random(6, 128, 300, dtype=dtype), random(6, 300, 64, dtype=dtype)
+    ids = torch.randint(0, 6, (40, 2), generator=torch.Generator().manual_seed(0))
+    pools = [random(8, 2, 16, 64, dtype=dtype, seed=s) for s in (1, 2)]
+    q, table = random(120, 4, 64, dtype=dtype), torch.arange(8, dtype=torch.int32).unsqueeze(0)
+    starts, contexts = torch.tensor([0, 120]), torch.tensor([128])
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(
+                (
+                    kernels.linear(x, weight, groups=4),
+                    kernels.experts(x, ids, gate_up, down),
+                    kernels.attention(q, pools[0], pools[1], table, starts, contexts, 0.1),
+                    kernels.rms_norm(q, random(64, dtype=dtype), 1e-6, zero_centred=False),
+                )
+            )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
