@@ -63,6 +63,7 @@ class MemberStream:
         self._max_events = max_events
         self._closed = False
         self._cut = False
+        self._lost = False
         self._last_taken = False
         self._ended = asyncio.Event()
 
@@ -70,6 +71,11 @@ class MemberStream:
     def is_closed(self) -> bool:
         """Nobody reads it any more."""
         return self._closed
+
+    @property
+    def lost(self) -> bool:
+        """It ended because the member was lost, and not by the member's word."""
+        return self._lost
 
     def __aiter__(self) -> "MemberStream":
         return self
@@ -113,6 +119,7 @@ class MemberStream:
     def take(self, event: MemberEvent | MoefleetError, *, last: bool) -> None:
         """Queue what came from the member; called by its client."""
         if last:
+            self._lost = isinstance(event, MemberLostError)
             self._ended.set()
         if self._closed or self._cut:
             return
