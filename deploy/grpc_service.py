@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,8 +25,8 @@ from router.errors import ConfigError, MoefleetError
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Generation"].full_name
 _HEALTH_PREFIX = f"/{health.SERVICE_NAME}/"
 # The generated code and the health package leave a call's message types open.
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
@@ -161,9 +161,9 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
     @override
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    ) -> Handler:
         """Pass the call on, or give it a handler that refuses."""
         if handler_call_details.method.startswith(_HEALTH_PREFIX):
             return await continuation(handler_call_details)
@@ -235,7 +235,7 @@ async def _abort(context: Context, reply: ErrorReply) -> None:
     await context.abort(grpc.StatusCode[reply.grpc_code], reply.message, tuple(trailing))
 
 
-def _refusing(handler: Handler | None, reply: ErrorReply) -> Handler:
+def _refusing(handler: Handler, reply: ErrorReply) -> Handler:
     """A handler of the same kind that aborts every call; gRPC needs the kinds to agree."""
 
     async def refuse_unary(_: object, context: Context) -> None:

@@ -25,6 +25,7 @@ class ReasoningSplitter:
     def __init__(self, *, thinking: bool) -> None:
         self._thinking = thinking
         self._inside = thinking
+        self._opened = False
         self._begun = False
         self._content_begun = not thinking
         self._held = ""
@@ -51,15 +52,10 @@ class ReasoningSplitter:
     def _take_reasoning(self, text: str, *, final: bool) -> tuple[str, str]:
         """Reasoning, and the rest that is content if the reasoning has ended."""
         if not self._begun:
-            text = text.lstrip("\n")
-            if not final and len(text) < len(_BEGIN) and _BEGIN.startswith(text):
-                self._held = text
-                return "", ""
-            text = text.removeprefix(_BEGIN).lstrip("\n")
+            text = self._open(text.lstrip("\n"), final=final)
+            self._begun = bool(text)
             if not text:
-                self._begun = final
                 return "", ""
-            self._begun = True
         ends = [(at, mark) for mark in (_END, _TOOL_CALL) if (at := text.find(mark)) >= 0]
         if ends:
             at, mark = min(ends)
@@ -67,12 +63,23 @@ class ReasoningSplitter:
             return text[:at], text[at + len(_END) :] if mark == _END else text[at:]
         return self._hold(text, (_END, _TOOL_CALL), final=final), ""
 
+    def _open(self, text: str, *, final: bool) -> str:
+        """Drop `<think>` at the very beginning, and the line ends around it."""
+        if self._opened:
+            return text
+        if not final and text != _BEGIN and _BEGIN.startswith(text):
+            self._held = text
+            return ""
+        self._opened = True
+        return text.removeprefix(_BEGIN).lstrip("\n")
+
     def _take_content(self, text: str, *, final: bool) -> str:
         text = text.replace(_END, "")
         if not self._content_begun:
             text = text.lstrip("\n")
-            self._content_begun = bool(text)
-        return self._hold(text, (_END,), final=final)
+        shown = self._hold(text, (_END,), final=final)
+        self._content_begun = self._content_begun or bool(shown)
+        return shown
 
     def _hold(self, text: str, marks: tuple[str, ...], *, final: bool) -> str:
         """Keep back an end of the text that could be the beginning of a mark."""

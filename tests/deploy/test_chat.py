@@ -1,10 +1,10 @@
 """Conversations to prompt tokens: as transformers renders them, and safe from what clients write."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deploy.chat import ChatMessage, ChatPrompt, RenderedChat, ToolCall, render_chat
 from deploy.tokenizer import TextTokenizer, load_tokenizer
@@ -37,14 +37,16 @@ def raw_text(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
 def test_a_conversation_is_encoded_as_transformers_does(tmp_path: Path, enable_thinking: bool | None) -> None:
     save_tokenizer(train_tokenizer(VOCAB_SIZE), tmp_path, model_max_length=256)
     reference = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert isinstance(reference, PreTrainedTokenizerFast)
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1+1?"},
         {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
         {"role": "tool", "content": "2"},
     ]
-    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    text = reference.apply_chat_template(messages, tools=[TOOL], add_generation_prompt=True, tokenize=False, **options)
+    options: dict[str, bool] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    template: Callable[..., object] = reference.apply_chat_template
+    text = template(messages, tools=[TOOL], add_generation_prompt=True, tokenize=False, **options)
     chat = ChatPrompt(
         messages=(
             ChatMessage(role="system", content="Be brief."),
@@ -58,6 +60,7 @@ def test_a_conversation_is_encoded_as_transformers_does(tmp_path: Path, enable_t
 
     rendered = render_chat(load_tokenizer(tmp_path), chat, max_chars=10**6)
 
+    assert isinstance(text, str)
     assert list(rendered.token_ids) == reference(text)["input_ids"]
     assert rendered.thinking == (enable_thinking is not False)
 

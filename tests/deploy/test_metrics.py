@@ -1,0 +1,76 @@
+"""What a scrape shows."""
+
+from deploy.metrics import GatewayMetrics
+from deploy.trace import RequestTrace
+from router.load import MemberLoad
+from router.request import MemberId
+
+
+class FakeClock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_load(member: str, *, waiting: int = 0, free: int = 1, total: int = 1) -> MemberLoad:
+    return MemberLoad(
+        member_id=MemberId(member), role="mixed", waiting_requests=waiting, free_blocks=free, total_blocks=total
+    )
+
+
+def sample(metrics: GatewayMetrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"moefleet:{name}", {"model_name": "tiny", **labels})
+
+
+def test_latencies_count_from_the_arrival_of_the_request() -> None:
+    clock, metrics = FakeClock(), GatewayMetrics("tiny")
+    trace = RequestTrace(clock)
+    for moment, mark in ((100.5, trace.mark_tokenized), (101.0, trace.mark_token), (103.0, trace.mark_token)):
+        clock.now = moment
+        mark()
+    metrics.request_started(5)
+    metrics.request_ended(trace, complete=True)
+
+    assert sample(metrics, "request_tokenize_time_seconds_sum") == 0.5
+    assert sample(metrics, "time_to_first_token_seconds_sum") == 1.0
+    assert sample(metrics, "e2e_request_latency_seconds_sum") == 3.0
+    assert sample(metrics, "num_requests_in_flight") == 0
+    assert sample(metrics, "prompt_tokens_total") == 5
+
+
+def test_a_request_that_failed_has_no_total_latency() -> None:
+    metrics = GatewayMetrics("tiny")
+    metrics.request_started(1)
+    metrics.request_ended(RequestTrace(FakeClock()), complete=False)
+
+    assert sample(metrics, "e2e_request_latency_seconds_count") is None
+
+
+def test_gauges_show_the_members_that_are_there_now() -> None:
+    metrics = GatewayMetrics("tiny")
+    metrics.render([make_load("a", waiting=3, free=25, total=100)])
+    assert sample(metrics, "num_requests_waiting", member_id="a", role="mixed") == 3
+    assert sample(metrics, "kv_cache_usage_perc", member_id="a", role="mixed") == 0.75
+
+    text = metrics.render([make_load("b")]).decode()
+    assert 'member_id="b"' in text
+    assert 'member_id="a"' not in text
+
+
+def test_a_member_without_state_slots_uses_none() -> None:
+    metrics = GatewayMetrics("tiny")
+    metrics.render([make_load("a")])
+
+    assert sample(metrics, "state_cache_usage_perc", member_id="a", role="mixed") == 0
+
+
+def test_two_gateways_in_one_process_do_not_share_series() -> None:
+    first, second = GatewayMetrics("tiny"), GatewayMetrics("tiny")
+    first.error("http", "overloaded")
+
+    assert sample(first, "request_errors_total", api="http", code="overloaded") == 1
+    assert sample(second, "request_errors_total", api="http", code="overloaded") is None
