@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "shards" / "kernels" / "native"
 LIBRARY = ROOT / "shards" / "kernels" / "_native.so"
 # -ffp-contract=off: product and sum are fused only where the source says so, or rows would lose their equal bits.
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-psabi"]
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 
 def find_compiler() -> list[str] | None:
