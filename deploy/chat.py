@@ -82,6 +82,12 @@ def render_chat(tokenizer: TextTokenizer, chat: ChatPrompt, *, max_chars: int) -
     return RenderedChat(token_ids=token_ids, thinking=_starts_thinking(tokenizer, text, chat.enable_thinking))
 
 
+def count_chars(chat: ChatPrompt) -> int:
+    """Characters that a client sent in a conversation, wherever they stand in it."""
+    messages = [_template_message(message) for message in chat.messages]
+    return sum(map(len, _strings([messages, list(chat.tools)])))
+
+
 def _template_message(message: ChatMessage) -> dict[str, object]:
     value: dict[str, object] = {"role": message.role, "content": message.content}
     if message.reasoning:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deploy.chat import ChatPrompt, render_chat
+from deploy.chat import ChatPrompt, count_chars, render_chat
 from deploy.health import HealthReport, health_report
 from deploy.metrics import GatewayMetrics
 from deploy.served_model import ServedModel
@@ -250,7 +250,7 @@ class GenerationService:
                     return await asyncio.to_thread(self._encode_texts, texts), False
                 return self._encode_texts(texts), False
             case ChatPrompt() as chat:
-                if sum(len(message.content) for message in chat.messages) + 1024 * len(chat.tools) > _THREAD_CHARS:
+                if count_chars(chat) > _THREAD_CHARS:
                     rendered = await asyncio.to_thread(render_chat, self.tokenizer, chat, max_chars=self._max_chars)
                 else:
                     rendered = render_chat(self.tokenizer, chat, max_chars=self._max_chars)

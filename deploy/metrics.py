@@ -30,6 +30,9 @@ class GatewayMetrics:
         self._build_histograms()
         self._build_counters()
         self._build_gauges()
+        # Looked up once: these two are told of every token.
+        self._one_token = self._generation_tokens.labels(model_name)
+        self._one_gap = self._itl.labels(model_name)
 
     def _build_histograms(self) -> None:
         self._ttft = self._histogram(
@@ -75,9 +78,9 @@ class GatewayMetrics:
 
     def token(self, gap_s: float | None) -> None:
         """A token arrived, `gap_s` after the one before of the same choice."""
-        self._generation_tokens.labels(self._model).inc()
+        self._one_token.inc()
         if gap_s is not None:
-            self._itl.labels(self._model).observe(gap_s)
+            self._one_gap.observe(gap_s)
 
     def prefix_lookup(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
         """A member told how much of a prompt it had cached."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deploy.chat import ChatMessage, ChatPrompt, RenderedChat, ToolCall, render_chat
+from deploy.chat import ChatMessage, ChatPrompt, RenderedChat, ToolCall, count_chars, render_chat
 from deploy.tokenizer import TextTokenizer, load_tokenizer
 from deploy.tokenizer_training import save_tokenizer, train_tokenizer
 from router.errors import InvalidRequestError
@@ -123,3 +123,10 @@ def test_a_conversation_that_the_template_refuses_names_messages() -> None:
 def test_a_conversation_too_long_for_any_encoding_is_refused_before_it() -> None:
     with pytest.raises(InvalidRequestError, match="characters"):
         render_chat(make_tokenizer(), make_chat("x" * 100), max_chars=50)
+
+
+def test_characters_are_counted_wherever_a_client_put_them() -> None:
+    call = ToolCall(name="f", arguments={"a": ["x" * 1000]})
+    chat = ChatPrompt(messages=(ChatMessage(role="assistant", reasoning="y" * 100, tool_calls=(call,)),), tools=(TOOL,))
+
+    assert 1100 < count_chars(chat) < 1300
