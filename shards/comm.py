@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 
+class CommError(RuntimeError):
+    """An operation of a group failed: a peer died, left or did not come in time, or the group was closed.
+
+    The group is of no further use; ranks go on in a new one, of the next generation.
+    """
+
+
 class Comm(Protocol):
-    """A group of ranks; every member calls the same operations in the same order."""
+    """A group of ranks; every member calls the same operations in the same order.
+
+    Every operation raises CommError when a peer is lost, does not come in time, or the group is closed.
+    """
 
     @property
     def size(self) -> int:
@@ -24,7 +34,10 @@ class Comm(Protocol):
         ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, in a fixed order (balanced binary tree by rank when deterministic); may reuse x."""
+        """Sum over the ranks; may reuse x.
+
+        When deterministic, a balanced binary tree by rank (`tree_sum`); 16-bit floats are summed in float32.
+        """
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
