@@ -1,0 +1,116 @@
+"""Prefill and decode members with real engines and ranks, over real streams: the tokens of one mixed member."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.dispatcher import Dispatcher
+from router.request import Request, RequestId, SamplingParams, TokenEvent
+from tests.support.fleet import until
+from tests.support.members import EngineMember, dispatching
+
+pytestmark = pytest.mark.anyio
+LENGTHS = (1, 15, 16, 17, 40, 70)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def make_requests() -> list[Request]:
+    """Greedy and sampled requests of mixed length."""
+    return [
+        Request(
+            id=RequestId(f"r{index}"),
+            prompt_ids=tuple((37 * index + 11 * position) % 250 for position in range(length)),
+            sampling=SamplingParams(
+                max_tokens=16, temperature=index % 2, seed=index, logprobs=1, repetition_penalty=1 + index / 20
+            ),
+        )
+        for index, length in enumerate(LENGTHS)
+    ]
+
+
+async def collect(events: AsyncGenerator[TokenEvent, None]) -> list[TokenEvent]:
+    return [event async for event in events]
+
+
+async def run_all(dispatcher: Dispatcher) -> list[list[TokenEvent]]:
+    return list(await asyncio.gather(*(collect(dispatcher.generate(request)) for request in make_requests())))
+
+
+def tokens_of(events: list[list[TokenEvent]]) -> list[list[int | None]]:
+    return [[event.token_id for event in one] for one in events]
+
+
+async def mixed_tokens(checkpoint: Path) -> list[list[int | None]]:
+    async with dispatching([EngineMember("m", "mixed", checkpoint)]) as dispatcher:
+        return tokens_of(await run_all(dispatcher))
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+async def test_prefill_and_decode_members_give_the_tokens_of_one_mixed_member(
+    make_checkpoint: Callable[..., Path], arch: str
+) -> None:
+    checkpoint = make_checkpoint(arch)
+    wanted = await mixed_tokens(checkpoint)
+    assert [len(tokens) for tokens in wanted] == [16] * len(LENGTHS)
+    members = [EngineMember("p", "prefill", checkpoint), EngineMember("d", "decode", checkpoint)]
+    async with dispatching(members) as dispatcher:
+        assert tokens_of(await run_all(dispatcher)) == wanted
+        stats = members[1].engine.stats()
+        assert (stats.pulls, stats.failed_pulls) == (len(LENGTHS), 0)
+        assert stats.pulled_bytes > 0
+        assert stats.computed_tokens <= 15 * len(LENGTHS)
+        await until(lambda: all(member.is_idle for member in members))
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
+async def test_members_of_different_tp_give_the_same_tokens(
+    make_checkpoint: Callable[..., Path], arch: str, prefill_tp: int, decode_tp: int
+) -> None:
+    checkpoint = make_checkpoint(arch)
+    wanted = await mixed_tokens(checkpoint)
+    members = [
+        EngineMember("p", "prefill", checkpoint, tp=prefill_tp),
+        EngineMember("d", "decode", checkpoint, tp=decode_tp),
+    ]
+    async with dispatching(members) as dispatcher:
+        assert tokens_of(await run_all(dispatcher)) == wanted
+        stats = members[1].engine.stats()
+        assert (stats.pulls, stats.failed_pulls) == (len(LENGTHS), 0)
+        await until(lambda: all(member.is_idle for member in members))
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+async def test_a_client_that_leaves_at_any_moment_leaves_every_block_free_within_a_second(
+    make_checkpoint: Callable[..., Path], arch: str
+) -> None:
+    checkpoint = make_checkpoint(arch)
+    members = [EngineMember("p", "prefill", checkpoint), EngineMember("d", "decode", checkpoint)]
+    sampling = SamplingParams(max_tokens=100, temperature=0)
+    async with dispatching(members) as dispatcher:
+
+        def generate(name: str) -> AsyncGenerator[TokenEvent, None]:
+            prompt = tuple(range(1, 120))
+            return dispatcher.generate(Request(id=RequestId(name), prompt_ids=prompt, sampling=sampling))
+
+        for taken in range(1, 5):
+            events = generate(f"after-{taken}-tokens")
+            for _ in range(taken):
+                await anext(events)
+            await events.aclose()
+            await until(lambda: all(member.is_idle for member in members), timeout_s=1)
+        for delay_ms in (0, 1, 2, 3, 5, 8, 13):
+            waiting = asyncio.create_task(collect(generate(f"after-{delay_ms}-ms")))
+            await asyncio.sleep(delay_ms / 1000)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            await until(lambda: all(member.is_idle for member in members), timeout_s=1)
+        # Load reports are up to 50 ms old: look once more when the last one is certain.
+        await asyncio.sleep(0.2)
+        assert all(member.is_idle for member in members)

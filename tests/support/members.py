@@ -1,0 +1,85 @@
+"""Members with real engines and ranks behind real services, in one process and its rank children."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from cluster.config import EngineConfig
+from cluster.dispatcher import Dispatcher
+from cluster.engine import Engine, EngineOutlets
+from cluster.member_codec import MemberHello
+from cluster.member_service import MemberService
+from cluster.members import MemberInfo
+from cluster.resolve import resolve_engine
+from cluster.spawn import LocalReplica
+from cluster.ticket import ticket_maker
+from router.admission import Admission
+from router.request import MemberId, Role
+from router.router import Router
+from shards.mesh import Layout
+from tests.support.fleet import TOKEN, until
+
+
+class EngineMember:
+    """One member of a checkpoint in a layout."""
+
+    def __init__(self, name: str, role: Role, checkpoint: Path, *, tp: int = 1) -> None:
+        config = EngineConfig(
+            model=checkpoint,
+            layout=Layout(tp=tp),
+            dtype="float32",
+            kv_memory_bytes=8 << 20,
+            max_rows=8,
+            max_step_tokens=64,
+            threads=1,
+        )
+        self.member_id = MemberId(name)
+        self.role: Role = role
+        resolved = resolve_engine(config)
+        layout = resolved.kv_layout()
+        self._replica = LocalReplica(resolved, handoff=True)
+        hello = MemberHello(member_id=self.member_id, role=role, generation=0, layout=layout)
+        self.service = MemberService(hello, TOKEN)
+        outlets = EngineOutlets(
+            on_events=self.service.on_events,
+            make_ticket=ticket_maker(self.member_id, layout, self._replica.ranks.sources),
+            on_failure=self.service.on_failure,
+        )
+        self.engine = Engine(
+            resolved.scheduler_config(), self._replica.ranks, outlets, member_id=self.member_id, role=role
+        )
+
+    async def start(self) -> MemberInfo:
+        address = await self.service.start(self.engine, "127.0.0.1")
+        self.engine.start()
+        return MemberInfo(member_id=self.member_id, role=self.role, address=address)
+
+    async def stop(self) -> None:
+        await self.service.stop()
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        self.engine.stop()
+        self._replica.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Every block and state slot is free, and nothing runs or waits."""
+        load = self.engine.load()
+        free = (load.free_blocks, load.free_state_slots) == (load.total_blocks, load.total_state_slots)
+        return free and not (load.running_requests or load.waiting_requests or load.handoff_requests)
+
+
+@asynccontextmanager
+async def dispatching(members: Sequence[EngineMember]) -> AsyncIterator[Dispatcher]:
+    """A dispatcher connected to all of them; ends them."""
+    dispatcher = Dispatcher(Router(), Admission(), TOKEN)
+    try:
+        dispatcher.update_members([await member.start() for member in members])
+        await until(lambda: len(dispatcher.loads()) == len(members))
+        yield dispatcher
+    finally:
+        await dispatcher.close()
+        for member in members:
+            await member.stop()
