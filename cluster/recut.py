@@ -216,9 +216,10 @@ def _span(pool: Pool, row: int, start: int, num_bytes: int, count: int) -> Span:
 
 def _split(fragment: Fragment, max_bytes: int) -> Iterator[Fragment]:
     """Pieces of at most max_bytes: fewer rows, or parts of a row where one row is larger."""
-    width = min(fragment.src.num_bytes, max_bytes)
-    if not width:
+    if fragment.src.total_bytes <= max_bytes:
+        yield fragment
         return
+    width = min(fragment.src.num_bytes, max_bytes)
     rows = max(1, max_bytes // fragment.src.num_bytes)
     for row in range(0, fragment.src.rows, rows):
         count = min(rows, fragment.src.rows - row)

@@ -1,0 +1,205 @@
+"""How fast KV and state move between two ranks, against the plain copy and the plain socket below it.
+
+    python -m benchmarks.handoff [--tokens 4096] [--repeats 7]
+
+The geometry is Qwen3-Next-80B's (12 attention layers of 2 KV heads of 256, 36 delta layers), bfloat16, blocks of 16.
+The source is another process; each number is the best of the repeats after one warm-up.
+"""
+
+import argparse
+import json
+import multiprocessing
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+
+from cluster.handoff import Puller, source_rank
+from cluster.plan import KvLayout, KvTicket, PullOrder, SourceRank
+from cluster.transport import KvServer
+from shards.cache import KvCache, cache_shape
+from shards.config import ModelConfig
+from shards.rope_config import RopeConfig
+
+TOKEN = "benchmark-token-of-no-cluster"
+BLOCK_SIZE = 16
+NUM_SLOTS = 2
+
+
+def make_model() -> ModelConfig:
+    """Qwen3-Next-80B-A3B's shape."""
+    layer = ("linear_attention", "linear_attention", "linear_attention", "full_attention")
+    return ModelConfig(
+        architecture="qwen3_next",
+        vocab_size=151_936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=256,
+        intermediate_size=5120,
+        moe_intermediate_size=512,
+        num_experts=512,
+        num_experts_per_tok=10,
+        norm_topk_prob=True,
+        layer_types=layer * 12,
+        rope=RopeConfig(theta=1e7, rotary_dim=64),
+        max_position_embeddings=262_144,
+        shared_expert_intermediate_size=512,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+    )
+
+
+def make_cache(tp: int, rank: int, num_blocks: int) -> KvCache:
+    """A rank's cache."""
+    shape = cache_shape(
+        make_model(),
+        tp,
+        rank,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        num_slots=NUM_SLOTS,
+        dtype=torch.bfloat16,
+    )
+    return KvCache(shape, "cpu")
+
+
+def make_layout(tp: int, num_blocks: int) -> KvLayout:
+    """The cache's geometry as tickets carry it."""
+    return KvLayout(
+        fingerprint=make_model().fingerprint(),
+        tp=tp,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        num_slots=NUM_SLOTS,
+        dtype="bfloat16",
+    )
+
+
+def serve(tp: int, num_blocks: int, pipe: Connection) -> None:
+    """The source process: a lane of caches and their servers, until the pipe closes."""
+    caches = [make_cache(tp, rank, num_blocks) for rank in range(tp)]
+    servers = [KvServer(cache.buffer, TOKEN) for cache in caches]
+    for cache in caches:
+        cache.buffer.fill_(1)
+    pipe.send([source_rank(cache, rank, servers[rank]) for rank, cache in enumerate(caches)])
+    pipe.recv()
+
+
+def best_s(work: Callable[[], None], repeats: int) -> float:
+    """Shortest run after a warm-up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def measure_pull(
+    ranks: list[SourceRank], tp: int, num_blocks: int, *, scattered: bool, same_host: bool, repeats: int
+) -> dict[str, object]:
+    """Pull all blocks and a slot into a tp-1 cache."""
+    cache = make_cache(1, 0, num_blocks)
+    layout = make_layout(tp, num_blocks)
+    puller = Puller(cache, make_model(), make_layout(1, num_blocks), tp_rank=0, token=TOKEN, same_host=same_host)
+    blocks = tuple(range(num_blocks))
+    order = tuple(int(block) for block in np.random.default_rng(0).permutation(num_blocks)) if scattered else blocks
+    num_bytes = 0
+
+    def pull() -> None:
+        nonlocal num_bytes
+        ticket = KvTicket(
+            id="t",
+            member_id="p",
+            layout=layout,
+            ranks=tuple(ranks),
+            blocks=order,
+            state_slot=0,
+            num_tokens=num_blocks * BLOCK_SIZE,
+            expires_unix_s=time.time() + 60,
+        )
+        puller.start(PullOrder(pull_id=0, ticket=ticket, lane=0, src_blocks=order, dst_blocks=blocks, dst_slot=1))
+        while not (done := puller.poll()):
+            time.sleep(0.0001)
+        if done[0].error:
+            raise RuntimeError(done[0].error)
+        num_bytes = done[0].num_bytes
+
+    seconds = best_s(pull, repeats)
+    puller.close()
+    name = f"pull {'shm' if same_host else 'tcp'} tp{tp}->tp1 {'scattered' if scattered else 'in order'}"
+    return {"what": name, "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
+
+
+def measure_copy(num_bytes: int, repeats: int) -> dict[str, object]:
+    """One memcpy of as many bytes."""
+    source, target = np.ones(num_bytes, dtype=np.uint8), np.zeros(num_bytes, dtype=np.uint8)
+    seconds = best_s(lambda: np.copyto(target, source), repeats)
+    return {"what": "memcpy", "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
+
+
+def measure_socket(num_bytes: int, repeats: int) -> dict[str, object]:
+    """As many bytes over loopback TCP, without checksum or scatter."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    target = memoryview(bytearray(num_bytes))
+
+    def send() -> None:
+        sock, _ = listener.accept()
+        data = bytes(num_bytes)
+        with sock:
+            while sock.recv(1):
+                sock.sendall(data)
+
+    threading.Thread(target=send, daemon=True).start()
+    with socket.create_connection(listener.getsockname()[:2]) as sock:
+
+        def receive() -> None:
+            sock.sendall(b"x")
+            at = 0
+            while at < num_bytes:
+                at += sock.recv_into(target[at:])
+
+        seconds = best_s(receive, repeats)
+    listener.close()
+    return {"what": "socket", "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
+
+
+def main() -> None:
+    """Print one JSON line a measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096, help="prompt length")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    num_blocks = args.tokens // BLOCK_SIZE
+    context = multiprocessing.get_context("spawn")
+    num_bytes = 0
+    for tp in (1, 2):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=serve, args=(tp, num_blocks, theirs), daemon=True)
+        child.start()
+        ranks = ours.recv()
+        for same_host in (True, False):
+            for scattered in (False, True):
+                result = measure_pull(
+                    ranks, tp, num_blocks, scattered=scattered, same_host=same_host, repeats=args.repeats
+                )
+                print(json.dumps(result), flush=True)
+                num_bytes = int(str(result["bytes"]))
+        ours.send(None)
+        child.join(10)
+    for measure in (measure_copy, measure_socket):
+        print(json.dumps(measure(num_bytes, args.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
