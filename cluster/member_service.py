@@ -131,18 +131,7 @@ class MemberService(MemberServicer):
         """
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", self._limits.max_message_bytes),
-                ("grpc.max_send_message_length", self._limits.max_message_bytes),
-                ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_time_ms", 5000),
-                ("grpc.keepalive_timeout_ms", 5000),
-                # Gateways ping while nothing runs, to notice a lost member.
-                ("grpc.http2.min_ping_interval_without_data_ms", 500),
-                ("grpc.http2.max_ping_strikes", 0),
-            ],
-        )
+        server = grpc.aio.server(options=_server_options(self._limits))
         add_MemberServicer_to_server(self, server)
         address = f"{host}:{port}"
         try:
@@ -339,3 +328,16 @@ class MemberService(MemberServicer):
 
 def _is_last(event: EngineEvent) -> bool:
     return not isinstance(event, TokenEvent) or event.finish is not None
+
+
+def _server_options(limits: ServiceLimits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 5000),
+        ("grpc.keepalive_timeout_ms", 5000),
+        # Gateways ping while nothing runs, to notice a lost member.
+        ("grpc.http2.min_ping_interval_without_data_ms", 500),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
