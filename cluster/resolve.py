@@ -1,0 +1,158 @@
+"""From an EngineConfig to what its ranks and scheduler are told: model, kernels, room. Imports torch."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.config import EngineConfig
+from cluster.memory import available_memory, check_memory
+from cluster.plan import KvLayout
+from cluster.scheduler_config import SchedulerConfig
+from router.errors import CheckpointError, ConfigError
+from shards.cache import fit
+from shards.config import ModelConfig, load_model_config
+from shards.cuts import check_layout
+from shards.kernels.select import select_kernels
+from shards.mesh import Place
+from shards.rank import RankConfig, resolve_deterministic, torch_dtype
+from shards.weights import CheckpointReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedEngine:
+    """An EngineConfig checked against its model and this machine; the same on all ranks."""
+
+    config: EngineConfig
+    model: ModelConfig
+    kernels: Literal["native", "torch"]
+    deterministic: bool
+    num_blocks: int
+    """KV blocks of a lane."""
+    num_slots: int
+    """Recurrent-state slots of a lane; 0 for a model without recurrent state."""
+    max_model_len: int
+    threads: int
+
+    @property
+    def prefix_cache(self) -> bool:
+        """Whether equal prefixes are reused: not with recurrent state."""
+        return self.config.prefix_cache and not self.model.delta_layers
+
+    def scheduler_config(self) -> SchedulerConfig:
+        """Limits for the scheduler."""
+        config = self.config
+        return SchedulerConfig(
+            lanes=config.layout.dp,
+            num_blocks=self.num_blocks,
+            num_slots=self.num_slots,
+            block_size=config.block_size,
+            max_rows=config.max_rows,
+            max_step_tokens=config.max_step_tokens,
+            chunk_tokens=config.chunk_tokens or config.max_step_tokens,
+            max_model_len=self.max_model_len,
+            prefix_cache=self.prefix_cache,
+            lease_s=config.lease_s,
+            max_waiting=config.max_waiting,
+        )
+
+    def rank_config(self, rank: int) -> RankConfig:
+        """What rank `rank` is told."""
+        config = self.config
+        return RankConfig(
+            model=config.model,
+            place=Place(layout=config.layout, rank=rank),
+            dtype=config.dtype,
+            device=config.device,
+            kernels=self.kernels,
+            deterministic="on" if self.deterministic else "off",
+            reduction_groups=config.reduction_groups,
+            block_size=config.block_size,
+            num_blocks=self.num_blocks,
+            num_slots=self.num_slots,
+            max_rows=config.max_rows,
+            max_model_len=self.max_model_len,
+            threads=self.threads,
+        )
+
+    def kv_layout(self) -> KvLayout:
+        """Geometry of the cache, for tickets."""
+        return KvLayout(
+            fingerprint=self.model.fingerprint(),
+            tp=self.config.layout.tp,
+            block_size=self.config.block_size,
+            num_blocks=self.num_blocks,
+            num_slots=self.num_slots,
+            dtype=self.config.dtype,
+        )
+
+
+def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> ResolvedEngine:
+    """Check a config against its checkpoint and this machine, and fill in what it leaves open.
+
+    Args:
+        ranks_here: ranks that run on this machine; None: all of them.
+
+    Raises:
+        CheckpointError: the checkpoint's config cannot be read or is not supported.
+        ConfigError: layout, kernels, lengths or memory cannot work; names option, value and remedy.
+    """
+    ranks = ranks_here or config.layout.world
+    try:
+        model = load_model_config(config.model)
+        weight_bytes = _weight_bytes(config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        kernels = select_kernels(config.kernels, config.device)
+        deterministic = resolve_deterministic(config.deterministic, config.kernels, config.device)
+        check_layout(model, config.layout, deterministic=deterministic, groups=config.reduction_groups)
+        num_blocks, num_slots = fit(
+            model,
+            config.layout.tp,
+            memory_bytes=config.kv_memory_bytes,
+            block_size=config.block_size,
+            dtype=torch_dtype(config.dtype),
+            max_rows=config.max_rows,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    max_model_len = _max_model_len(config, model, num_blocks)
+    if config.device == "cpu":
+        share = weight_bytes * ranks // config.layout.world
+        check_memory(kv_bytes=config.kv_memory_bytes, weight_bytes=share, ranks=ranks, available=available_memory())
+    return ResolvedEngine(
+        config=config,
+        model=model,
+        kernels="native" if kernels.name == "native" else "torch",
+        deterministic=deterministic,
+        num_blocks=num_blocks,
+        num_slots=num_slots,
+        max_model_len=max_model_len,
+        threads=config.threads or max(1, len(os.sched_getaffinity(0)) // ranks),
+    )
+
+
+def _weight_bytes(config: EngineConfig) -> int:
+    """Weights of the whole model in the engine's dtype, from the files' headers."""
+    reader = CheckpointReader(config.model)
+    itemsize = torch_dtype(config.dtype).itemsize
+    return sum(math.prod(reader.shape(name)) * itemsize for name in reader.names())
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int) -> int:
+    room = num_blocks * config.block_size if model.attention_layers else model.max_position_embeddings
+    asked = config.max_model_len
+    if asked is None:
+        return min(model.max_position_embeddings, room)
+    if asked > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={asked} exceeds the model's max_position_embeddings={model.max_position_embeddings}; "
+            "lower it"
+        )
+    if asked > room:
+        raise ConfigError(
+            f"max_model_len={asked} does not fit in kv_memory_bytes={config.kv_memory_bytes} (--kv-memory), which "
+            f"holds {room} tokens of one sequence; raise kv_memory_bytes or lower max_model_len to at most {room}"
+        )
+    return asked
