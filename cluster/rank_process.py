@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
+import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from cluster.executor import RankGroup
@@ -49,6 +50,8 @@ class RankProcessConfig:
     """Grows each time the replica's ranks are formed anew."""
     host: str = "127.0.0.1"
     """Address of this rank's interface; other ranks and members reach it there."""
+    gpu: int = 0
+    """Which of the GPUs that this process sees is the rank's, on device cuda."""
     handoff: bool = False
     """Serve this rank's cache to other members and pull from theirs."""
     start_timeout_s: float = 120.0
@@ -119,7 +122,7 @@ class RankRunner:
 
     def _run(self) -> None:
         config = self._config
-        device = config.engine.config.device
+        device = _checked(_rank_device, config)
         self._comms = make_comms(
             self._store,
             config.place,
@@ -128,7 +131,7 @@ class RankRunner:
             deterministic=config.engine.deterministic,
             one_host=_one_host(self._store, config),
         )
-        rank = _checked(lambda comms: Rank(config.engine.rank_config(config.rank), comms), self._comms)
+        rank = _checked(lambda comms: Rank(config.engine.rank_config(config.rank, device), comms), self._comms)
         try:
             _checked(rank.load, self._tell_progress)
             self._serve(rank)
@@ -198,6 +201,19 @@ class OwnRankThread:
         if self._thread.is_alive():
             self._runner.free()
             self._thread.join(_HANG_S)
+
+
+def _rank_device(config: RankProcessConfig) -> str:
+    """Make the rank's device the current one -> "cpu" or "cuda:<index>"."""
+    if config.engine.config.device == "cpu":
+        return "cpu"
+    if config.gpu >= torch.cuda.device_count():
+        raise ValueError(
+            f"device=cuda: rank {config.rank} needs GPU {config.gpu} of this machine, torch sees "
+            f"{torch.cuda.device_count()}; use fewer ranks a machine, or device=cpu"
+        )
+    torch.cuda.set_device(config.gpu)
+    return f"cuda:{config.gpu}"
 
 
 def _one_host(store: Store, config: RankProcessConfig) -> bool:

@@ -56,14 +56,14 @@ class ResolvedEngine:
             max_waiting=config.max_waiting,
         )
 
-    def rank_config(self, rank: int) -> RankConfig:
-        """What rank `rank` is told."""
+    def rank_config(self, rank: int, device: str) -> RankConfig:
+        """What rank `rank` is told; `device` is "cpu" or "cuda:<index>"."""
         config = self.config
         return RankConfig(
             model=config.model,
             place=Place(layout=config.layout, rank=rank),
             dtype=config.dtype,
-            device=config.device,
+            device=device,
             kernels=self.kernels,
             deterministic="on" if self.deterministic else "off",
             reduction_groups=config.reduction_groups,

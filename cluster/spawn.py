@@ -52,7 +52,10 @@ class LocalReplica:
         context = multiprocessing.get_context("spawn")
         for rank in range(1, leader.place.layout.world):
             child = context.Process(
-                target=_child_main, args=(replace(leader, rank=rank),), name=f"moefleet-rank{rank}", daemon=True
+                target=_child_main,
+                args=(replace(leader, rank=rank, gpu=rank),),
+                name=f"moefleet-rank{rank}",
+                daemon=True,
             )
             child.start()
             self.children.append(child)

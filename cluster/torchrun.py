@@ -24,6 +24,8 @@ class TorchrunPlace:
 
     rank: int
     world: int
+    local_rank: int
+    """Place among the ranks of this machine."""
     ranks_here: int
     """Ranks that torchrun runs on this machine."""
     address: str
@@ -45,6 +47,7 @@ def torchrun_place(environment: Mapping[str, str] | None = None) -> TorchrunPlac
         return TorchrunPlace(
             rank=int(given["RANK"]),
             world=int(given["WORLD_SIZE"]),
+            local_rank=int(given["LOCAL_RANK"]),
             ranks_here=int(given["LOCAL_WORLD_SIZE"]),
             address=given["MASTER_ADDR"],
             port=int(given["MASTER_PORT"]),
@@ -110,6 +113,7 @@ def _process_config(engine: ResolvedEngine, place: TorchrunPlace, token: str) ->
     return RankProcessConfig(
         engine=engine,
         rank=place.rank,
+        gpu=place.local_rank,
         store_host=place.address,
         store_port=place.port,
         token=token,

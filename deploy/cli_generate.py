@@ -14,7 +14,7 @@ from deploy.validation import SamplingInput
 from router.errors import MoefleetError
 from shards.mesh import Layout
 
-_PROMPTS: Final = "Prompts (each repeats; all are batched; results come in the order of the options below)"
+_PROMPTS: Final = "Prompts (each repeats, all are batched)"
 _LAYOUT: Final = "Layout over ranks"
 _ENGINE: Final = "Engine"
 _SAMPLING: Final = "Sampling (greedy unless --temperature is given)"

@@ -1,0 +1,114 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.config import EngineConfig
+from cluster.resolve import resolve_engine
+from cluster.torchrun import check_world, torchrun_place
+from router.errors import CheckpointError, ConfigError
+from shards.mesh import Layout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
+        ({"kernels": "fast"}, "kernels must be one of auto, native, torch, got 'fast'"),
+        ({"deterministic": "maybe"}, "deterministic must be one of auto, on, off, got 'maybe'"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"kv_memory_bytes": -1}, "kv_memory_bytes must be at least 1, got -1"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"reduction_groups": 3}, "reduction_groups must be a power of two, such as 4, got 3"),
+        ({"max_step_tokens": 8}, "max_step_tokens=8 must be at least max_rows=64"),
+        ({"lease_s": 0.0}, "lease_s must be positive"),
+        ({"deterministic": "on", "kernels": "torch"}, "use kernels=native on device=cpu, or deterministic=auto"),
+    ],
+)
+def test_value_that_cannot_work_is_refused_with_name_value_and_remedy(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        EngineConfig(model=Path("m"), **changes)  # pyrefly: ignore[bad-argument-type]
+
+
+def test_engine_options_are_these_and_no_others() -> None:
+    assert set(EngineConfig.__dataclass_fields__) == {
+        "model",
+        "layout",
+        "dtype",
+        "device",
+        "kernels",
+        "deterministic",
+        "reduction_groups",
+        "block_size",
+        "kv_memory_bytes",
+        "max_rows",
+        "max_step_tokens",
+        "chunk_tokens",
+        "max_model_len",
+        "max_waiting",
+        "prefix_cache",
+        "threads",
+        "lease_s",
+    }
+
+
+def test_resolved_engine_fills_in_what_the_config_leaves_open(moe_checkpoint: Path) -> None:
+    engine = resolve_engine(EngineConfig(model=moe_checkpoint, kv_memory_bytes=4 << 20), ranks_here=1)
+    assert engine.threads >= 1
+    assert engine.num_slots == 0
+    assert engine.max_model_len <= engine.num_blocks * 16
+    assert engine.prefix_cache
+    assert engine.scheduler_config().chunk_tokens == 2048
+    assert engine.rank_config(0, "cpu").num_blocks == engine.num_blocks
+
+
+def test_model_with_recurrent_state_gets_slots_and_no_prefix_cache(next_checkpoint: Path) -> None:
+    engine = resolve_engine(EngineConfig(model=next_checkpoint, kv_memory_bytes=64 << 20, max_rows=8))
+    assert engine.num_slots == 8
+    assert not engine.prefix_cache
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": Layout(tp=3)}, "choose a tp that divides"),
+        ({"max_model_len": 10**6}, "max_model_len=1000000 exceeds the model's max_position_embeddings"),
+        ({"kv_memory_bytes": 1 << 60}, r"--kv-memory\) to at most"),
+        ({"kv_memory_bytes": 1000}, "kv_memory_bytes=1000 holds no KV"),
+        ({"kv_memory_bytes": 1 << 19, "max_model_len": 4096}, "max_model_len=4096 does not fit in kv_memory_bytes"),
+    ],
+)
+def test_engine_that_does_not_fit_model_or_machine_is_refused(
+    changes: dict[str, object], message: str, moe_checkpoint: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_engine(EngineConfig(model=moe_checkpoint, **changes))  # pyrefly: ignore[bad-argument-type]
+
+
+def test_missing_checkpoint_is_refused_by_path(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint folder"):
+        resolve_engine(EngineConfig(model=tmp_path / "nowhere"))
+
+
+def test_unsupported_architecture_is_refused_by_name(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    text = (make_checkpoint("qwen3_moe") / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"qwen3_moe"', '"llama"'))
+    with pytest.raises(CheckpointError, match="llama"):
+        resolve_engine(EngineConfig(model=tmp_path))
+
+
+def test_process_outside_torchrun_is_told_what_would_do() -> None:
+    with pytest.raises(ConfigError, match="RANK is not set: start the ranks with torchrun"):
+        torchrun_place({})
+
+
+def test_torchrun_with_another_number_of_ranks_than_the_layout_is_refused() -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    environment = dict(zip(names, ("0", "2", "0", "2", "29500"), strict=True)) | {"MASTER_ADDR": "127.0.0.1"}
+    place = torchrun_place(environment)
+    check_world(place, Layout(tp=2))
+    with pytest.raises(ConfigError, match=r"torchrun started 2 rank\(s\), the layout tp=1 dp=1 has 1"):
+        check_world(place, Layout())
