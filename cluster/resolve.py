@@ -107,17 +107,9 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         kernels = select_kernels(config.kernels, config.device)
         deterministic = resolve_deterministic(config.deterministic, config.kernels, config.device)
         check_layout(model, config.layout, deterministic=deterministic, groups=config.reduction_groups)
-        num_blocks, num_slots = fit(
-            model,
-            config.layout.tp,
-            memory_bytes=config.kv_memory_bytes,
-            block_size=config.block_size,
-            dtype=torch_dtype(config.dtype),
-            max_rows=config.max_rows,
-        )
+        num_blocks, num_slots = _room(config, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    max_model_len = _max_model_len(config, model, num_blocks)
     if config.device == "cpu":
         share = weight_bytes * ranks // config.layout.world
         check_memory(kv_bytes=config.kv_memory_bytes, weight_bytes=share, ranks=ranks, available=available_memory())
@@ -128,8 +120,20 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         deterministic=deterministic,
         num_blocks=num_blocks,
         num_slots=num_slots,
-        max_model_len=max_model_len,
+        max_model_len=_max_model_len(config, model, num_blocks),
         threads=config.threads or max(1, len(os.sched_getaffinity(0)) // ranks),
+    )
+
+
+def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
+    """Blocks and recurrent-state slots of a lane that fit in the KV memory."""
+    return fit(
+        model,
+        config.layout.tp,
+        memory_bytes=config.kv_memory_bytes,
+        block_size=config.block_size,
+        dtype=torch_dtype(config.dtype),
+        max_rows=config.max_rows,
     )
 
 

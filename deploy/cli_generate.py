@@ -1,6 +1,8 @@
 """The command `moefleet generate`."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -117,50 +119,54 @@ def generate(
 
     Example: moefleet generate --model DIR --prompt "Hello" --max-tokens 16 --tp 2 --json
     """
-    try:
-        config = EngineConfig(
-            model=model,
-            layout=Layout(tp=tp, dp=dp, ep=ep),
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
-            deterministic=deterministic,
-            kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
-            chunk_tokens=chunk,
-            max_model_len=max_model_len,
-            prefix_cache=not no_prefix_cache,
-        )
-        sampling = SamplingInput(
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            repetition_penalty=repetition_penalty,
-            logit_bias=parse_bias(logit_bias or ()),
-            seed=seed,
-            stop_token_ids=parse_ids(stop_token_ids, "--stop-token-ids") if stop_token_ids else (),
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
+    with _told_errors():
         options = GenerateOptions(
-            engine=config,
-            sampling=sampling,
+            engine=EngineConfig(
+                model=model,
+                layout=Layout(tp=tp, dp=dp, ep=ep),
+                dtype=dtype,
+                device=device,
+                kernels=kernels,
+                deterministic=deterministic,
+                kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
+                chunk_tokens=chunk,
+                max_model_len=max_model_len,
+                prefix_cache=not no_prefix_cache,
+            ),
+            sampling=SamplingInput(
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                repetition_penalty=repetition_penalty,
+                logit_bias=parse_bias(logit_bias or ()),
+                seed=seed,
+                stop_token_ids=parse_ids(stop_token_ids, "--stop-token-ids") if stop_token_ids else (),
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            ),
             prompts=tuple(prompt or ()),
             prompt_ids=tuple(prompt_ids or ()),
             prompts_file=prompts_file,
             json=json,
             ranks=ranks,
         )
-        status = run_generate(options, sys.stdout)
+        raise typer.Exit(run_generate(options, sys.stdout))
+
+
+@contextmanager
+def _told_errors() -> Iterator[None]:
+    """Tell what the user can mend, without a traceback."""
+    try:
+        yield
     except (MoefleetError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":
