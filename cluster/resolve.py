@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import EngineConfig
-from cluster.memory import available_memory, check_memory
+from cluster.memory import check_memory
 from cluster.plan import KvLayout
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import CheckpointError, ConfigError
 from shards.cache import fit
 from shards.config import ModelConfig, load_model_config
 from shards.cuts import check_layout
+from shards.host_memory import available_memory
 from shards.kernels.select import select_kernels
 from shards.mesh import Place
 from shards.rank import RankConfig, resolve_deterministic, torch_dtype
-from shards.weights import CheckpointReader
+from shards.weights import LATER_PREFIX, CheckpointReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,7 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
     ranks = ranks_here or config.layout.world
     try:
         model = load_model_config(config.model)
-        weight_bytes = _weight_bytes(config)
+        weights = weight_bytes(config)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     try:
@@ -111,7 +112,7 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.device == "cpu":
-        share = weight_bytes * ranks // config.layout.world
+        share = weights * ranks // config.layout.world
         check_memory(kv_bytes=config.kv_memory_bytes, weight_bytes=share, ranks=ranks, available=available_memory())
     return ResolvedEngine(
         config=config,
@@ -137,11 +138,12 @@ def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
     )
 
 
-def _weight_bytes(config: EngineConfig) -> int:
-    """Weights of the whole model in the engine's dtype, from the files' headers."""
+def weight_bytes(config: EngineConfig) -> int:
+    """Weights of the whole model in the engine's dtype, from the headers of the files' tensors that are loaded."""
     reader = CheckpointReader(config.model)
     itemsize = torch_dtype(config.dtype).itemsize
-    return sum(math.prod(reader.shape(name)) * itemsize for name in reader.names())
+    loaded = (name for name in reader.names() if not name.startswith(LATER_PREFIX))
+    return sum(math.prod(reader.shape(name)) * itemsize for name in loaded)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int) -> int:
