@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from cluster.config import EngineConfig
-from cluster.memory import available_memory
 from deploy.config import ServeConfig, engine_config
 from deploy.config_keys import read_api_keys
 from router.errors import CheckpointError, ConfigError
+from shards.host_memory import available_memory
 
 _LOCAL: Final = "local"
 

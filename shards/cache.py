@@ -8,13 +8,13 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shards.config import ModelConfig
 from shards.cuts import even_range, kv_head_range
+from shards.host_memory import available_memory
 
 ALIGNMENT_BYTES = 256
 
@@ -180,8 +180,9 @@ class KvCache:
                 return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
             except torch.OutOfMemoryError as error:
                 raise ValueError(_too_large(num_bytes, str(device))) from error
-        if num_bytes > _available_bytes():
-            raise ValueError(_too_large(num_bytes, f"the host ({_available_bytes()} bytes are free)"))
+        available = available_memory()
+        if available is not None and num_bytes > available:
+            raise ValueError(_too_large(num_bytes, f"the host ({available} bytes are free)"))
         if not hasattr(os, "memfd_create"):
             return torch.zeros(num_bytes, dtype=torch.uint8)
         self.fd = os.memfd_create("moefleet-kv")
@@ -206,16 +207,3 @@ class KvCache:
 
 def _too_large(num_bytes: int, where: str) -> str:
     return f"the KV cache needs {num_bytes} bytes, more than {where}; lower kv_memory_bytes or max_rows"
-
-
-def _available_bytes() -> int:
-    """Memory this process may still take, by the kernel's count and the control group's limit."""
-    available = 1 << 62
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available

@@ -25,7 +25,7 @@ from shards.model import Model, load_model
 from shards.rope import rotary_tables
 from shards.rows import PromptSpan, Rows
 from shards.sampler import Sampler
-from shards.weights import CheckpointReader
+from shards.weights import LATER_PREFIX, CheckpointReader
 
 KernelsName = Literal["auto", "native", "torch"]
 DeterministicMode = Literal["auto", "on", "off"]
@@ -77,7 +77,7 @@ def resolve_deterministic(mode: DeterministicMode, kernels: KernelsName, device:
 
 def _tensors_without_use(model: ModelConfig) -> list[str]:
     """Prefixes of tensors that a checkpoint may hold and the model has no use for."""
-    unused = ["mtp."]
+    unused = [LATER_PREFIX]
     if not model.shared_expert_intermediate_size:
         # transformers saves empty ones.
         unused += [f"model.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]

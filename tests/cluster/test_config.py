@@ -1,13 +1,15 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.config import EngineConfig
-from cluster.resolve import resolve_engine
+from cluster.resolve import resolve_engine, weight_bytes
 from cluster.torchrun import check_world, torchrun_place
 from router.errors import CheckpointError, ConfigError
 from shards.mesh import Layout
+from shards.weights import CheckpointReader
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,12 @@ def test_torchrun_with_another_number_of_ranks_than_the_layout_is_refused() -> N
     check_world(place, Layout(tp=2))
     with pytest.raises(ConfigError, match=r"torchrun started 2 rank\(s\), the layout tp=1 dp=1 has 1"):
         check_world(place, Layout())
+
+
+def test_weights_that_are_never_loaded_need_no_memory(next_checkpoint: Path) -> None:
+    reader = CheckpointReader(next_checkpoint)
+    elements = {name: math.prod(reader.shape(name)) for name in reader.names()}
+    unused = sum(count for name, count in elements.items() if name.startswith("mtp."))
+    assert unused > 0
+    config = EngineConfig(model=next_checkpoint, dtype="bfloat16")
+    assert weight_bytes(config) == 2 * (sum(elements.values()) - unused)
