@@ -148,7 +148,9 @@ def parse_model_config(fields: Fields) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=fields.integer("intermediate_size"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
-        shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size") if is_next else 0,
+        shared_expert_intermediate_size=(
+            fields.integer("shared_expert_intermediate_size", minimum=0) if is_next else 0
+        ),
         num_experts=(experts := _num_experts(fields)),
         num_experts_per_tok=_experts_per_token(fields, experts),
         norm_topk_prob=fields.flag("norm_topk_prob", is_next),

@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,3 +221,28 @@ def test_an_unfilled_parameter_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.k_norm\.weight"):
         make_rank(tmp_path, Place(layout=Layout(), rank=0), Comms.local(), max_rows=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("moe_intermediate_size", 16), ("moe_intermediate_size", 64), ("num_experts", 16)]
+)
+def test_experts_that_disagree_with_the_config_are_named(
+    field: str, value: int, tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    names = [name for name in config if name in (field, "num_local_experts" if field == "num_experts" else field)]
+    (model / "config.json").write_text(json.dumps(config | dict.fromkeys(names, value)))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\..*(shape|missing)"):
+        make_rank(model, Place(layout=Layout(), rank=0), Comms.local(), max_rows=1)
+
+
+def test_fewer_experts_in_the_config_than_in_the_files_are_refused(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    names = [name for name in config if name in ("num_experts", "num_local_experts")]
+    (model / "config.json").write_text(json.dumps(config | dict.fromkeys(names, 4)))
+    with pytest.raises(ValueError, match=r"mlp\.gate\.weight has shape \[8, 48\], expected \[4, 48\]"):
+        make_rank(model, Place(layout=Layout(), rank=0), Comms.local(), max_rows=1)
