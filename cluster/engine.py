@@ -62,7 +62,9 @@ class EngineStats:
     requests: int = 0
     rejected: int = 0
     admissions: int = 0
-    """Times a request got room; more than `requests` by the number of preemptions and failed pulls."""
+    """Times a request got room."""
+    preemptions: int = 0
+    """Times a running request had to give up its room for another, and was computed again."""
     pulls: int = 0
     failed_pulls: int = 0
     pulled_bytes: int = 0
@@ -237,6 +239,7 @@ class Engine:
             self._stats.steps += plan.has_rows
             self._stats.computed_tokens += sum(sum(lane.counts_S) for lane in plan.lanes)
             self._stats.admissions += sum(len(lane.starts) for lane in plan.lanes)
+            self._stats.preemptions = self._scheduler.num_preemptions
         if pending is not None:
             self._take_result()
         return plan, plan if plan is not None and plan.has_rows else None

@@ -86,6 +86,8 @@ class Lane:
         self.waiting: list[Sequence] = []
         self.active: list[Sequence] = []
         self.blocks = BlockPool(config.num_blocks)
+        self.num_preemptions = 0
+        """Running sequences that had to give up their room."""
         self._config = config
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
@@ -133,6 +135,7 @@ class Lane:
             if victim is None:
                 return False
             self.requeue(victim)
+            self.num_preemptions += 1
             draft.preempted = True
         seq.blocks += grown
         draft.batch.grown_rows.append(seq.row)

@@ -55,6 +55,11 @@ class Scheduler:
         """Plans with rows that were given out and not committed."""
         return len(self._uncommitted)
 
+    @property
+    def num_preemptions(self) -> int:
+        """Running sequences that had to give up their room, since the start."""
+        return sum(lane.num_preemptions for lane in self._lanes)
+
     def add(self, request: Request, *, mode: Mode, now: float) -> None:
         """Let a request wait for room; mode "prefill" ends at its first token with a HandoffReady.
 

@@ -79,6 +79,12 @@ VARIETY: Mapping[str, Mapping[str, object]] = {
     "top-k not renormalised": {"norm_topk_prob": False},
 }
 
+NEXT_VARIETY: Mapping[str, Mapping[str, object]] = {
+    "no shared expert": {"shared_expert_intermediate_size": 0},
+    "dense layers, YaRN": {"mlp_only_layers": [1], **VARIETY["YaRN"]},
+}
+"""For Qwen3-Next alone, beside VARIETY."""
+
 
 def engine_config(
     model: Path,
@@ -244,7 +250,7 @@ def run_matrix(
 
 def _note(case: Case, served: Served, engine: ResolvedEngine) -> str:
     if case.num_blocks is not None:
-        return f"{served.stats.admissions - served.stats.requests} preemptions"
+        return f"{served.stats.preemptions} preemptions"
     if case.repeat:
         return f"{served.stats.cached_tokens} cached tokens" if engine.prefix_cache else "no prefix cache"
     return ""
