@@ -136,8 +136,7 @@ def parse_model_config(fields: Fields) -> ModelConfig:
     _refuse_unsupported(fields)
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     head_dim = _head_dim(fields, architecture, hidden, heads)
-    layers, positions = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
-    is_next = architecture == "qwen3_next"
+    layers, is_next = fields.integer("num_hidden_layers"), architecture == "qwen3_next"
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
@@ -148,9 +147,7 @@ def parse_model_config(fields: Fields) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=fields.integer("intermediate_size"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
-        shared_expert_intermediate_size=(
-            fields.integer("shared_expert_intermediate_size", minimum=0) if is_next else 0
-        ),
+        shared_expert_intermediate_size=_shared_expert_size(fields, is_next),
         num_experts=(experts := _num_experts(fields)),
         num_experts_per_tok=_experts_per_token(fields, experts),
         norm_topk_prob=fields.flag("norm_topk_prob", is_next),
@@ -160,10 +157,8 @@ def parse_model_config(fields: Fields) -> ModelConfig:
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         attention_bias=fields.flag("attention_bias", False),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=read_rope(
-            fields, head_dim=head_dim, max_position_embeddings=positions, default_partial=0.25 if is_next else 1.0
-        ),
-        max_position_embeddings=positions,
+        rope=_rope(fields, head_dim, is_next),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
         linear_num_key_heads=fields.integer("linear_num_key_heads") if is_next else 0,
         linear_num_value_heads=_value_heads(fields) if is_next else 0,
         linear_key_head_dim=fields.integer("linear_key_head_dim") if is_next else 0,
@@ -208,6 +203,15 @@ def _kv_heads(fields: Fields, heads: int) -> int:
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", f"it must divide num_attention_heads, {heads}")
     return kv_heads
+
+
+def _shared_expert_size(fields: Fields, is_next: bool) -> int:
+    return fields.integer("shared_expert_intermediate_size", minimum=0) if is_next else 0
+
+
+def _rope(fields: Fields, head_dim: int, is_next: bool) -> RopeConfig:
+    positions, partial = fields.integer("max_position_embeddings"), 0.25 if is_next else 1.0
+    return read_rope(fields, head_dim=head_dim, max_position_embeddings=positions, default_partial=partial)
 
 
 def _num_experts(fields: Fields) -> int:
