@@ -1,5 +1,6 @@
 """EngineConfig: everything one engine is told. Light to import: no torch."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -52,6 +53,8 @@ class EngineConfig:
     """Compute threads a rank; None: the machine's cores shared by the ranks that run on it."""
     lease_s: float = 30.0
     """A prefilled sequence waits this long to be fetched."""
+    step_timeout_s: float = 60.0
+    """A step that takes longer counts as hung, and its replica as lost; more than the slowest step takes."""
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, get_args(Dtype))
@@ -70,8 +73,9 @@ class EngineConfig:
                 f"max_step_tokens={self.max_step_tokens} must be at least max_rows={self.max_rows}: each running "
                 "sequence needs a token a step; raise max_step_tokens or lower max_rows"
             )
-        if self.lease_s <= 0:
-            raise ConfigError(f"lease_s must be positive, got {self.lease_s}")
+        for name in ("lease_s", "step_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive seconds, got {getattr(self, name)}")
         if self.deterministic == "on" and (self.kernels == "torch" or self.device == "cuda"):
             raise ConfigError(
                 f"deterministic=on needs the native kernels, got kernels={self.kernels} device={self.device}; "

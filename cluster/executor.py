@@ -1,11 +1,12 @@
 """Rank 0's view of all ranks of a replica: hands out plans, gathers answers, and notices who is lost."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Final, Protocol
 
 from cluster.plan import PullDone, SourceRank, StepOutput, StepPlan
 from cluster.plan_codec import RankWork, encode_work
@@ -15,8 +16,8 @@ from router.errors import CheckpointError, CorruptDataError, MemberLostError
 from shards.batch import LaneOutput
 from shards.mesh import Layout, Place
 
-STEP_TIMEOUT_S = 600.0
-"""A step that takes longer counts as hung."""
+_SEND_S: Final = 10.0
+"""A peer that takes in nothing for this long counts as hung: plans are small, and two at most are under way."""
 
 
 class Ranks(Protocol):
@@ -82,7 +83,7 @@ class RankGroup:
     Reports of all ranks come into one queue; the state below is the engine thread's alone.
     """
 
-    def __init__(self, layout: Layout, *, step_timeout_s: float = STEP_TIMEOUT_S) -> None:
+    def __init__(self, layout: Layout, *, step_timeout_s: float = 60.0) -> None:
         self._layout = layout
         self._step_timeout_s = step_timeout_s
         self._own: OwnRank | None = None
@@ -108,6 +109,7 @@ class RankGroup:
 
     def add_peer(self, rank: int, channel: Channel) -> None:
         """Tell the group of an authenticated connection to rank `rank`, and listen to it."""
+        channel.limit_send(min(_SEND_S, self._step_timeout_s))
         self._peers[rank] = channel
         threading.Thread(target=self._listen, args=(rank, channel), name=f"rank{rank}-reports", daemon=True).start()
 
@@ -221,9 +223,10 @@ class RankGroup:
     def result(self) -> StepOutput:
         """As `Ranks.result`."""
         step = self._launched[0]
+        deadline = time.monotonic() + self._step_timeout_s
         while len(self._answers.get(step, ())) < self._layout.dp:
             try:
-                rank, report = self._reports.get(timeout=self._step_timeout_s)
+                rank, report = self._reports.get(timeout=max(deadline - time.monotonic(), 0.0))
             except Empty:
                 missing = [lane for lane in range(self._layout.dp) if lane not in self._answers.get(step, {})]
                 raise MemberLostError(

@@ -22,7 +22,7 @@ from cluster.resolve import ResolvedEngine
 from cluster.transport import KvServer
 from cluster.wire import Channel, accept, connect, listen
 from router.errors import ConfigError, CorruptDataError, MemberLostError
-from shards.collectives import make_comms
+from shards.collectives import TIMEOUT_S, make_comms
 from shards.comm import Comms
 from shards.mesh import Place
 from shards.rank import Rank
@@ -130,6 +130,8 @@ class RankRunner:
             device=device,
             deterministic=config.engine.deterministic,
             one_host=_one_host(self._store, config),
+            # Rank 0's watchdog names the step; operations wait no shorter than it does.
+            timeout_s=max(TIMEOUT_S, config.engine.config.step_timeout_s),
         )
         rank = _checked(lambda comms: Rank(config.engine.rank_config(config.rank, device), comms), self._comms)
         try:
@@ -246,7 +248,7 @@ def start_leader(
         CheckpointError: a rank cannot serve this model; the message says what would do.
         MemberLostError: a rank failed or did not come; the message names it and says why.
     """
-    group = RankGroup(config.place.layout)
+    group = RankGroup(config.place.layout, step_timeout_s=config.engine.config.step_timeout_s)
     runner = RankRunner(config, store, lambda report: group.report(0, report))
     with listen(config.host) as listener:
         address = f"{config.host} {listener.getsockname()[1]} {_settings_digest(config.engine)}"

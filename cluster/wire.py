@@ -35,12 +35,18 @@ class Channel:
         """Limit how long `send` and `recv` may wait; None waits for ever."""
         self._sock.settimeout(seconds)
 
+    def limit_send(self, seconds: float) -> None:
+        """Limit how long `send` may wait for a peer that takes nothing in; `recv` waits as before."""
+        whole = int(seconds)
+        limit = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
     def send(self, message: Message) -> None:
         """Send one message.
 
         Raises:
             ValueError: it exceeds the frame limit.
-            OSError: the other side is gone.
+            OSError: the other side is gone, or took nothing in within the limit.
         """
         payload = msgpack.packb(message)
         assert payload is not None

@@ -27,6 +27,8 @@ from shards.weights import CheckpointReader
         ({"reduction_groups": 3}, "reduction_groups must be a power of two, such as 4, got 3"),
         ({"max_step_tokens": 8}, "max_step_tokens=8 must be at least max_rows=64"),
         ({"lease_s": 0.0}, "lease_s must be positive"),
+        ({"step_timeout_s": -1.0}, "step_timeout_s must be positive seconds, got -1.0"),
+        ({"step_timeout_s": math.nan}, "step_timeout_s must be positive seconds, got nan"),
         ({"deterministic": "on", "kernels": "torch"}, "use kernels=native on device=cpu, or deterministic=auto"),
     ],
 )
@@ -54,6 +56,7 @@ def test_engine_options_are_these_and_no_others() -> None:
         "prefix_cache",
         "threads",
         "lease_s",
+        "step_timeout_s",
     }
 
 

@@ -12,7 +12,7 @@ from cluster.plan_codec import RankWork, decode_work
 from cluster.reports import LoadProgress, RankEnded, RankReady, Report, StepAnswer, encode_report
 from cluster.wire import Channel
 from router.errors import CheckpointError, MemberLostError
-from shards.batch import LaneOutput, StepBatch
+from shards.batch import LaneOutput, RowSampling, RowStart, StepBatch
 from shards.mesh import Layout
 
 
@@ -158,6 +158,33 @@ def test_hanging_step_is_an_error_that_names_the_lane() -> None:
         ranks.tell(0, answer(3, 1))
         with pytest.raises(MemberLostError, match=r"step 3 hangs: no answer from lane\(s\) \[1\]"):
             ranks.group.result()
+
+
+def test_reports_of_other_ranks_do_not_prolong_a_hanging_step() -> None:
+    with make_ranks(Layout(dp=2), step_timeout_s=0.2) as ranks:
+        ranks.group.launch(make_plan(0, [[0], [0]]))
+        stop = threading.Event()
+
+        def chatter() -> None:
+            while not stop.wait(0.02):
+                ranks.tell(0, LoadProgress(done_bytes=1, total_bytes=1))
+
+        talking = threading.Thread(target=chatter)
+        talking.start()
+        try:
+            with pytest.raises(MemberLostError, match="step 0 hangs"):
+                ranks.group.result()
+        finally:
+            stop.set()
+            talking.join()
+
+
+def test_peer_that_takes_nothing_in_is_lost_and_does_not_hold_up_the_engine() -> None:
+    with make_ranks(Layout(tp=2), step_timeout_s=0.1) as ranks:
+        start = RowStart(row=0, token_ids=(70000,) * 500_000, prompt_len=1, blocks=(), sampling=RowSampling())
+        plan = StepPlan(step=0, lanes=(StepBatch(starts=(start,)),))
+        with pytest.raises(MemberLostError, match="rank 1 of 2 is lost"):
+            ranks.group.launch(plan)
 
 
 def test_damaged_report_counts_as_a_lost_rank() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_killed_peer_surfaces_within_a_second_and_leaves_nothing_behind(moe_chec
         with pytest.raises(MemberLostError, match="rank 1 of 2 is lost"):
             step_for_ever(replica.ranks)
         assert time.monotonic() - began < 1.0
+
+
+def test_stopped_peer_is_found_when_a_step_takes_too_long(moe_checkpoint: Path) -> None:
+    config = replace(make_config(moe_checkpoint, Layout(tp=2)), step_timeout_s=1.0)
+    with LocalReplica(resolve_engine(config)) as replica:
+        pid = replica.children[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(MemberLostError, match=r"step 0 hangs: no answer from lane\(s\) \[0\] within 1 s"):
+            step_for_ever(replica.ranks)
+        assert time.monotonic() - began < 2.0
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_peers_end_when_their_leader_is_killed(moe_checkpoint: Path, tmp_path: Path) -> None:
