@@ -276,6 +276,7 @@ class Scheduler:
             block_size=self.config.block_size,
             free_state_slots=sum(lane.num_free_slots for lane in lanes),
             total_state_slots=self.config.num_slots * len(lanes),
+            prefix_cache=self.config.prefix_cache,
             handoff_requests=sum(pinned.expires_unix_s > now for pinned in self._pinned.values()),
             prefix_digest=frozenset(value for hashes in newest for value in hashes),
         )

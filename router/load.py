@@ -24,6 +24,8 @@ class MemberLoad:
     block_size: int = 16
     free_state_slots: int = 0
     total_state_slots: int = 0
+    prefix_cache: bool = True
+    """Whether KV of equal prefixes is reused."""
     handoff_requests: int = 0
     """Prefilled sequences whose KV waits to be fetched."""
     prefix_digest: frozenset[int] = frozenset()

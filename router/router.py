@@ -78,6 +78,8 @@ class _Member:
 
     def cached_blocks(self, hashes: list[int], now: float) -> int:
         """Leading blocks that are, or will soon be, in this member's prefix cache."""
+        if not self.load.prefix_cache:
+            return 0
         digest, learned = self.load.prefix_digest, self._learned
         for index, value in enumerate(hashes):
             if value not in digest and learned.get(value, now) <= now:
@@ -176,8 +178,7 @@ class Router:
 
     def _note(self, choice: _Choice, hashes: "_Hashes", now: float) -> None:
         load = choice.member.load
-        # Models with recurrent state cache no prefixes yet: there is nothing to learn.
-        known = [] if load.total_state_slots else hashes.of(load.block_size)
+        known = hashes.of(load.block_size) if load.prefix_cache else []
         choice.member.note(known, choice.ask.new_tokens, now, self._config)
 
 

@@ -433,6 +433,7 @@ class Load(_message.Message):
     HANDOFF_REQUESTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     PREFIX_DIGEST_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     role: _builtins.str
     waiting_requests: _builtins.int
@@ -446,6 +447,8 @@ class Load(_message.Message):
     total_state_slots: _builtins.int
     handoff_requests: _builtins.int
     draining: _builtins.bool
+    prefix_cache: _builtins.bool
+    """Whether KV of equal prefixes is reused."""
     @_builtins.property
     def prefix_digest(self) -> Global___PrefixDigest:
         """Absent: unchanged since the last report that had it."""
@@ -467,10 +470,11 @@ class Load(_message.Message):
         handoff_requests: _builtins.int = ...,
         draining: _builtins.bool = ...,
         prefix_digest: Global___PrefixDigest | None = ...,
+        prefix_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefix_digest", b"prefix_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "draining", b"draining", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_digest", b"prefix_digest", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "draining", b"draining", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_cache", b"prefix_cache", "prefix_digest", b"prefix_digest", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

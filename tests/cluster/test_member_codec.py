@@ -139,6 +139,7 @@ def test_a_load_report_without_digest_keeps_the_last_one() -> None:
         role="decode",
         sequence=4,
         waiting_tokens=77,
+        prefix_cache=False,
         prefix_digest=frozenset({2**63}),
         draining=True,
     )

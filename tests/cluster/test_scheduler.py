@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cluster.plan import HandoffReady, PullDone
-from router.request import RequestId, TokenEvent
+from router.request import MemberId, RequestId, TokenEvent
 from shards.batch import LogprobColumns
 from tests.support.scheduler_bench import CONFIG, Bench, make_request, make_ticket, tokens_of
 
@@ -198,6 +198,7 @@ def test_the_newest_sequence_is_preempted_and_keeps_its_token_in_flight() -> Non
     before = bench.plan()
     preempting = bench.plan()
     assert preempting.lanes[0].rows_S == [0]
+    assert bench.scheduler.num_preemptions == 1
     assert tokens_of(bench.commit(before)) == [("a", 110), ("b", 111)]
     last = bench.plan()
     assert last.lanes[0].starts == ()
@@ -244,3 +245,9 @@ def test_a_sequence_about_to_end_is_not_preempted() -> None:
     bench.commit(second)
     bench.drain()
     assert bench.scheduler.is_idle
+
+
+def test_load_tells_whether_prefixes_are_cached() -> None:
+    for prefix_cache in (True, False):
+        bench = Bench(replace(CONFIG, prefix_cache=prefix_cache))
+        assert bench.scheduler.load(0.0, MemberId("m"), "mixed").prefix_cache is prefix_cache

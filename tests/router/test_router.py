@@ -20,7 +20,7 @@ def make_load(
     waiting_tokens: int = 0,
     cached: tuple[int, ...] = (),
     draining: bool = False,
-    slots: int = 0,
+    prefix_cache: bool = True,
 ) -> MemberLoad:
     return MemberLoad(
         member_id=MemberId(name),
@@ -29,8 +29,7 @@ def make_load(
         max_requests=64,
         free_blocks=1000,
         total_blocks=1000,
-        free_state_slots=slots,
-        total_state_slots=slots,
+        prefix_cache=prefix_cache,
         prefix_digest=frozenset(block_hashes(cached, 16)),
         draining=draining,
     )
@@ -145,9 +144,16 @@ def test_memory_of_prefixes_is_bounded_and_the_oldest_goes_first() -> None:
     assert router.route(make_request(4), 0.0).cached_tokens == 0
 
 
-def test_members_with_recurrent_state_are_not_expected_to_cache() -> None:
-    router = make_router(make_load("a", slots=8))
+def test_members_whose_prefix_cache_is_off_are_not_expected_to_cache() -> None:
+    router = make_router(make_load("a", prefix_cache=False))
     router.route(make_request(1), 0.0)
+    assert router.route(make_request(2), 0.0).cached_tokens == 0
+
+
+def test_a_member_that_came_back_without_its_prefix_cache_is_not_expected_to_hit() -> None:
+    router = make_router(make_load("a", cached=PROMPT))
+    assert router.route(make_request(1), 0.0).cached_tokens > 0
+    router.update(make_load("a", cached=PROMPT, prefix_cache=False))
     assert router.route(make_request(2), 0.0).cached_tokens == 0
 
 
