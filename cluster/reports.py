@@ -1,6 +1,7 @@
 """What a rank tells rank 0: that it is up, its answers, its pulls, its end; and these as wire messages."""
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from cluster.plan import PullDone, SourceRank
 from cluster.plan_codec import (
@@ -66,6 +67,8 @@ def encode_report(report: Report) -> list[object]:
             return ["ready", None if report.source is None else encode_source_rank(report.source)]
         case RankEnded():
             return ["ended", report.error, report.refused]
+        case _:
+            assert_never(report)
 
 
 def decode_report(message: list[object]) -> Report:

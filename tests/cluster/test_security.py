@@ -1,6 +1,7 @@
 """The cluster token on sockets and in metadata."""
 
 import socket
+import struct
 import threading
 
 import pytest
@@ -100,3 +101,14 @@ def test_a_token_that_cannot_serve_is_refused(token: str) -> None:
 
 def test_a_new_token_serves() -> None:
     assert check_token(new_token())
+
+
+def test_a_peer_that_has_cut_the_connection_is_reported_though_it_has_no_address_any_more() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        # Closing with unsent data dropped resets the connection.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        with server, pytest.raises(CorruptDataError, match="the peer closed or stalled"):
+            server_hello(server, new_token(), timeout_s=1)

@@ -8,6 +8,8 @@ def pure_tests() -> list[str]:
     folder = ROOT / "tests" / "cluster"
     names = [module.removeprefix("cluster.") for module in pure_modules("cluster")]
     found = {path for name in names for path in (folder / f"test_{name}.py", *folder.glob(f"test_{name}_*.py"))}
+    # The messages of plan_codec and reports are tested as a peer gets them.
+    found.add(folder / "test_wire.py")
     return ["tests/router", *sorted(str(path.relative_to(ROOT)) for path in found if path.exists())]
 
 

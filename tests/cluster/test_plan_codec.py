@@ -1,0 +1,29 @@
+import pytest
+
+from cluster.plan_codec import RankWork, decode_output, decode_work, encode_output, encode_work
+from router.errors import CorruptDataError
+from shards.batch import LaneOutput, LogprobColumns
+
+
+def make_output_message() -> list[object]:
+    columns = LogprobColumns(logprobs_N=[-0.5], ranks_N=[1], top_ids_NK=[[4]], top_logprobs_NK=[[-0.5]])
+    return encode_output(3, LaneOutput(rows_N=[0], tokens_N=[4], logprobs=columns))
+
+
+def test_work_without_a_step_arrives_as_such() -> None:
+    work = decode_work(encode_work(RankWork.nothing()))
+    assert (work.step, work.answers, work.pulls, list(work.batch.rows_S)) == (-1, False, (), [])
+
+
+def test_an_output_arrives_with_its_log_probabilities() -> None:
+    step, output = decode_output(make_output_message())
+    assert (step, output.tokens_N) == (3, [4])
+    assert output.logprobs is not None
+    assert output.logprobs.top_logprobs_NK == [[-0.5]]
+
+
+def test_log_probabilities_that_are_no_numbers_are_refused() -> None:
+    message = make_output_message()
+    message[4] = [["-0.5"], [1], [[4]], [[-0.5]]]
+    with pytest.raises(CorruptDataError, match="list of numbers"):
+        decode_output(message)
