@@ -9,10 +9,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from cluster.config import DeterministicChoice, Device, Dtype, EngineConfig, KernelChoice
-from deploy.generate import GenerateOptions, run_generate
-from deploy.prompts_file import parse_bias, parse_ids
 from deploy.sizes import parse_bytes
-from deploy.validation import SamplingInput
 from router.errors import MoefleetError
 from shards.mesh import Layout
 
@@ -115,10 +112,12 @@ def generate(
         ),
     ] = False,
 ) -> None:
-    """Continue prompts with a model, in this process and without Ray; further ranks are processes of this machine.
+    """Continue prompts with a model, in this process and without Ray; further ranks are processes of this machine."""
+    # Imports torch, which `moefleet --help` must not wait for.
+    from deploy.generate import GenerateOptions, run_generate
+    from deploy.prompts_file import parse_bias, parse_ids
+    from deploy.validation import SamplingInput
 
-    Example: moefleet generate --model DIR --prompt "Hello" --max-tokens 16 --tp 2 --json
-    """
     with _told_errors():
         options = GenerateOptions(
             engine=EngineConfig(

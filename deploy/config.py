@@ -167,17 +167,18 @@ class GrpcOptions:
     max_message_bytes: Bytes = 16 << 20
     """A larger message is refused: bytes, or text such as "16MiB"."""
     max_concurrent_calls: Count = 4096
-    tls_cert_file: Text | None = None
-    """Certificate chain, PEM; with tls_key_file."""
-    tls_key_file: Text | None = None
-    tls_client_ca_file: Text | None = None
-    """Clients must prove themselves with a certificate of this authority, PEM."""
+    tls_certificate: Text | None = None
+    """File of the certificate chain, PEM; with tls_key."""
+    tls_key: Text | None = None
+    """File of its private key, PEM."""
+    tls_client_ca: Text | None = None
+    """File of the authority whose certificates clients must have, PEM."""
 
     def __post_init__(self) -> None:
-        if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_cert_file and tls_key_file go together; give both or neither")
-        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
-            raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; give both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_CLOSED)

@@ -60,7 +60,7 @@ def _check_endpoints(config: ServeConfig) -> None:
                 f"{key}.host: {host} is reached from other machines, and there are no keys; name a file of keys in "
                 "http.api_keys_file (--api-keys-file), or use 127.0.0.1"
             )
-    for key in ("tls_cert_file", "tls_key_file", "tls_client_ca_file"):
+    for key in ("tls_certificate", "tls_key", "tls_client_ca"):
         path: str | None = getattr(config.grpc, key)
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"grpc.{key}: there is no file {path}; name a PEM file")

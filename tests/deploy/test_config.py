@@ -92,8 +92,8 @@ def test_a_pool_that_is_not_configured_has_no_engine() -> None:
         ({"model": "m", "engine": {"dtype": "fp8"}}, r"engine\.dtype: must be 'float32' or 'bfloat16', got 'fp8'"),
         ({"model": "m", "engine": 3}, r"engine: must be a dictionary .*, got 3"),
         ({"model": "m", "http": {"port": 70000}}, r"http\.port: must be less than or equal to 65535, got 70000"),
-        ({"model": "m", "grpc": {"tls_key_file": "k"}}, r"grpc: tls_cert_file and tls_key_file go together"),
-        ({"model": "m", "grpc": {"tls_client_ca_file": "k"}}, r"grpc: tls_client_ca_file needs tls_cert_file"),
+        ({"model": "m", "grpc": {"tls_key": "k"}}, r"grpc: tls_certificate and tls_key go together"),
+        ({"model": "m", "grpc": {"tls_client_ca": "k"}}, r"grpc: tls_client_ca needs tls_certificate"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_remedy(mapping: dict[str, object], message: str) -> None:
@@ -167,8 +167,8 @@ def test_a_fleet_that_fits_this_machine_passes_the_check(next_checkpoint: Path) 
         ({"http": {"port": 9000}, "grpc": {"port": 9000}}, r"grpc\.port: 9000 is http\.port too"),
         ({"http": {"api_keys_file": "/none"}}, r"http\.api_keys_file: /none cannot be read"),
         (
-            {"grpc": {"tls_cert_file": "/none", "tls_key_file": "/none"}},
-            r"grpc\.tls_cert_file: there is no file /none",
+            {"grpc": {"tls_certificate": "/none", "tls_key": "/none"}},
+            r"grpc\.tls_certificate: there is no file /none",
         ),
     ],
 )
@@ -212,9 +212,9 @@ def test_an_address_of_another_machine_is_refused(next_checkpoint: Path, tmp_pat
 
 def test_keys_may_have_tenants_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("# ours\none\n\ntwo acme # bought in May\n")
+    path.write_text("# ours\none\n\n# bought in May\ntwo#2 acme\n")
 
-    assert [(key.key, key.tenant) for key in read_api_keys(path)] == [("one", ""), ("two", "acme")]
+    assert [(key.key, key.tenant) for key in read_api_keys(path)] == [("one", "key-2"), ("two#2", "acme")]
 
 
 @pytest.mark.parametrize(("text", "message"), [("a b c-secret\n", "line 1: expected KEY"), ("# none\n", "no key")])

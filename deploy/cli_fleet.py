@@ -1,0 +1,179 @@
+"""Starts a fleet on a Ray cluster, waits until it is up, and ends it. Imports Ray: set its environment before."""
+
+import logging
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+import psutil
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import ApplicationStatus, ServeStatus
+
+from cluster.directory import ACTOR_NAME, MemberStatus, find_directory
+from deploy.app import build
+from deploy.config import ServeConfig, config_mapping
+from deploy.render import APP_NAME
+from deploy.serve_command import http_address
+from router.errors import MoefleetError
+
+_POLL_S: Final = 0.25
+_END_S: Final = 15.0
+"""Processes of the local cluster that still run after this are killed."""
+_FAILED: Final = re.compile(r"^(?:ray\.exceptions\.)?(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", re.MULTILINE)
+
+
+class StartError(MoefleetError):
+    """The fleet could not start; tells the member's or Ray's reason."""
+
+
+def start_fleet(config: ServeConfig, *, tell: Callable[[str], None]) -> tuple[MemberStatus, ...]:
+    """Start Ray or connect to it, deploy the application, and wait until every member and endpoint is up.
+
+    Args:
+        tell: takes a line for a person at each thing that is up.
+
+    Raises:
+        StartError: Ray, a member or the gateway could not start.
+    """
+    try:
+        _start_ray(config)
+        tell(f"Ray is up ({len(ray.nodes())} node(s), {ray.cluster_resources().get('CPU', 0):g} logical CPUs)")
+        _deploy(config)
+        statuses = _wait_members(config, tell)
+        _wait_http(config)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise StartError(f"the fleet could not start: {failure_reason(str(error))}") from error
+    return statuses
+
+
+def stop_fleet(config: ServeConfig) -> None:
+    """End the fleet. Of a local cluster no process is left; an existing cluster loses our application alone."""
+    ours = psutil.Process().children(recursive=True)
+    try:
+        if ray.is_initialized():
+            _stop_application(config)
+    except (RuntimeError, RayError, TimeoutError) as error:
+        logging.getLogger(__name__).warning("the application did not end in order: %s", error)
+    finally:
+        ray.shutdown()
+        _wait_ended(ours)
+
+
+def logical_cpus(config: ServeConfig) -> int:
+    """Ray CPUs that the pools take at their largest: a thread of a rank is one."""
+    return sum(pool.most_members * pool.layout.world * (pool.threads or 1) for _, pool in config.pools.roles)
+
+
+def failure_reason(text: str) -> str:
+    """The one line that tells why, out of Ray's account of an exception in another process."""
+    found = _FAILED.findall(text)
+    if found:
+        kind, reason = found[-1]
+        return reason if kind in ("ConfigError", "CheckpointError", "MemberLostError") else f"{kind}: {reason}"
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no reason was given"
+
+
+def _start_ray(config: ServeConfig) -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options = config.ray
+    if options.address == "local":
+        ray.init(
+            address="local",
+            num_cpus=options.num_cpus or logical_cpus(config),
+            object_store_memory=options.object_store_bytes,
+            include_dashboard=False,
+            namespace=options.namespace,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        ray.init(address=options.address, namespace=options.namespace, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _deploy(config: ServeConfig) -> None:
+    local = config.ray.address == "local"
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly if local else ProxyLocation.EveryNode,
+        http_options=HTTPOptions(host=config.http.host, port=config.http.port),
+    )
+    # `serve.run` would wait through Serve's many attempts at a member that cannot start.
+    target = serve.RunTarget(target=build(config_mapping(config)), name=APP_NAME, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _wait_members(config: ServeConfig, tell: Callable[[str], None]) -> tuple[MemberStatus, ...]:
+    wanted = Counter({role: pool.members for role, pool in config.pools.roles})
+    told: set[str] = set()
+    while True:
+        status = serve.status()
+        _check_started(status)
+        statuses = _member_statuses(config)
+        for each in statuses:
+            if each.info.member_id not in told:
+                told.add(each.info.member_id)
+                tell(f"member {each.info.member_id} is up ({len(each.ranks)} rank(s))")
+        running = status.applications[APP_NAME].status == ApplicationStatus.RUNNING
+        if running and Counter(each.info.role for each in statuses) >= wanted:
+            return statuses
+        time.sleep(_POLL_S)
+
+
+def _check_started(status: ServeStatus) -> None:
+    """Raise StartError as soon as a replica has failed to start."""
+    application = status.applications[APP_NAME]
+    for name, deployment in application.deployments.items():
+        if "failed to start" in deployment.message or "exception" in deployment.message.lower():
+            raise StartError(f"{name} could not start: {failure_reason(deployment.message)}")
+    if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        raise StartError(f"the application could not start: {failure_reason(application.message)}")
+
+
+def _member_statuses(config: ServeConfig) -> tuple[MemberStatus, ...]:
+    directory = find_directory(config.ray.namespace)
+    if directory is None:
+        return ()
+    return ray.get(directory.statuses.remote(), timeout=30)
+
+
+def _wait_http(config: ServeConfig) -> None:
+    """The proxy hears of the application a moment after it runs."""
+    # A proxy of the environment is for the internet.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = f"http://{http_address(config)}/health"
+    until = time.monotonic() + 30
+    while True:
+        try:
+            with opener.open(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            if time.monotonic() > until:
+                raise StartError(f"{url} does not answer: {error}") from error
+        time.sleep(_POLL_S)
+
+
+def _stop_application(config: ServeConfig) -> None:
+    if config.ray.address == "local":
+        serve.shutdown()
+        return
+    serve.delete(APP_NAME)
+    if find_directory(config.ray.namespace) is not None:
+        ray.kill(ray.get_actor(ACTOR_NAME, namespace=config.ray.namespace))
+
+
+def _wait_ended(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=_END_S)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=_END_S)

@@ -1,0 +1,107 @@
+"""`moefleet status`: pools, members, ranks and load of the fleet that runs on a Ray cluster."""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from cluster.directory import MemberStatus, find_directory
+from router.errors import ConfigError
+from router.load import MemberLoad
+
+
+def run_status(*, address: str, namespace: str, as_json: bool, out: TextIO) -> None:
+    """Write the state of a fleet.
+
+    Args:
+        address: of the Ray cluster; "auto" finds the one of this machine.
+        namespace: Ray namespace that the fleet was started in.
+
+    Raises:
+        ConfigError: there is no cluster, or no fleet on it.
+    """
+    statuses = fetch_statuses(address=address, namespace=namespace)
+    if as_json:
+        out.write(json.dumps([status_values(each) for each in statuses], indent=2) + "\n")
+    else:
+        Console(file=out, soft_wrap=not out.isatty()).print(status_table(statuses, now=time.time()))
+
+
+def fetch_statuses(*, address: str, namespace: str) -> tuple[MemberStatus, ...]:
+    """What the fleet's directory knows of its members.
+
+    Raises:
+        ConfigError: there is no cluster, or no fleet on it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--ray-address: no Ray cluster answers at {address!r}; start `moefleet serve` or name its address"
+        ) from error
+    try:
+        directory = find_directory(namespace)
+        if directory is None:
+            raise ConfigError(f"no fleet runs in namespace {namespace!r} of this cluster; start `moefleet serve`")
+        return ray.get(directory.statuses.remote(), timeout=30)
+    finally:
+        ray.shutdown()
+
+
+def status_values(status: MemberStatus) -> dict[str, object]:
+    """A member as JSON values; its load without the hashes of cached blocks."""
+    values: dict[str, object] = dict(dataclasses.asdict(status))
+    if status.load is not None:
+        load: dict[str, object] = dict(dataclasses.asdict(status.load))
+        del load["prefix_digest"]
+        values["load"] = load
+    return values
+
+
+def status_table(statuses: Sequence[MemberStatus], *, now: float) -> Table:
+    """A table with a line a rank."""
+    table = Table("pool", "member", "address", "layout", "up", "rank", "pid", "node", "state", "load", box=None)
+    for status in statuses:
+        info = status.info
+        member = (
+            info.role,
+            str(info.member_id),
+            info.address,
+            f"tp {status.tp} dp {status.dp} ep {status.ep}",
+            _duration(now - status.since_unix_s),
+        )
+        for number, rank in enumerate(status.ranks):
+            first = number == 0
+            table.add_row(
+                *(member if first else ("",) * len(member)),
+                str(rank.rank),
+                str(rank.pid),
+                rank.node,
+                rank.state,
+                _load(status.load) if first else "",
+            )
+    if not statuses:
+        table.add_row("no member is up")
+    return table
+
+
+def _load(load: MemberLoad | None) -> str:
+    if load is None:
+        return "unknown"
+    used = load.total_blocks - load.free_blocks
+    text = f"{load.running_requests} running, {load.waiting_requests} waiting, {used}/{load.total_blocks} blocks"
+    return text + (", draining" if load.draining else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
