@@ -1,0 +1,179 @@
+"""What runs as a Ray actor for each rank: rank 0 with engine and member service, the others behind it."""
+
+import asyncio
+import logging
+import os
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import ray
+from ray.actor import ActorClass
+from torch.distributed import TCPStore
+
+from cluster.config import EngineConfig
+from cluster.engine import Engine, EngineOutlets
+from cluster.member_codec import MemberHello
+from cluster.member_service import MemberService
+from cluster.rank_process import LoadProgress, RankProcessConfig, open_store, run_peer, start_leader
+from cluster.resolve import ResolvedEngine, resolve_engine
+from cluster.ticket import ticket_maker
+from router.errors import MoefleetError
+from router.load import MemberLoad
+from router.request import MemberId, Role
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessFacts:
+    """Where an actor runs."""
+
+    pid: int
+    node: str
+    """Address of its node."""
+    visible_gpus: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderStart:
+    """What rank 0 is told; Ray's calls carry it, no command line and no log."""
+
+    engine: ResolvedEngine
+    member_id: MemberId
+    role: Role
+    token: str
+    generation: int
+    host: str
+    store_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderState:
+    """Rank 0's answer to a look at it."""
+
+    load: MemberLoad
+    failure: str
+    """Why the engine ended by itself; empty while it is well."""
+
+
+class RankHost:
+    """One rank's process. Rank 0: `open`, `lead`; others: `follow`, which returns when the rank ends."""
+
+    def __init__(self) -> None:
+        self._store: TCPStore | None = None
+        self._engine: Engine | None = None
+        self._service: MemberService | None = None
+        self._failed: Future[str] = Future()
+
+    @ray.method(concurrency_group="control")
+    def facts(self) -> ProcessFacts:
+        """Where this process runs."""
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return ProcessFacts(pid=os.getpid(), node=ray.util.get_node_ip_address(), visible_gpus=len(gpus))
+
+    @ray.method
+    def open(self, config: EngineConfig, host: str, ranks_here: int) -> tuple[ResolvedEngine, int]:
+        """Check the engine against model and machine and open the replica's rendezvous -> (engine, store port)."""
+        engine = resolve_engine(config, ranks_here=ranks_here)
+        self._store = open_store(host)
+        return engine, self._store.port
+
+    @ray.method
+    def lead(self, start: LeaderStart) -> str:
+        """Load with the other ranks, then serve; returns the member service's host:port once all are ready."""
+        assert self._store is not None
+        config = rank_config(start, rank=0)
+        ranks = start_leader(replace(config, host=start.host), self._store, on_progress=_ProgressLog(start.member_id))
+        layout = start.engine.kv_layout()
+        hello = MemberHello(member_id=start.member_id, role=start.role, generation=start.generation, layout=layout)
+        service = MemberService(hello, start.token)
+        outlets = EngineOutlets(
+            on_events=service.on_events,
+            make_ticket=ticket_maker(start.member_id, layout, ranks.sources),
+            on_failure=lambda error: self._fail(service, error),
+        )
+        limits = start.engine.scheduler_config()
+        self._engine = Engine(limits, ranks, outlets, member_id=start.member_id, role=start.role)
+        self._service = service
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="member-service", daemon=True).start()
+        address = asyncio.run_coroutine_threadsafe(service.start(self._engine, start.host), loop).result()
+        self._engine.start()
+        logger.info("%s generation %s serves at %s", start.member_id, start.generation, address)
+        return address
+
+    @ray.method
+    def follow(self, config: RankProcessConfig) -> int:
+        """Run a rank other than 0 until rank 0 ends it or is gone."""
+        return run_peer(config)
+
+    @ray.method(concurrency_group="control")
+    def state(self) -> LeaderState | None:
+        """Rank 0's load and health; None before it leads."""
+        if self._engine is None:
+            return None
+        failure = self._engine.failure
+        return LeaderState(load=self._engine.load(), failure="" if failure is None else str(failure))
+
+    @ray.method(concurrency_group="watch")
+    def wait_failed(self) -> str:
+        """Returns when rank 0's engine has ended by itself, with the reason."""
+        return self._failed.result()
+
+    @ray.method(concurrency_group="control")
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests, finish running ones and keep KV until fetched; True when nothing is left."""
+        return self._engine is None or self._engine.drain(timeout_s)
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """End the engine and all ranks in order."""
+        if self._engine is not None:
+            self._engine.stop()
+
+    def _fail(self, service: MemberService, error: MoefleetError) -> None:
+        service.on_failure(error)
+        if not self._failed.done():
+            self._failed.set_result(str(error))
+
+
+def rank_config(start: LeaderStart, *, rank: int, store_host: str | None = None) -> RankProcessConfig:
+    """What the process of one rank is told.
+
+    Args:
+        store_host: rank 0's address as this rank reaches it.
+    """
+    return RankProcessConfig(
+        engine=start.engine,
+        rank=rank,
+        store_host=store_host or start.host,
+        store_port=start.store_port,
+        token=start.token,
+        generation=start.generation,
+        host=start.host,
+        handoff=True,
+    )
+
+
+class _ProgressLog:
+    """A log line each tenth of the weights read."""
+
+    def __init__(self, member_id: MemberId) -> None:
+        self._member_id = member_id
+        self._tenth = -1
+
+    def __call__(self, progress: LoadProgress) -> None:
+        if progress.total_bytes and (tenth := 10 * progress.done_bytes // progress.total_bytes) != self._tenth:
+            self._tenth = tenth
+            read, total = progress.done_bytes / 1e9, progress.total_bytes / 1e9
+            logger.info("%s: weights %.2f of %.2f GB read", self._member_id, read, total)
+
+
+# Long calls (lead, follow) have the default group's one thread; looks and orders come in beside them.
+# Ray's stub of remote() leaves concurrency_groups out.
+RankActor: ActorClass[RankHost] = ray.remote(
+    concurrency_groups={"watch": 1, "control": 4},  # pyrefly: ignore[unexpected-keyword]
+    max_restarts=0,
+    max_task_retries=0,
+)(RankHost)

@@ -1,0 +1,122 @@
+"""The Ray Serve application: a gateway and a deployment for each pool. The only place with a `.bind`."""
+
+import logging
+from typing import Final
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from cluster.member import PoolMember, PoolMemberConfig
+from deploy.config import PoolConfig, ServeConfig, engine_config, parse_config
+from deploy.gateway import GatewayApp
+from deploy.scaling_policy import POLICY_PATH, load_numbers
+from router.request import Role
+
+APP_NAME: Final = "moefleet"
+POOL_NAMES: Final[dict[Role, str]] = {"prefill": "PrefillPool", "decode": "DecodePool", "mixed": "MixedPool"}
+_STOP_MARGIN_S: Final = 15.0
+_HEALTH_PERIOD_S: Final = 2.0
+_UNBOUNDED: Final = 100_000
+"""Requests in flight are bounded by our own admission, which knows what they cost."""
+
+
+class PoolReplica:
+    """A Serve replica that holds one member. Requests never come through Serve's handles, only its care does."""
+
+    async def __init__(self, role: Role, args: dict[str, object]) -> None:
+        logging.getLogger("cluster").setLevel(logging.INFO)
+        self._member = PoolMember(member_config(parse_config(args), role))
+        await self._member.start()
+
+    async def check_health(self) -> None:
+        """Asked by Serve; raising has this replica replaced."""
+        self._member.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve; what the pool's policy decides on."""
+        return load_numbers(self._member.load)
+
+    async def __call__(self) -> str:
+        """The member's id: a handle call has no other use here."""
+        return self._member.member_id
+
+    async def __del__(self) -> None:
+        await self._member.stop()
+
+
+def member_config(config: ServeConfig, role: Role) -> PoolMemberConfig:
+    """What the members of one pool are told."""
+    pool = dict(config.pools.roles)[role]
+    return PoolMemberConfig(
+        role=role,
+        engine=engine_config(config, role),
+        namespace=config.ray.namespace,
+        interface="loopback" if config.ray.address == "local" else "node",
+        drain_s=pool.drain_s,
+    )
+
+
+def build(args: dict[str, object]) -> Application:
+    """Make the application; the builder that Serve config documents name as `deploy.app:build`.
+
+    Args:
+        args: a ServeConfig as plain data (`deploy.config.config_mapping`).
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    config = parse_config(args)
+    pools = [_pool(role, pool).bind(role, args) for role, pool in config.pools.roles]
+    gateway = serve.deployment(
+        name="Gateway",
+        num_replicas=config.gateway.replicas,
+        max_ongoing_requests=_UNBOUNDED,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=_HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=max(pool.drain_s for _, pool in config.pools.roles),
+    )(serve.ingress(GatewayApp(args))(_Gateway))
+    if config.gateway.replicas > 1:
+        # Each gateway listens on the gRPC port of its node.
+        gateway = gateway.options(max_replicas_per_node=1)
+    return gateway.bind(*pools)
+
+
+class _Gateway:
+    """The gateway's replica: the application is in `GatewayApp`; pools are named here so that Serve deploys them."""
+
+    def __init__(self, *pools: object) -> None:
+        self._pools = pools
+
+
+def _pool(role: Role, pool: PoolConfig) -> serve.Deployment:
+    most = pool.max_members or pool.members
+    scaling = None
+    if most > pool.members:
+        policy = AutoscalingPolicy(
+            policy_function=POLICY_PATH,
+            policy_kwargs={
+                "min_members": pool.members,
+                "max_members": most,
+                "down_delay_s": pool.downscale_delay_s,
+            },
+        )
+        # The delays are the policy's: Serve acts on its answers at once.
+        scaling = AutoscalingConfig(
+            min_replicas=pool.members,
+            max_replicas=most,
+            upscale_delay_s=pool.upscale_delay_s,
+            downscale_delay_s=0.0,
+            look_back_period_s=2.0,
+            policy=policy,
+        )
+    return serve.deployment(
+        name=POOL_NAMES[role],
+        num_replicas=None if scaling is not None else pool.members,
+        autoscaling_config=scaling,
+        max_ongoing_requests=_UNBOUNDED,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=_HEALTH_PERIOD_S,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=pool.drain_s + _STOP_MARGIN_S,
+    )(PoolReplica)

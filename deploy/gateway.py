@@ -1,0 +1,195 @@
+"""The gateway: one process's HTTP and gRPC endpoints over a dispatcher that follows the directory."""
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import grpc
+from ray.actor import ActorProxy
+from ray.exceptions import RayError
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.directory import Directory, Membership, open_directory
+from cluster.dispatcher import Dispatcher
+from deploy.config import ServeConfig, parse_config
+from deploy.generation import GenerationService
+from deploy.grpc_service import GrpcConfig, TlsFiles, bind_grpc_server, create_grpc_server
+from deploy.http_guard import ApiKey
+from deploy.metrics import GatewayMetrics
+from deploy.openai_routes import HttpConfig, create_app
+from deploy.served_model import load_served_model
+from deploy.tokenizer import load_tokenizer
+from router.admission import Admission, AdmissionConfig
+from router.errors import ConfigError
+from router.router import Router
+
+logger = logging.getLogger(__name__)
+_WATCH_S: Final = 10.0
+_RETRY_S: Final = 0.5
+_GRPC_GRACE_S: Final = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """What lives from start-up to shutdown."""
+
+    app: ASGIApp
+    dispatcher: Dispatcher
+    grpc_server: grpc.aio.Server
+    follower: asyncio.Task[None]
+
+
+class GatewayApp:
+    """An ASGI application whose lifespan starts and ends the gateway; pickled before it starts.
+
+    Args:
+        args: `deploy.config.config_mapping` of the ServeConfig.
+    """
+
+    def __init__(self, args: dict[str, object]) -> None:
+        self._args = args
+        self._running: _Running | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or the lifespan."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        assert self._running is not None
+        await self._running.app(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            self._running = await start_gateway(parse_config(self._args))
+        except Exception as error:
+            # A process's outermost frame: the server must hear that the start failed, and why.
+            logger.exception("the gateway could not start")
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await _stop(self._running)
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+async def start_gateway(config: ServeConfig) -> _Running:
+    """Wait until every pool has had a member, then listen for gRPC and be ready for HTTP.
+
+    Raises:
+        ConfigError: the gRPC port is in use, or a key file cannot be read.
+        CheckpointError: the model's JSON files or tokenizer cannot be used.
+    """
+    directory = open_directory(config.ray.namespace)
+    token = await directory.token.remote()
+    membership = await _all_pools(directory, config)
+    model = load_served_model(
+        Path(config.model), name=config.served_name, max_model_len=min(membership.max_model_len.values())
+    )
+    metrics = GatewayMetrics(model.name)
+    admission = AdmissionConfig(max_in_flight=config.gateway.max_in_flight, max_queue=config.gateway.max_queue)
+    dispatcher = Dispatcher(Router(), Admission(admission), token)
+    dispatcher.update_members(membership.members)
+    tokenizer = await asyncio.to_thread(load_tokenizer, Path(config.model))
+    service = GenerationService(backend=dispatcher, tokenizer=tokenizer, model=model, metrics=metrics)
+    keys = load_api_keys(config.http.api_keys_file)
+    grpc_config = _grpc_config(config, keys)
+    server = create_grpc_server(service, grpc_config)
+    bind_grpc_server(server, grpc_config)
+    await server.start()
+    return _Running(
+        app=create_app(service, _http_config(config, keys)),
+        dispatcher=dispatcher,
+        grpc_server=server,
+        follower=asyncio.create_task(_follow(directory, dispatcher, membership.version)),
+    )
+
+
+async def _all_pools(directory: "ActorProxy[Directory]", config: ServeConfig) -> Membership:
+    """The membership once each role of the config has had a member: only then is the longest request known."""
+    roles = {role for role, _ in config.pools.roles}
+    version = -1
+    while True:
+        membership = await directory.watch.remote(version, _WATCH_S)
+        if roles <= membership.max_model_len.keys():
+            return membership
+        version = membership.version
+
+
+async def _follow(directory: "ActorProxy[Directory]", dispatcher: Dispatcher, version: int) -> None:
+    """Tell the dispatcher of every change; a directory that is away is asked again, members serve on meanwhile."""
+    while True:
+        try:
+            membership = await directory.watch.remote(version, _WATCH_S)
+        except RayError as error:
+            logger.warning("the directory does not answer: %s", str(error).splitlines()[0])
+            version = -1
+            await asyncio.sleep(_RETRY_S)
+            continue
+        if membership.version != version and (membership.members or version != -1):
+            dispatcher.update_members(membership.members)
+        version = membership.version
+
+
+async def _stop(running: _Running) -> None:
+    running.follower.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running.follower
+    await running.grpc_server.stop(_GRPC_GRACE_S)
+    await running.dispatcher.close()
+
+
+def load_api_keys(file: str | None) -> tuple[ApiKey, ...]:
+    """Read API keys: a line each, `KEY` or `KEY TENANT`; empty lines and lines that begin with # are left out.
+
+    Raises:
+        ConfigError: the file cannot be read, a line has more words, or no key is in it.
+    """
+    if file is None:
+        return ()
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"http.api_keys_file={file}: cannot be read ({error}); name a text file of keys") from error
+    keys = []
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words or line.lstrip().startswith("#"):
+            continue
+        if len(words) > 2:
+            raise ConfigError(
+                f"http.api_keys_file={file}: line {number} has {len(words)} words; write KEY or KEY TENANT"
+            )
+        keys.append(ApiKey(key=words[0], tenant=words[-1] if len(words) == 2 else f"key-{number}"))
+    if not keys:
+        raise ConfigError(f"http.api_keys_file={file}: holds no key; write one a line, or leave the option out")
+    return tuple(keys)
+
+
+def _http_config(config: ServeConfig, keys: tuple[ApiKey, ...]) -> HttpConfig:
+    return HttpConfig(
+        api_keys=keys,
+        max_body_bytes=config.http.max_body_bytes,
+        request_timeout_s=config.http.request_timeout_s,
+        split_reasoning=config.http.split_reasoning,
+    )
+
+
+def _grpc_config(config: ServeConfig, keys: tuple[ApiKey, ...]) -> GrpcConfig:
+    given = config.grpc
+    tls = None
+    if given.tls_certificate is not None and given.tls_key is not None:
+        client_ca = None if given.tls_client_ca is None else Path(given.tls_client_ca)
+        tls = TlsFiles(certificate=Path(given.tls_certificate), key=Path(given.tls_key), client_ca=client_ca)
+    return GrpcConfig(
+        host=given.host,
+        port=given.port,
+        api_keys=keys,
+        max_message_bytes=given.max_message_bytes,
+        max_concurrent_calls=given.max_concurrent_calls,
+        request_timeout_s=config.http.request_timeout_s,
+        tls=tls,
+    )

@@ -1,0 +1,71 @@
+"""The Serve autoscaling policy of a pool: our members' loads through `router.scaling`, not Serve's request counts."""
+
+import time
+from collections.abc import Mapping
+from typing import Final, TypeVar
+
+from ray.serve.config import AutoscalingContext
+
+from router.load import MemberLoad
+from router.request import MemberId
+from router.scaling import ScalingConfig, ScalingState, desired_members
+
+POLICY_PATH: Final = "deploy.scaling_policy:PoolPolicy"
+_REPORTED: Final = (
+    "waiting_requests",
+    "waiting_tokens",
+    "running_requests",
+    "max_requests",
+    "free_blocks",
+    "total_blocks",
+    "free_state_slots",
+    "total_state_slots",
+)
+"""What `router.scaling` decides on."""
+Replica = TypeVar("Replica")
+
+
+def load_numbers(load: MemberLoad | None) -> dict[str, float]:
+    """A member's load as the numbers that Serve carries to its controller; none before the first look."""
+    if load is None or load.draining:
+        return {}
+    return {name: float(getattr(load, name)) for name in _REPORTED}
+
+
+def loads_of(metrics: Mapping[str, Mapping[Replica, float]]) -> list[MemberLoad]:
+    """Serve's numbers (by name, then by replica) as loads again; a replica without all of them is left out."""
+    replicas: dict[Replica, dict[str, int]] = {}
+    for name in _REPORTED:
+        for replica, value in metrics.get(name, {}).items():
+            replicas.setdefault(replica, {})[name] = round(value)
+    return [
+        MemberLoad(
+            member_id=MemberId(str(replica)),
+            role="mixed",
+            waiting_requests=numbers["waiting_requests"],
+            waiting_tokens=numbers["waiting_tokens"],
+            running_requests=numbers["running_requests"],
+            max_requests=numbers["max_requests"],
+            free_blocks=numbers["free_blocks"],
+            total_blocks=numbers["total_blocks"],
+            free_state_slots=numbers["free_state_slots"],
+            total_state_slots=numbers["total_state_slots"],
+        )
+        for replica, numbers in replicas.items()
+        if len(numbers) == len(_REPORTED)
+    ]
+
+
+class PoolPolicy:
+    """Made once by the Serve controller for each pool; the arguments are `policy_kwargs`."""
+
+    def __init__(self, *, min_members: int, max_members: int, down_delay_s: float) -> None:
+        self._config = ScalingConfig(min_members=min_members, max_members=max_members, down_delay_s=down_delay_s)
+        self._state: ScalingState | None = None
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, object]]:
+        """How many replicas the pool should have."""
+        state = self._state or ScalingState(members=context.target_num_replicas)
+        loads = loads_of(context.aggregated_metrics or {})
+        wanted, self._state = desired_members(loads, self._config, time.monotonic(), state)
+        return wanted, {}
