@@ -12,7 +12,7 @@ from cluster.sequence import Mode, Sequence, token_logprob
 from router.errors import HandoffError, InvalidRequestError, OverloadedError
 from router.load import MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent
-from shards.batch import LaneOutput
+from shards.batch import NO_TOKEN, LaneOutput
 
 _DIGEST_HASHES = 4096
 _RETRY_AFTER_S = 1.0
@@ -210,11 +210,24 @@ class Scheduler:
             index = next(indices) if work.samples else -1
             if work.seq.phase == "ended":
                 continue
+            if work.samples and output.tokens_N[index] == NO_TOKEN:
+                # Before its blocks can be found by others.
+                yield self._unsound(work.seq)
+                continue
             self._lanes[work.seq.lane].settle(work)
             if work.row in output.prompt_logprobs:
                 work.seq.collect(output.prompt_logprobs[work.row])
             if work.samples:
                 yield from self._take(work.seq, output, index, now)
+
+    def _unsound(self, seq: Sequence) -> TokenEvent:
+        """End a request whose next token cannot be chosen."""
+        self._drop(seq)
+        return seq.end(
+            "error",
+            f"the model's logits behind {len(seq.tokens)} tokens are not finite; check the checkpoint's weights, or "
+            "serve it with dtype float32",
+        )
 
     def _take(self, seq: Sequence, output: LaneOutput, index: int, now: float) -> Iterator[TokenEvent | HandoffReady]:
         """One sampled token: its event, and what ends with it."""

@@ -7,6 +7,9 @@ not tokens. S is the number of rows computed in the step.
 
 from dataclasses import dataclass, field
 
+NO_TOKEN = -1
+"""Stands in for the token of a row that cannot be sampled."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSampling:
@@ -77,7 +80,8 @@ class LogprobColumns:
 class LaneOutput:
     """What a lane's first TP rank answers to one StepBatch.
 
-    tokens_N belongs to the sampled rows in the batch's order. `logprobs` has as many entries as sampled rows when any
+    tokens_N belongs to the sampled rows in the batch's order; NO_TOKEN where a row's logits were not finite, so that
+    there is nothing to choose from. `logprobs` has as many entries as sampled rows when any
     of the sampled rows asked for log probabilities. prompt_logprobs holds, by row, those of the prompt positions
     computed in this step, first position first (position p's entry is the log probability of token p + 1).
     """

@@ -107,8 +107,8 @@ class Rows:
         )
 
     def store(self, rows_N: list[int], positions_N: list[int], tokens_N: Tensor) -> None:
-        """Write sampled tokens behind the rows' last positions."""
-        self.tokens_RL[self._send(_ints(rows_N)), self._send(_ints(positions_N))] = tokens_N
+        """Write sampled tokens behind the rows' last positions; for NO_TOKEN one that can be embedded."""
+        self.tokens_RL[self._send(_ints(rows_N)), self._send(_ints(positions_N))] = tokens_N.clamp_min(0)
 
     def prompt_spans(self, batch: StepBatch) -> list[PromptSpan]:
         """Computed prompt positions of rows that asked for prompt log probabilities and have a next prompt token."""

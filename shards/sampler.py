@@ -8,12 +8,13 @@ A row's token is a function of its own logits, sampling, position and history. I
 3. while fewer than min_tokens tokens were generated, stop_token_ids get -inf;
 4. repetition_penalty r, for every token of prompt or output: a positive logit is divided by r, another multiplied;
 5. presence_penalty (once) and frequency_penalty (per occurrence) are taken off tokens of the output;
-6. temperature 0 takes the largest logit, the lowest id where several are equal; otherwise, in float64, logits are
-   divided by the temperature, and weights are exp(logit - largest logit);
+6. temperature 0 takes the largest logit, the lowest id where several are equal; otherwise, in float64, weights are
+   exp((logit - largest logit) / temperature), which no temperature can make overflow;
 7. top_k keeps the k largest weights; top_p keeps the largest weights until their share of what top_k kept reaches
    top_p; min_p keeps weights of at least min_p times the largest. What equals the last kept weight is kept too, so
    that no order among equals matters;
 8. one uniform of (seed, position) is looked up in the running sum of the kept weights over ascending token ids.
+A row that has a raw logit of NaN or infinity, or none above minus infinity, gets NO_TOKEN instead.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shards.batch import LogprobColumns, RowSampling
+from shards.batch import NO_TOKEN, LogprobColumns, RowSampling
 from shards.noise import uniform
 
 _WINDOW = 512
@@ -80,9 +81,9 @@ class Sampler:
             histories: each row's tokens so far, 1-D int32 or int64, prompt and output; and the prompt's length.
 
         Returns:
-            token ids int64 [N] on the logits' device, and, if any row has `logprobs`, columns with an entry for every
-            row. An entry holds the row's own number of alternatives; a row that did not ask has logprob 0.0, rank 0
-            and none.
+            token ids (or NO_TOKEN) int64 [N] on the logits' device, and, if any row has `logprobs`, columns with an
+            entry for every row. An entry holds the row's own number of alternatives; a row that did not ask has
+            logprob 0.0, rank 0 and none.
 
         Raises:
             ValueError: the arguments differ in length, or the logits lack a part of the vocabulary.
@@ -103,7 +104,8 @@ class Sampler:
         for start in range(0, len(drawn), _MAX_ROWS):
             rows = drawn[start : start + _MAX_ROWS]
             tokens_N[rows] = self._draw(logits_NV, rows, samplings, positions_N)
-        return tokens_N, self._logprobs(raw_NV, tokens_N, samplings)
+        sound_N = raw_NV.amax(dim=-1).isfinite()
+        return torch.where(sound_N, tokens_N, NO_TOKEN), self._logprobs(raw_NV, tokens_N, samplings)
 
     def prompt_logprob_columns(self, logits_NV: Tensor, next_tokens_N: Tensor, num_top: int) -> LogprobColumns:
         """Raw log probabilities of the prompt's own next tokens.
@@ -207,8 +209,8 @@ def _draw(logits_MW: Tensor, draw: _Draw) -> Tensor:
     A running sum is the same bits with zero weights in between, and its end stands in for a sum, whose order may
     depend on the number of rows: so that neither the window nor the other rows matter.
     """
-    scaled_MW = logits_MW.double() / draw.temperature_M[:, None]
-    weights_MW = (scaled_MW - scaled_MW.amax(dim=-1, keepdim=True)).exp()
+    logits_MW = logits_MW.double()
+    weights_MW = ((logits_MW - logits_MW.amax(dim=-1, keepdim=True)) / draw.temperature_M[:, None]).exp()
     num_candidates = weights_MW.shape[1]
     limited_M = (draw.top_k_M > 0) & (draw.top_k_M < num_candidates)
     if bool(limited_M.any()):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from cluster.plan import HandoffReady, PullDone
 from router.request import MemberId, RequestId, TokenEvent
-from shards.batch import LogprobColumns
+from shards.batch import NO_TOKEN, LogprobColumns
 from tests.support.scheduler_bench import CONFIG, Bench, make_request, make_ticket, tokens_of
 
 
@@ -251,3 +251,26 @@ def test_load_tells_whether_prefixes_are_cached() -> None:
     for prefix_cache in (True, False):
         bench = Bench(replace(CONFIG, prefix_cache=prefix_cache))
         assert bench.scheduler.load(0.0, MemberId("m"), "mixed").prefix_cache is prefix_cache
+
+
+def test_a_request_whose_logits_are_not_finite_ends_with_an_error_and_others_go_on() -> None:
+    bench = Bench()
+    bench.add(make_request("a", 8))
+    bench.add(make_request("b", 8))
+    first, second = bench.plan(), bench.plan()
+    output = bench.answer(first)
+    lane = replace(output.lanes[0], tokens_N=[NO_TOKEN, 7])
+    events = bench.scheduler.commit(replace(output, lanes=(lane,)), 0.0)
+    bench.scheduler.check_integrity()
+    kept = [event for event in events if isinstance(event, TokenEvent)]
+    assert [(event.request_id, event.token_id, event.finish) for event in kept] == [
+        ("a", None, "error"),
+        ("b", 7, None),
+    ]
+    assert "logits behind 8 tokens are not finite" in kept[0].error
+    assert tokens_of(bench.commit(second)) == [("b", 103)]
+    # What it computed is not found by others.
+    bench.drain()
+    bench.add(make_request("a", 8))
+    assert bench.plan().lanes[0].first_S == [0]
+    assert bench.free_blocks() == CONFIG.num_blocks - 2

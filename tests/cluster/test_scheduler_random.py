@@ -144,6 +144,8 @@ class Fleet:
         if event.index == 0 and request.sampling.prompt_logprobs is not None:
             told = [entry and -entry.logprob for entry in event.prompt_logprobs]
             assert told == [None, *request.prompt_ids[1:]]
+        else:
+            assert event.prompt_logprobs == ()
         if event.finish is not None:
             assert stream == undisturbed(request)
             assert (event.finish == "stop") == (stream[-1] == STOP and len(stream) > request.sampling.min_tokens)

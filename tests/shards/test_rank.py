@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shards.batch import LaneOutput, RowSampling, RowStart, StepBatch
+from shards.batch import NO_TOKEN, LaneOutput, RowSampling, RowStart, StepBatch
 from shards.comm import Comms
 from shards.mesh import Layout, Place
 from shards.rank import Rank, RankConfig, resolve_deterministic
@@ -246,3 +246,15 @@ def test_fewer_experts_in_the_config_than_in_the_files_are_refused(
     (model / "config.json").write_text(json.dumps(config | dict.fromkeys(names, 4)))
     with pytest.raises(ValueError, match=r"mlp\.gate\.weight has shape \[8, 48\], expected \[4, 48\]"):
         make_rank(model, Place(layout=Layout(), rank=0), Comms.local(), max_rows=1)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
+def test_logits_that_are_not_finite_give_no_token_and_the_rank_goes_on(
+    layout: Layout, tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, model / "model.safetensors")
+    work = Work(prompts=make_prompts((5, 9)), new_tokens=4)
+    assert tokens_of(run(model, work, layout), 2) == [[NO_TOKEN] * 4] * 2

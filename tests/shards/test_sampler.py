@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shards.batch import RowSampling
+from shards.batch import NO_TOKEN, RowSampling
 from shards.noise import uniform
 from shards.sampler import Sampler
 
@@ -37,8 +37,9 @@ def pick(
 
 def plain_choice(logits_V: Tensor, s: RowSampling, position: int) -> int:
     """The drawing steps of the sampler's text in plain Python."""
-    scaled = [x / s.temperature for x in logits_V.tolist()]
-    weights = [math.exp(x - max(scaled)) for x in scaled]
+    values = logits_V.tolist()
+    best = max(values)
+    weights = [math.exp((x - best) / s.temperature) for x in values]
     if 0 < s.top_k < len(weights):
         floor = sorted(weights, reverse=True)[s.top_k - 1]
         weights = [w if w >= floor else 0.0 for w in weights]
@@ -231,3 +232,21 @@ def test_columns_of_unequal_length_and_a_short_vocabulary_are_refused() -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     assert pick(torch.zeros(0, 9), []) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [GREEDY, RowSampling(seed=1), RowSampling(seed=1, top_k=3, top_p=0.5)])
+def test_rows_with_logits_that_are_not_finite_get_no_token_and_others_theirs(bad: float, sampling: RowSampling) -> None:
+    logits = make_logits(3, 600)
+    logits[1, 17] = bad
+    sound = pick(logits[[0, 2]], [sampling, sampling], positions=[4, 4])
+    assert pick(logits, [sampling] * 3, positions=[4] * 3) == [sound[0], NO_TOKEN, sound[1]]
+    logits[1] = -math.inf
+    assert pick(logits, [sampling] * 3, positions=[4] * 3) == [sound[0], NO_TOKEN, sound[1]]
+
+
+def test_the_smallest_temperatures_are_greedy() -> None:
+    logits = make_logits(2, 600)
+    best = logits.argmax(-1).tolist()
+    for temperature in (1e-6, 1e-300, 5e-324):
+        assert pick(logits, [RowSampling(seed=3, temperature=temperature)] * 2) == best
