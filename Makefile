@@ -6,10 +6,12 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 # What pip is given for torch: `make demo TORCH="torch==2.13.0 --index-url ..."` takes another build.
 TORCH ?= torch==2.13.0
-# More flags for `moefleet demo`, such as DEMO="--port 8100".
+# More flags for `moefleet demo`, such as DEMO="--http-port 8100".
 DEMO ?=
 # What `make test` runs.
 TESTS ?= tests
+# Processes that run fast tests; slow ones start processes of their own and run one by one.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
@@ -28,7 +30,7 @@ demo: install
 test: test-fast test-slow
 
 test-fast: install-dev
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" -n $(JOBS) --dist loadfile $(TESTS)
 
 # 5 is pytest's "nothing collected": a TESTS of our own choice may hold no slow test.
 test-slow: install-dev

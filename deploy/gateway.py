@@ -32,7 +32,7 @@ _RETRY_S: Final = 0.5
 _GRPC_GRACE_S: Final = 1.0
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Running:
     """What lives from start-up to shutdown."""
 
