@@ -2,25 +2,22 @@
 
 import json
 import logging
-import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Final, Literal, Never, Protocol, TextIO
-
-from tqdm import tqdm
+from typing import Final, Literal, Protocol, TextIO
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected, TicketReady
 from cluster.executor import Ranks
-from cluster.reports import LoadProgress
+from cluster.reports import LoadProgress as BytesRead
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
 from cluster.ticket import ticket_maker
 from cluster.torchrun import TorchrunReplica, run_torchrun_peer, torchrun_place
+from deploy.checkpoint_progress import LoadProgress
 from deploy.prompts_file import PromptInput, parse_ids, read_prompts_file
 from deploy.served_model import SamplingDefaults, ServedModel, load_served_model
 from deploy.text_stream import TextStream
@@ -100,15 +97,16 @@ def run_generate(options: GenerateOptions, out: TextIO) -> int:
 def _run(
     options: GenerateOptions,
     engine: ResolvedEngine,
-    open_replica: Callable[[Callable[[LoadProgress], None]], AbstractContextManager[Replica]],
+    open_replica: Callable[[Callable[[BytesRead], None]], AbstractContextManager[Replica]],
     out: TextIO,
 ) -> None:
     prompts = _all_prompts(options)
     tokenizer = _tokenizer(engine.config.model, prompts)
     served = _served_model(engine)
     requests = [_request(prompt, index, served, tokenizer) for index, prompt in enumerate(prompts)]
-    with _LoadBar() as bar, open_replica(bar.show) as replica:
-        bar.finish()
+    with ExitStack() as opened:
+        with LoadProgress("loading weights") as bar:
+            replica = opened.enter_context(open_replica(lambda told: bar(told.done_bytes, told.total_bytes)))
         outputs = generate_all(engine, replica.ranks, requests)
     for index, events in enumerate(outputs):
         result = _result(requests[index], events, tokenizer)
@@ -245,36 +243,3 @@ def _logprob(entry: TokenLogprob | None) -> dict[str, object] | None:
         return None
     top = [[token_id, logprob] for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)]
     return {"logprob": entry.logprob, "rank": entry.rank, "top": top}
-
-
-class _LoadBar:
-    """Tells how loading goes: a bar with GB/s for a person, one log line otherwise."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Never] | None = None
-        self._done = 0
-        self._began = time.monotonic()
-
-    def __enter__(self) -> "_LoadBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, progress: LoadProgress) -> None:
-        """The weights read so far."""
-        if self._bar is None and sys.stderr.isatty():
-            self._bar = tqdm(desc="loading weights", unit="B", unit_scale=True, leave=False)
-        if self._bar is not None:
-            self._bar.total = progress.total_bytes
-            self._bar.update(progress.done_bytes - self._done)
-        self._done = progress.done_bytes
-
-    def finish(self) -> None:
-        """All is loaded."""
-        seconds = time.monotonic() - self._began
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        logger.info("loaded %.3f GB in %.1f s, with the start of the ranks", self._done / 1e9, seconds)

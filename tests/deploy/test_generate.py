@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -94,6 +95,14 @@ def test_log_probabilities_come_where_asked_for(moe_checkpoint: Path) -> None:
     assert [len(entry["top"]) for entry in logprobs] == [2, 2, 2]
     assert prompt_logprobs[0] is None
     assert len(prompt_logprobs) == 3
+
+
+def test_loading_is_logged_with_its_rate(moe_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = GenerateOptions(engine=make_config(moe_checkpoint), sampling=GREEDY, prompt_ids=("1",), json=True)
+    with caplog.at_level(logging.INFO, logger="deploy.checkpoint_progress"):
+        generate(options)
+    (line,) = caplog.messages
+    assert re.fullmatch(r"loading weights: read 0\.\d+ GB in \d+\.\d s, \d+\.\d\d GB/s", line)
 
 
 def test_plain_output_is_the_text(moe_checkpoint: Path) -> None:
