@@ -1,0 +1,78 @@
+"""The directory as a plain object: leases, versions, watching."""
+
+import asyncio
+
+import pytest
+
+from cluster.directory import Directory, MemberStatus
+from cluster.members import MemberInfo
+from router.request import MemberId, Role
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_status(
+    name: str = "m", *, role: Role = "decode", generation: int = 0, max_model_len: int = 100
+) -> MemberStatus:
+    info = MemberInfo(member_id=MemberId(name), role=role, address="127.0.0.1:1", generation=generation)
+    return MemberStatus(info=info, ranks=(), tp=1, dp=1, ep=1, max_model_len=max_model_len, since_unix_s=0.0)
+
+
+@pytest.mark.anyio
+async def test_a_watcher_hears_of_a_new_member_at_once() -> None:
+    directory = Directory("t" * 32)
+    first = await directory.watch(-1, 0.0)
+    waiting = asyncio.create_task(directory.watch(first.version, 10.0))
+    await asyncio.sleep(0)
+    await directory.put(make_status())
+    async with asyncio.timeout(1.0):
+        seen = await waiting
+    assert [each.member_id for each in seen.members] == ["m"]
+    assert seen.version > first.version
+
+
+@pytest.mark.anyio
+async def test_renewing_a_lease_changes_no_version_but_a_new_generation_does() -> None:
+    directory = Directory("t" * 32)
+    await directory.put(make_status())
+    before = await directory.watch(-1, 0.0)
+    await directory.put(make_status())
+    assert (await directory.watch(-1, 0.0)).version == before.version
+    await directory.put(make_status(generation=1))
+    assert (await directory.watch(-1, 0.0)).version > before.version
+
+
+@pytest.mark.anyio
+async def test_a_silent_member_is_dropped_after_its_lease() -> None:
+    clock = Clock()
+    directory = Directory("t" * 32, lease_s=5.0, clock=clock)
+    await directory.put(make_status("a"))
+    clock.now = 4.0
+    await directory.put(make_status("b"))
+    clock.now = 6.0
+    assert [each.info.member_id for each in await directory.statuses()] == ["b"]
+
+
+@pytest.mark.anyio
+async def test_a_removed_member_is_gone_and_an_unknown_one_is_no_error() -> None:
+    directory = Directory("t" * 32)
+    await directory.put(make_status())
+    await directory.remove(MemberId("m"))
+    await directory.remove(MemberId("nobody"))
+    assert (await directory.watch(-1, 0.0)).members == ()
+
+
+@pytest.mark.anyio
+async def test_the_longest_request_promised_is_the_least_that_any_member_held() -> None:
+    directory = Directory("t" * 32)
+    await directory.put(make_status("a", max_model_len=100))
+    await directory.put(make_status("b", max_model_len=80))
+    await directory.put(make_status("c", role="prefill", max_model_len=90))
+    await directory.remove(MemberId("b"))
+    assert (await directory.watch(-1, 0.0)).max_model_len == {"decode": 80, "prefill": 90}
