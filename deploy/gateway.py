@@ -91,7 +91,7 @@ async def start_gateway(config: ServeConfig) -> _Running:
     )
     metrics = GatewayMetrics(model.name)
     admission = AdmissionConfig(max_in_flight=config.gateway.max_in_flight, max_queue=config.gateway.max_queue)
-    dispatcher = Dispatcher(Router(), Admission(admission), token)
+    dispatcher = Dispatcher(Router(), Admission(admission), token, on_trace=metrics.stages)
     dispatcher.update_members(membership.members)
     tokenizer = await asyncio.to_thread(load_tokenizer, Path(config.model))
     service = GenerationService(backend=dispatcher, tokenizer=tokenizer, model=model, metrics=metrics)

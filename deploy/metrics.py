@@ -4,10 +4,12 @@ Names and meanings follow the ones that dashboards and inference gateways read f
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from cluster.journey import Moment
+from cluster.journey import RequestTrace as JourneyTrace
 from deploy.trace import RequestTrace
 from router.load import MemberLoad
 
@@ -15,6 +17,12 @@ Api = Literal["http", "grpc"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+_STAGES: Final[tuple[tuple[str, Moment, Moment], ...]] = (
+    ("gateway", "received_s", "submitted_s"),
+    ("prefill", "submitted_s", "first_token_s"),
+    ("handoff", "handoff_start_s", "first_decode_s"),
+    ("decode", "first_decode_s", "done_s"),
+)
 _TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _E2E_BUCKETS_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
@@ -44,6 +52,13 @@ class GatewayMetrics:
         )
         self._tokenize = self._histogram(
             "request_tokenize_time_seconds", "Validation, chat template and encoding.", _ITL_BUCKETS_S
+        )
+        self._stage = self._histogram(
+            "request_stage_seconds",
+            "Where a request's time goes: gateway (until sent to its first member), prefill (until its first token), "
+            "handoff (from first token to the decode member's first), decode (from there to the last).",
+            _ITL_BUCKETS_S,
+            "stage",
         )
         self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
         self._output_size = self._histogram("request_generation_tokens", "Tokens made for a choice.", _TOKEN_BUCKETS)
@@ -103,6 +118,13 @@ class GatewayMetrics:
             if after is not None:
                 histogram.labels(self._model).observe(after)
 
+    def stages(self, trace: JourneyTrace) -> None:
+        """The dispatcher's times of one request."""
+        for stage, start, end in _STAGES:
+            seconds = trace.between(start, end)
+            if seconds is not None:
+                self._stage.labels(self._model, stage).observe(seconds)
+
     def client_left(self) -> None:
         """A client closed its connection before the reply was complete."""
         self._aborts.labels(self._model).inc()
@@ -125,8 +147,9 @@ class GatewayMetrics:
             self._cache_config.labels(*labels, str(load.block_size), str(load.total_blocks)).set(1)
         return generate_latest(self.registry)
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"moefleet:{name}", help_text, ["model_name"], registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        names = ["model_name", *labels]
+        return Histogram(f"moefleet:{name}", help_text, names, registry=self.registry, buckets=buckets)
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"moefleet:{name}", help_text, ["model_name", *labels], registry=self.registry)

@@ -1,6 +1,7 @@
 """The directory as a plain object: leases, versions, watching."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,11 @@ class Clock:
         return self.now
 
 
+def make_directory(*, lease_s: float = 10.0, clock: Clock | None = None) -> Any:
+    """Called as a plain object; its methods are typed as remote ones, hence Any."""
+    return Directory("t" * 32, lease_s=lease_s, clock=clock or Clock())
+
+
 def make_status(
     name: str = "m", *, role: Role = "decode", generation: int = 0, max_model_len: int = 100
 ) -> MemberStatus:
@@ -26,7 +32,7 @@ def make_status(
 
 @pytest.mark.anyio
 async def test_a_watcher_hears_of_a_new_member_at_once() -> None:
-    directory = Directory("t" * 32)
+    directory = make_directory()
     first = await directory.watch(-1, 0.0)
     waiting = asyncio.create_task(directory.watch(first.version, 10.0))
     await asyncio.sleep(0)
@@ -39,7 +45,7 @@ async def test_a_watcher_hears_of_a_new_member_at_once() -> None:
 
 @pytest.mark.anyio
 async def test_renewing_a_lease_changes_no_version_but_a_new_generation_does() -> None:
-    directory = Directory("t" * 32)
+    directory = make_directory()
     await directory.put(make_status())
     before = await directory.watch(-1, 0.0)
     await directory.put(make_status())
@@ -51,7 +57,7 @@ async def test_renewing_a_lease_changes_no_version_but_a_new_generation_does() -
 @pytest.mark.anyio
 async def test_a_silent_member_is_dropped_after_its_lease() -> None:
     clock = Clock()
-    directory = Directory("t" * 32, lease_s=5.0, clock=clock)
+    directory = make_directory(lease_s=5.0, clock=clock)
     await directory.put(make_status("a"))
     clock.now = 4.0
     await directory.put(make_status("b"))
@@ -61,7 +67,7 @@ async def test_a_silent_member_is_dropped_after_its_lease() -> None:
 
 @pytest.mark.anyio
 async def test_a_removed_member_is_gone_and_an_unknown_one_is_no_error() -> None:
-    directory = Directory("t" * 32)
+    directory = make_directory()
     await directory.put(make_status())
     await directory.remove(MemberId("m"))
     await directory.remove(MemberId("nobody"))
@@ -70,7 +76,7 @@ async def test_a_removed_member_is_gone_and_an_unknown_one_is_no_error() -> None
 
 @pytest.mark.anyio
 async def test_the_longest_request_promised_is_the_least_that_any_member_held() -> None:
-    directory = Directory("t" * 32)
+    directory = make_directory()
     await directory.put(make_status("a", max_model_len=100))
     await directory.put(make_status("b", max_model_len=80))
     await directory.put(make_status("c", role="prefill", max_model_len=90))

@@ -1,9 +1,10 @@
 """What a scrape shows."""
 
+from cluster.journey import RequestTrace as JourneyTrace
 from deploy.metrics import GatewayMetrics
 from deploy.trace import RequestTrace
 from router.load import MemberLoad
-from router.request import MemberId
+from router.request import MemberId, RequestId
 
 
 class FakeClock:
@@ -74,3 +75,19 @@ def test_two_gateways_in_one_process_do_not_share_series() -> None:
 
     assert sample(first, "request_errors_total", api="http", code="overloaded") == 1
     assert sample(second, "request_errors_total", api="http", code="overloaded") is None
+
+
+def test_stages_split_a_disaggregated_request_and_leave_out_what_it_did_not_reach() -> None:
+    metrics = GatewayMetrics("tiny")
+    trace = JourneyTrace(
+        request_id=RequestId("r"),
+        prefill_member=MemberId("p"),
+        decode_member=MemberId("d"),
+        num_tokens=3,
+        moments={"received_s": 1.0, "submitted_s": 1.5, "first_token_s": 3.5, "handoff_start_s": 3.5},
+    )
+    metrics.stages(trace)
+
+    assert sample(metrics, "request_stage_seconds_sum", stage="gateway") == 0.5
+    assert sample(metrics, "request_stage_seconds_sum", stage="prefill") == 2.0
+    assert sample(metrics, "request_stage_seconds_sum", stage="handoff") is None
