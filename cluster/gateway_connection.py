@@ -83,6 +83,15 @@ class StepColumns:
                 self.rejected.append((handle, event.error))
 
     def messages(self) -> list[pb.MemberMessage]:
-        """One message for the tokens and tickets, one for each refusal."""
+        """One message for the tokens and tickets, one for each refusal.
+
+        Prompt log probabilities are long: events that carry them go ahead in a message each, so that none exceeds the
+        size limit however many come in a step.
+        """
         refusals = [rejection_message(handle, error) for handle, error in self.rejected]
-        return [step_message(self.tokens, self.tickets), *refusals] if self.tokens or self.tickets else refusals
+        long = [(handle, event) for handle, event in self.tokens if event.prompt_logprobs]
+        short = [(handle, event) for handle, event in self.tokens if not event.prompt_logprobs]
+        steps = [step_message([each], []) for each in long]
+        if short or self.tickets:
+            steps.append(step_message(short, self.tickets))
+        return [*steps, *refusals]

@@ -105,6 +105,8 @@ def _sampling_message(sampling: SamplingParams) -> pb.Sampling:
 
 
 def _read_sampling(message: pb.Sampling) -> SamplingParams:
+    if len(message.logit_bias_ids) != len(message.logit_bias_values):
+        raise CorruptDataError("submit: logit_bias has ids and values of different number; run one release everywhere")
     return SamplingParams(
         max_tokens=message.max_tokens,
         min_tokens=message.min_tokens,

@@ -52,6 +52,7 @@ class ResolvedEngine:
             max_step_tokens=config.max_step_tokens,
             chunk_tokens=config.chunk_tokens or config.max_step_tokens,
             max_model_len=self.max_model_len,
+            vocab_size=self.model.vocab_size,
             prefix_cache=self.prefix_cache,
             lease_s=config.lease_s,
             max_waiting=config.max_waiting,

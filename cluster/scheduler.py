@@ -7,6 +7,7 @@ from itertools import count
 
 from cluster.lane import Lane, Pinned, Work
 from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
+from cluster.request_check import check_request
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode, Sequence, token_logprob
 from router.errors import HandoffError, InvalidRequestError, OverloadedError
@@ -98,29 +99,9 @@ class Scheduler:
         self._place(request, "full", ticket)
 
     def _check(self, request: Request, mode: Mode) -> None:
-        prompt, done, new = len(request.prompt_ids), len(request.output_ids), request.sampling.max_tokens
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id} is running here already; use a new one", field="id")
-        if not prompt:
-            raise InvalidRequestError("prompt_ids is empty; send at least one token", field="prompt_ids")
-        if done >= new:
-            raise InvalidRequestError(
-                f"max_tokens must exceed the {done} tokens generated so far, got {new}", field="max_tokens"
-            )
-        if prompt + new > self.config.max_model_len:
-            raise InvalidRequestError(
-                f"prompt of {prompt} tokens and max_tokens={new} are {prompt + new}, over the limit of "
-                f"{self.config.max_model_len}; shorten the prompt or ask for fewer tokens",
-                field="max_tokens",
-            )
-        # The last generated token is never computed.
-        need = self.config.blocks_for(prompt + done if mode == "prefill" else prompt + new - 1)
-        if need > self.config.num_blocks:
-            raise InvalidRequestError(
-                f"prompt of {prompt} tokens and max_tokens={new} need {need} KV blocks of {self.config.block_size} "
-                f"tokens, the cache has {self.config.num_blocks}; ask for less or raise kv_memory_bytes",
-                field="max_tokens",
-            )
+        check_request(request, self.config, prefill_only=mode == "prefill")
         waiting = sum(len(lane.waiting) for lane in self._lanes)
         if waiting >= self.config.max_waiting:
             raise OverloadedError(

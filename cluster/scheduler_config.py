@@ -25,6 +25,8 @@ class SchedulerConfig:
     """Prompt tokens of one sequence in one step, at most."""
     max_model_len: int
     """Prompt and generated tokens of one request, at most."""
+    vocab_size: int
+    """Token ids of the model are below this."""
     prefix_cache: bool
     lease_s: float = 30.0
     """A prefilled sequence waits this long to be fetched."""
@@ -42,6 +44,7 @@ class SchedulerConfig:
             "max_step_tokens",
             "chunk_tokens",
             "max_model_len",
+            "vocab_size",
             "max_waiting",
         ):
             if getattr(self, name) < 1:

@@ -28,6 +28,7 @@ def make_limits(**changes: int) -> SchedulerConfig:
         max_step_tokens=limits["max_step_tokens"],
         chunk_tokens=limits["chunk_tokens"],
         max_model_len=200,
+        vocab_size=1 << 20,
         prefix_cache=True,
         max_waiting=100,
     )

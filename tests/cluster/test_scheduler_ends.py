@@ -16,7 +16,7 @@ from tests.support.scheduler_bench import CONFIG, Bench, make_request, make_tick
 @pytest.mark.parametrize(
     ("request_", "field", "told"),
     [
-        (make_request("a", ()), "prompt_ids", "prompt_ids is empty"),
+        (make_request("a", ()), "prompt_ids", "prompt_ids: is empty"),
         (make_request("a", 60, max_tokens=5), "max_tokens", "are 65, over the limit of 64"),
         (make_request("a", 40, max_tokens=24), "max_tokens", "need 16 KV blocks of 4 tokens, the cache has 15"),
         (make_request("a", 4, max_tokens=2, output=(1, 2)), "max_tokens", "must exceed the 2 tokens"),

@@ -63,6 +63,7 @@ def make_config(rng: random.Random) -> SchedulerConfig:
         max_step_tokens=rng.randint(rows, 24),
         chunk_tokens=rng.choice([1, 3, 8, 64]),
         max_model_len=64,
+        vocab_size=1 << 20,
         prefix_cache=not recurrent and rng.random() < 0.8,
         lease_s=12.0,
         lease_grace_s=1.0,

@@ -18,6 +18,7 @@ CONFIG = SchedulerConfig(
     max_step_tokens=16,
     chunk_tokens=16,
     max_model_len=64,
+    vocab_size=1 << 20,
     prefix_cache=True,
     lease_s=10.0,
     lease_grace_s=2.0,
