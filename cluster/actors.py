@@ -5,22 +5,26 @@ import logging
 import os
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
 from ray.actor import ActorClass
-from torch.distributed import TCPStore
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineOutlets
 from cluster.member_codec import MemberHello
 from cluster.member_service import MemberService
-from cluster.rank_process import LoadProgress, RankProcessConfig, open_store, run_peer, start_leader
-from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.ticket import ticket_maker
 from router.errors import MoefleetError
 from router.load import MemberLoad
 from router.request import MemberId, Role
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+    from cluster.rank_process import LoadProgress, RankProcessConfig
+    from cluster.resolve import ResolvedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +36,27 @@ class ProcessFacts:
     pid: int
     node: str
     """Address of its node."""
-    visible_gpus: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaderStart:
-    """What rank 0 is told; Ray's calls carry it, no command line and no log."""
+class RankStart:
+    """What one rank is told; Ray's calls carry it, no command line and no log."""
 
-    engine: ResolvedEngine
+    engine: EngineConfig
+    ranks_here: int
+    """Ranks of this member on one node, at most."""
+    rank: int
     member_id: MemberId
     role: Role
     token: str
     generation: int
     host: str
+    """Address of the rank's interface."""
+    store_host: str
     store_port: int
+
+    def __repr__(self) -> str:
+        return f"RankStart({self.member_id}, rank={self.rank}, generation={self.generation})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +69,15 @@ class LeaderState:
 
 
 class RankHost:
-    """One rank's process. Rank 0: `open`, `lead`; others: `follow`, which returns when the rank ends."""
+    """One rank's process. Rank 0: `open`, `lead`; others: `follow`, which returns when the rank ends.
+
+    Torch is imported by the methods that run in the rank's process: the supervisor, which names this class, does
+    without its 250 MB and two seconds.
+    """
 
     def __init__(self) -> None:
         self._store: TCPStore | None = None
+        self._resolved: ResolvedEngine | None = None
         self._engine: Engine | None = None
         self._service: MemberService | None = None
         self._failed: Future[str] = Future()
@@ -69,23 +85,28 @@ class RankHost:
     @ray.method(concurrency_group="control")
     def facts(self) -> ProcessFacts:
         """Where this process runs."""
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        return ProcessFacts(pid=os.getpid(), node=ray.util.get_node_ip_address(), visible_gpus=len(gpus))
+        return ProcessFacts(pid=os.getpid(), node=ray.util.get_node_ip_address())
 
     @ray.method
-    def open(self, config: EngineConfig, host: str, ranks_here: int) -> tuple[ResolvedEngine, int]:
-        """Check the engine against model and machine and open the replica's rendezvous -> (engine, store port)."""
-        engine = resolve_engine(config, ranks_here=ranks_here)
+    def open(self, config: EngineConfig, host: str, ranks_here: int) -> tuple[int, int]:
+        """Check the engine against model and machine, open the replica's rendezvous -> (store port, max_model_len)."""
+        from cluster.rank_process import open_store
+        from cluster.resolve import resolve_engine
+
+        self._resolved = resolve_engine(config, ranks_here=ranks_here)
         self._store = open_store(host)
-        return engine, self._store.port
+        return self._store.port, self._resolved.max_model_len
 
     @ray.method
-    def lead(self, start: LeaderStart) -> str:
+    def lead(self, start: RankStart) -> str:
         """Load with the other ranks, then serve; returns the member service's host:port once all are ready."""
+        from cluster.rank_process import start_leader
+
         assert self._store is not None
-        config = rank_config(start, rank=0)
-        ranks = start_leader(replace(config, host=start.host), self._store, on_progress=_ProgressLog(start.member_id))
-        layout = start.engine.kv_layout()
+        assert self._resolved is not None
+        config = process_config(start, self._resolved)
+        ranks = start_leader(config, self._store, on_progress=_ProgressLog(start.member_id))
+        layout = self._resolved.kv_layout()
         hello = MemberHello(member_id=start.member_id, role=start.role, generation=start.generation, layout=layout)
         service = MemberService(hello, start.token)
         outlets = EngineOutlets(
@@ -93,7 +114,7 @@ class RankHost:
             make_ticket=ticket_maker(start.member_id, layout, ranks.sources),
             on_failure=lambda error: self._fail(service, error),
         )
-        limits = start.engine.scheduler_config()
+        limits = self._resolved.scheduler_config()
         self._engine = Engine(limits, ranks, outlets, member_id=start.member_id, role=start.role)
         self._service = service
         loop = asyncio.new_event_loop()
@@ -104,9 +125,12 @@ class RankHost:
         return address
 
     @ray.method
-    def follow(self, config: RankProcessConfig) -> int:
+    def follow(self, start: RankStart) -> int:
         """Run a rank other than 0 until rank 0 ends it or is gone."""
-        return run_peer(config)
+        from cluster.rank_process import run_peer
+        from cluster.resolve import resolve_engine
+
+        return run_peer(process_config(start, resolve_engine(start.engine, ranks_here=start.ranks_here)))
 
     @ray.method(concurrency_group="control")
     def state(self) -> LeaderState | None:
@@ -138,16 +162,14 @@ class RankHost:
             self._failed.set_result(str(error))
 
 
-def rank_config(start: LeaderStart, *, rank: int, store_host: str | None = None) -> RankProcessConfig:
-    """What the process of one rank is told.
+def process_config(start: RankStart, engine: "ResolvedEngine") -> "RankProcessConfig":
+    """What the process of one rank runs with; imports torch."""
+    from cluster.rank_process import RankProcessConfig
 
-    Args:
-        store_host: rank 0's address as this rank reaches it.
-    """
     return RankProcessConfig(
-        engine=start.engine,
-        rank=rank,
-        store_host=store_host or start.host,
+        engine=engine,
+        rank=start.rank,
+        store_host=start.store_host,
         store_port=start.store_port,
         token=start.token,
         generation=start.generation,
@@ -163,7 +185,7 @@ class _ProgressLog:
         self._member_id = member_id
         self._tenth = -1
 
-    def __call__(self, progress: LoadProgress) -> None:
+    def __call__(self, progress: "LoadProgress") -> None:
         if progress.total_bytes and (tenth := 10 * progress.done_bytes // progress.total_bytes) != self._tenth:
             self._tenth = tenth
             read, total = progress.done_bytes / 1e9, progress.total_bytes / 1e9

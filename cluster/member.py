@@ -20,12 +20,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors import LeaderStart, ProcessFacts, RankActor, RankHost, rank_config
+from cluster.actors import ProcessFacts, RankActor, RankHost, RankStart
 from cluster.config import EngineConfig
 from cluster.directory import MemberStatus, RankStatus, open_directory
 from cluster.members import MemberInfo
 from cluster.placement import place_ranks, rank_bundle, release_ranks
-from cluster.resolve import ResolvedEngine
 from router.errors import MemberLostError, MoefleetError
 from router.load import MemberLoad
 from router.request import MemberId, Role
@@ -163,26 +162,28 @@ class PoolMember:
         generation.facts = [await _answer(actor.facts.remote()) for actor in actors]
         hosts = ["127.0.0.1" if self._config.interface == "loopback" else each.node for each in generation.facts]
         ranks_here = max(Counter(each.node for each in generation.facts).values())
-        engine, store_port = await _answer(actors[0].open.remote(self._config.engine, hosts[0], ranks_here))
-        start = await self._leader_start(generation.number, engine, hosts[0], store_port)
-        for rank in range(1, len(actors)):
-            config = replace(rank_config(start, rank=rank, store_host=hosts[0]), host=hosts[rank])
-            generation.endings.append(_watched(actors[rank].follow.remote(config)))
-        generation.address = await _unless_ended(actors[0].lead.remote(start), generation.endings)
-        generation.endings.append(_watched(actors[0].wait_failed.remote()))
-        generation.max_model_len = engine.max_model_len
-        generation.since_unix_s = time.time()
-
-    async def _leader_start(self, number: int, engine: ResolvedEngine, host: str, store_port: int) -> LeaderStart:
-        return LeaderStart(
+        engine = self._config.engine
+        store_port, max_model_len = await _answer(actors[0].open.remote(engine, hosts[0], ranks_here))
+        leader = RankStart(
             engine=engine,
+            ranks_here=ranks_here,
+            rank=0,
             member_id=self._id,
             role=self._config.role,
             token=await self._directory.token.remote(),
-            generation=number,
-            host=host,
+            generation=generation.number,
+            host=hosts[0],
+            store_host=hosts[0],
             store_port=store_port,
         )
+        for rank in range(1, len(actors)):
+            generation.endings.append(
+                _watched(actors[rank].follow.remote(replace(leader, rank=rank, host=hosts[rank])))
+            )
+        generation.address = await _unless_ended(actors[0].lead.remote(leader), generation.endings)
+        generation.endings.append(_watched(actors[0].wait_failed.remote()))
+        generation.max_model_len = max_model_len
+        generation.since_unix_s = time.time()
 
     def _new_actor(self, rank: int) -> "ActorProxy[RankHost]":
         engine = self._config.engine

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -61,7 +62,7 @@ class RayFleet:
             num_cpus=16,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             object_store_memory=128 << 20,
         )
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.http_port})
