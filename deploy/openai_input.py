@@ -1,7 +1,8 @@
 """A JSON body of the OpenAI API to the plain input of the validation layer."""
 
 import json
-from typing import TypeVar
+import re
+from typing import Final, TypeVar, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -15,6 +16,11 @@ Body = TypeVar("Body", bound=StrictModel)
 
 # OpenAI's default for completions; chat fills the context.
 _COMPLETION_MAX_TOKENS = 16
+_MAX_PROBLEMS: Final = 1000
+"""Describing more takes longer than anybody may hold up the others."""
+_BRACKET: Final = re.compile(r"[\[\]{}]")
+_MAX_JSON_DEPTH: Final = 64
+"""Of JSON inside of a string field; the JSON around it is bounded by its parser."""
 # What would do, where pydantic's own words are of no help.
 _REMEDIES = {
     "prompt": "must be a string, a list of strings, a list of token ids or a list of such lists",
@@ -36,6 +42,8 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > _MAX_PROBLEMS:
+            raise _invalid("body", f"has {error.error_count()} unknown or wrong fields; read the API") from None
         problems = error.errors(include_url=False, include_context=False)
     raise _refusal(problems)
 
@@ -91,13 +99,14 @@ def completion_input(body: CompletionRequest, *, tenant: str, deadline_unix_s: f
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> TextPrompts | TokenPrompts:
     if isinstance(prompt, str):
         return TextPrompts(texts=(prompt,))
-    texts = tuple(each for each in prompt if isinstance(each, str))
-    if texts:
-        return TextPrompts(texts=texts)
-    ids = tuple(each for each in prompt if isinstance(each, int))
-    if ids:
-        return TokenPrompts(token_ids=(ids,))
-    return TokenPrompts(token_ids=tuple(tuple(each) for each in prompt if isinstance(each, list)))
+    # The items are of one type: the body was checked. Long lists are common, so only the first one is looked at.
+    match prompt[:1]:
+        case [str()]:
+            return TextPrompts(texts=cast(tuple[str, ...], tuple(prompt)))
+        case [int()]:
+            return TokenPrompts(token_ids=(cast(tuple[int, ...], tuple(prompt)),))
+        case _:
+            return TokenPrompts(token_ids=tuple(map(tuple, cast(list[list[int]], prompt))))
 
 
 def _sampling(body: SamplingFields, max_tokens: int | None, logprobs: int | None) -> SamplingInput:
@@ -161,15 +170,27 @@ def parse_json_object(field: str, text: str) -> JsonObject:
     """Read JSON that a client sent inside of a string field.
 
     Raises:
-        InvalidRequestError: it is not a JSON object.
+        InvalidRequestError: it is not a JSON object, is nested too deep, or has half of a surrogate pair in it.
     """
+    if _depth(text) > _MAX_JSON_DEPTH:
+        raise _invalid(field, f"is nested deeper than {_MAX_JSON_DEPTH} levels; flatten it")
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(field, "is not JSON; send a JSON object") from error
+        json.dumps(value, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise _invalid(field, "is not JSON in Unicode; send a JSON object") from error
     if not isinstance(value, dict):
         raise _invalid(field, "must be a JSON object")
     return value
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are nested at most, those in strings counted too."""
+    deepest = depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _invalid(field: str, rest: str) -> InvalidRequestError:

@@ -5,9 +5,19 @@ A field that is not here is refused, never ignored; so is a value that would mea
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class _FirstError(FailFast):
+    """Leaves a list at its first wrong item: a million of them are one error. Hashable, as arms of a union must be."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+_FIRST_ERROR = _FirstError()
 
 
 class StrictModel(BaseModel):
@@ -30,7 +40,7 @@ class SamplingFields(StrictModel):
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], _FIRST_ERROR] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = None
@@ -41,7 +51,7 @@ class SamplingFields(StrictModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], _FIRST_ERROR] | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
@@ -53,7 +63,12 @@ class SamplingFields(StrictModel):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], _FIRST_ERROR]
+        | Annotated[list[int], _FIRST_ERROR]
+        | Annotated[list[Annotated[list[int], _FIRST_ERROR]], _FIRST_ERROR]
+    )
     logprobs: int | None = None
     echo: Literal[False] | None = None
 
@@ -84,10 +99,10 @@ class Message(StrictModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], _FIRST_ERROR] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCallMessage] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], _FIRST_ERROR] | None = None
     tool_call_id: str | None = None
 
 
@@ -122,11 +137,11 @@ class ResponseFormat(StrictModel):
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], _FIRST_ERROR]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], _FIRST_ERROR] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None

@@ -120,6 +120,8 @@ def validate(given: GenerationInput, model: ServedModel, limits: Limits) -> None
         case TokenPrompts(token_ids=prompts):
             _check_prompt_count(len(prompts), given.n, limits)
             for ids in prompts:
+                # The length first: it is no work.
+                _check_prompt_length(len(ids), model)
                 _check_token_ids("prompt", ids, model)
 
 
@@ -202,15 +204,8 @@ def _given_or(given: float | None, default: float) -> float:
 def _max_tokens(given: GenerationInput, num_prompt_tokens: int, model: ServedModel) -> int:
     """How many new tokens one prompt may get."""
     limit = model.max_model_len
-    if num_prompt_tokens == 0:
-        raise InvalidRequestError("prompt: is empty; it must have at least one token", field="prompt")
+    _check_prompt_length(num_prompt_tokens, model)
     room = limit - num_prompt_tokens
-    if room < 1:
-        raise InvalidRequestError(
-            f"prompt: {num_prompt_tokens} tokens leave no room for output in the model's context of {limit} tokens "
-            f"(max_model_len); send at most {limit - 1}",
-            field="prompt",
-        )
     asked = given.sampling.max_tokens
     if asked is None:
         wanted = [each for each in (given.default_max_tokens, model.defaults.max_tokens) if each is not None]
@@ -222,6 +217,18 @@ def _max_tokens(given: GenerationInput, num_prompt_tokens: int, model: ServedMod
             field="max_tokens",
         )
     return asked
+
+
+def _check_prompt_length(num_tokens: int, model: ServedModel) -> None:
+    limit = model.max_model_len
+    if num_tokens == 0:
+        raise InvalidRequestError("prompt: is empty; it must have at least one token", field="prompt")
+    if num_tokens >= limit:
+        raise InvalidRequestError(
+            f"prompt: {num_tokens} tokens leave no room for output in the model's context of {limit} tokens "
+            f"(max_model_len); send at most {limit - 1}",
+            field="prompt",
+        )
 
 
 def _check_sampling(given: SamplingInput, model: ServedModel, limits: Limits) -> None:

@@ -1,6 +1,7 @@
 """Bodies of the HTTP API: what is refused, and by which name."""
 
 import json
+import time
 
 import pytest
 
@@ -161,3 +162,41 @@ def test_tools_are_not_shown_to_the_model_when_it_may_not_call_them() -> None:
 
         assert isinstance(given.prompt, ChatPrompt)
         assert len(given.prompt.tools) == count
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"stop": [1] * 300_000}, "stop[0]"),
+        ({"prompt": [1, *["a"] * 300_000]}, "prompt"),
+        ({f"k{i}": 1 for i in range(100_000)}, "body"),
+        ({"logit_bias": {str(i): "x" for i in range(100_000)}}, "body"),
+    ],
+    ids=["list", "prompt", "unknown fields", "object"],
+)
+def test_a_body_wrong_in_every_item_is_refused_as_fast_as_it_is_read(fields: dict[str, object], field: str) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "hi", **fields}).encode()
+    began = time.process_time()
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_body(CompletionRequest, body)
+    assert time.process_time() - began < 1.0
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ('{"a":' * 65 + "1" + "}" * 65, "nested deeper than 64 levels"),
+        ('{"a":' * 900 + "1" + "}" * 900, "nested deeper than 64 levels"),
+        ('{"a":"\\ud800"}', "is not JSON in Unicode"),
+        ('{"\\udc00":1}', "is not JSON in Unicode"),
+        ("[1]", "must be a JSON object"),
+        ("{", "is not JSON in Unicode"),
+    ],
+)
+def test_tool_arguments_that_no_template_could_render_are_refused(arguments: str, told: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    body = chat(messages=[USER, {"role": "assistant", "tool_calls": [call]}])
+    with pytest.raises(InvalidRequestError, match=told) as caught:
+        chat_input(body, tenant="", deadline_unix_s=None)
+    assert caught.value.field == "messages[1].tool_calls[0].function.arguments"
