@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -123,7 +125,12 @@ def status(
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(f"moefleet {installed_version('moefleet')}")
+    try:
+        number = installed_version("moefleet")
+    except PackageNotFoundError:  # a source tree on the path
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+        number = str(project["project"]["version"])
+    typer.echo(f"moefleet {number}")
 
 
 @checkpoint.callback()

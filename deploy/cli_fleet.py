@@ -1,5 +1,7 @@
 """Starts a fleet on a Ray cluster, waits until it is up, and ends it. Imports Ray: set its environment before."""
 
+import contextlib
+import io
 import logging
 import re
 import time
@@ -19,6 +21,7 @@ from ray.serve.schema import ApplicationStatus, ServeStatus
 from cluster.directory import ACTOR_NAME, MemberStatus, find_directory
 from deploy.app import build
 from deploy.config import ServeConfig, config_mapping
+from deploy.config_check import check_ray_address, logical_cpus
 from deploy.render import APP_NAME
 from deploy.serve_command import http_address
 from router.errors import MoefleetError
@@ -48,6 +51,8 @@ def start_fleet(config: ServeConfig, *, tell: Callable[[str], None]) -> tuple[Me
         _deploy(config)
         statuses = _wait_members(config, tell)
         _wait_http(config)
+    except MoefleetError:
+        raise
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise StartError(f"the fleet could not start: {failure_reason(str(error))}") from error
     return statuses
@@ -57,18 +62,17 @@ def stop_fleet(config: ServeConfig) -> None:
     """End the fleet. Of a local cluster no process is left; an existing cluster loses our application alone."""
     ours = psutil.Process().children(recursive=True)
     try:
-        if ray.is_initialized():
-            _stop_application(config)
+        # Ray prints a line about its own controller at each end of Serve, whatever its log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            if ray.is_initialized():
+                _stop_application(config)
+            ray.shutdown()
     except (RuntimeError, RayError, TimeoutError) as error:
         logging.getLogger(__name__).warning("the application did not end in order: %s", error)
     finally:
+        # Where the application's end failed; else it does nothing.
         ray.shutdown()
         _wait_ended(ours)
-
-
-def logical_cpus(config: ServeConfig) -> int:
-    """Ray CPUs that the pools take at their largest: a thread of a rank is one."""
-    return sum(pool.most_members * pool.layout.world * (pool.threads or 1) for _, pool in config.pools.roles)
 
 
 def failure_reason(text: str) -> str:
@@ -87,7 +91,7 @@ def _start_ray(config: ServeConfig) -> None:
     if options.address == "local":
         ray.init(
             address="local",
-            num_cpus=options.num_cpus or logical_cpus(config),
+            num_cpus=options.num_cpus or logical_cpus(config, grown=True),
             object_store_memory=options.object_store_bytes,
             include_dashboard=False,
             namespace=options.namespace,
@@ -95,6 +99,7 @@ def _start_ray(config: ServeConfig) -> None:
             logging_level=logging.ERROR,
         )
     else:
+        check_ray_address(options.address)
         ray.init(address=options.address, namespace=options.namespace, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 

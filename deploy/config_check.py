@@ -14,6 +14,7 @@ from router.errors import CheckpointError, ConfigError
 from shards.host_memory import available_memory
 
 _LOCAL: Final = "local"
+_CONNECT_S: Final = 5.0
 
 
 def check_config(config: ServeConfig) -> None:
@@ -31,10 +32,41 @@ def check_config(config: ServeConfig) -> None:
     _check_endpoints(config)
     local = config.ray.address == _LOCAL
     if local:
+        _check_cpus(config)
         for key, host, port in _addresses(config):
             _check_free(key, host, port)
     if local or Path(config.model).exists():
         _check_engines(config, memory=local)
+
+
+def check_ray_address(address: str) -> None:
+    """Refuse at once a cluster's HOST:PORT where nothing listens: Ray itself asks for minutes.
+
+    Raises:
+        ConfigError: names the address.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return  # auto, local, or a form that is Ray's to judge
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
+            return
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"ray.address: no Ray cluster answers at {address} ({error}); start one, or name it (--ray-address)"
+        ) from error
+
+
+def logical_cpus(config: ServeConfig, *, grown: bool) -> int:
+    """Ray CPUs that the ranks of all members take, one for each thread.
+
+    Args:
+        grown: with every pool at its largest.
+    """
+    return sum(
+        (pool.most_members if grown else pool.members) * pool.layout.world * (pool.threads or 1)
+        for _, pool in config.pools.roles
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -64,6 +96,15 @@ def _check_endpoints(config: ServeConfig) -> None:
         path: str | None = getattr(config.grpc, key)
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"grpc.{key}: there is no file {path}; name a PEM file")
+
+
+def _check_cpus(config: ServeConfig) -> None:
+    given, needed = config.ray.num_cpus, logical_cpus(config, grown=False)
+    if given is not None and given < needed:
+        raise ConfigError(
+            f"ray.num_cpus: {given} is less than the {needed} that the ranks of all members take; raise it "
+            "(--num-cpus; more than the machine's cores is allowed), leave it out, or lower members, tp or dp"
+        )
 
 
 def _check_free(key: str, host: str, port: int) -> None:

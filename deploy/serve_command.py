@@ -58,11 +58,10 @@ def run_serve(config: ServeConfig) -> int:
     check_config(config)
     for name, value in ray_environment(config).items():
         os.environ.setdefault(name, value)
-    signals = StopSignals()
-    signals.install()
     # Ray takes a second to import, and reads its environment then.
     from deploy.cli_fleet import start_fleet, stop_fleet
 
+    signals = StopSignals()
     started = time.monotonic()
 
     def tell(line: str) -> None:
@@ -72,6 +71,7 @@ def run_serve(config: ServeConfig) -> int:
 
     status = 0
     try:
+        signals.install()
         statuses = start_fleet(config, tell=tell)
         typer.echo(welcome(config, statuses, program=program(sys.argv[0])))
         threading.Event().wait()

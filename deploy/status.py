@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.directory import MemberStatus, find_directory
+from deploy.config_check import check_ray_address
 from router.errors import ConfigError
 from router.load import MemberLoad
 
@@ -40,12 +41,13 @@ def fetch_statuses(*, address: str, namespace: str) -> tuple[MemberStatus, ...]:
     Raises:
         ConfigError: there is no cluster, or no fleet on it.
     """
+    check_ray_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"--ray-address: no Ray cluster answers at {address!r}; start `moefleet serve` or name its address"
+            f"ray.address: no Ray cluster answers at {address}; start `moefleet serve`, or name it (--ray-address)"
         ) from error
     try:
         directory = find_directory(namespace)
