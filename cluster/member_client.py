@@ -56,9 +56,17 @@ MemberEvent = TokenEvent | KvTicket
 class MemberStream:
     """The events of one request on one member: tokens, and a ticket at the end of a prefill."""
 
-    def __init__(self, request_id: RequestId, abort: Callable[[], None], max_events: int) -> None:
+    def __init__(
+        self,
+        request_id: RequestId,
+        *,
+        abort: Callable[[], None],
+        release: Callable[[str], None],
+        max_events: int,
+    ) -> None:
         self.request_id = request_id
         self._abort = abort
+        self._release = release
         self._queue: asyncio.Queue[MemberEvent | MoefleetError] = asyncio.Queue()
         self._max_events = max_events
         self._closed = False
@@ -97,11 +105,16 @@ class MemberStream:
         return event
 
     def close(self) -> None:
-        """Want no more events: what still runs is aborted."""
-        if not self._closed:
-            self._closed = True
-            if not self._ended.is_set():
-                self._abort()
+        """Want no more events: what still runs is aborted, and a ticket that nobody has taken is released."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._ended.is_set():
+            self._abort()
+        while not self._queue.empty():
+            event = self._queue.get_nowait()
+            if isinstance(event, KvTicket):
+                self._release(event.id)
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -198,7 +211,12 @@ class MemberClient:
             raise OverloadedError(f"{self._outbox.qsize()} messages wait for {self.info.member_id}", retry_after_s=1.0)
         handle = self._next_handle
         self._next_handle += 1
-        stream = MemberStream(request.id, lambda: self._abort(handle), self._limits.max_queued_events)
+        stream = MemberStream(
+            request.id,
+            abort=lambda: self._abort(handle),
+            release=self.release_ticket,
+            max_events=self._limits.max_queued_events,
+        )
         self._streams[handle] = stream
         self._request_ids[handle] = request.id
         self._outbox.put_nowait(submit_message(handle, request, mode, ticket))

@@ -104,6 +104,18 @@ async def test_a_ticket_that_arrives_after_its_stream_was_closed_is_released() -
         await until(lambda: member.engine.released == ["m1/r"])
 
 
+async def test_a_ticket_that_arrived_but_was_never_taken_is_released_when_its_stream_is_closed() -> None:
+    member = ScriptedMember("m1", "prefill")
+    async with connected(member) as gateway:
+        stream = gateway.client.submit(make_request(), mode="prefill")
+        await anext(stream)
+        assert await stream.ended(2)
+        assert member.engine.pinned
+        stream.close()
+        await until(lambda: member.engine.released == ["m1/r"])
+        assert member.is_idle
+
+
 async def test_a_refusal_is_raised_from_the_stream() -> None:
     member = ScriptedMember("m1")
     async with connected(member) as gateway:
