@@ -24,14 +24,18 @@ from tests.support.fleet import TOKEN, until
 class EngineMember:
     """One member of a checkpoint in a layout."""
 
-    def __init__(self, name: str, role: Role, checkpoint: Path, *, tp: int = 1) -> None:
+    def __init__(
+        self, name: str, role: Role, checkpoint: Path, *, tp: int = 1, kv_memory_bytes: int = 8 << 20, chunk: int = 64
+    ) -> None:
         config = EngineConfig(
             model=checkpoint,
             layout=Layout(tp=tp),
             dtype="float32",
-            kv_memory_bytes=8 << 20,
+            kv_memory_bytes=kv_memory_bytes,
             max_rows=8,
             max_step_tokens=64,
+            chunk_tokens=chunk,
+            max_model_len=220,
             threads=1,
         )
         self.member_id = MemberId(name)
