@@ -4,13 +4,15 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import httpx
 import psutil
 import pytest
 import ray
+from ray.actor import ActorHandle
 
-from cluster.directory import find_directory
+from cluster.directory import Directory, find_directory
 from tests.support.ray_fleet import RayFleet, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -59,7 +61,8 @@ def test_a_killed_directory_is_not_missed_by_running_streams_and_fills_itself_ag
     token = ray.get(directory.token.remote())
     lines = fleet.stream_lines(PROMPT, max_tokens=300, ignore_eos=True, return_token_ids=True)
     first = next(lines)
-    ray.kill(directory, no_restart=False)
+    # ray.kill is typed for handles alone, find_directory for what .remote() is called on.
+    ray.kill(cast("ActorHandle[Directory]", directory), no_restart=False)
     tokens = [
         token_id
         for line in (first, *lines)
