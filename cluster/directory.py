@@ -53,7 +53,11 @@ class Membership:
     """Grows with every change of `members`."""
     members: tuple[MemberInfo, ...]
     max_model_len: dict[Role, int]
-    """By role, the least of the members that were ever up: what can be promised to a client."""
+    """By role, the least of the members that are up, or that were when the last one left: what can be promised to a
+    client."""
+    settled: bool
+    """False while the directory is so young that members of before its restart may not have come back to it: one that
+    is not listed may be up."""
 
 
 class Directory:
@@ -72,6 +76,8 @@ class Directory:
         self._members: dict[MemberId, tuple[MemberStatus, float]] = {}
         self._max_model_len: dict[Role, int] = {}
         self._version = 0
+        self._settled = False
+        self._settles_at = clock() + lease_s
         self._changed = asyncio.Event()
 
     @ray.method
@@ -82,10 +88,9 @@ class Directory:
     @ray.method
     async def put(self, status: MemberStatus) -> None:
         """Enter a member or renew its lease."""
-        member_id, role = status.info.member_id, status.info.role
+        member_id = status.info.member_id
         known = self._members.get(member_id)
         self._members[member_id] = (status, self._clock() + self._lease_s)
-        self._max_model_len[role] = min(status.max_model_len, self._max_model_len.get(role, status.max_model_len))
         if known is None or known[0].info != status.info:
             self._change()
 
@@ -122,14 +127,21 @@ class Directory:
         gone = [member_id for member_id, (_, until) in self._members.items() if until < now]
         for member_id in gone:
             del self._members[member_id]
-        if gone:
+        settles = not self._settled and now >= self._settles_at
+        self._settled |= settles
+        if gone or settles:
             self._change()
 
     def _membership(self) -> Membership:
         members = tuple(status.info for status, _ in self._members.values())
-        return Membership(version=self._version, members=members, max_model_len=dict(self._max_model_len))
+        return Membership(
+            version=self._version, members=members, max_model_len=dict(self._max_model_len), settled=self._settled
+        )
 
     def _change(self) -> None:
+        up = [status for status, _ in self._members.values()]
+        for role in {status.info.role for status in up}:
+            self._max_model_len[role] = min(each.max_model_len for each in up if each.info.role == role)
         self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()

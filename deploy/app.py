@@ -9,7 +9,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.member import PoolMember, PoolMemberConfig
 from deploy.config import PoolConfig, ServeConfig, engine_config, parse_config
-from deploy.gateway import GatewayApp
+from deploy.gateway import GatewayApp, start_gateway
 from deploy.scaling_policy import POLICY_PATH, load_numbers
 from router.request import Role
 
@@ -75,18 +75,23 @@ def build(args: dict[str, object]) -> Application:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=max(pool.drain_s for _, pool in config.pools.roles),
-    )(serve.ingress(GatewayApp(args))(_Gateway))
+    )(serve.ingress()(_Gateway))
     if config.gateway.replicas > 1:
         # Each gateway listens on the gRPC port of its node.
         gateway = gateway.options(max_replicas_per_node=1)
-    return gateway.bind(*pools)
+    return gateway.bind(args, *pools)
 
 
 class _Gateway:
-    """The gateway's replica: the application is in `GatewayApp`; pools are named here so that Serve deploys them."""
+    """The gateway's replica; pools are named here so that Serve deploys them."""
 
-    def __init__(self, *pools: object) -> None:
+    def __init__(self, args: dict[str, object], *pools: object) -> None:
+        self._args = args
         self._pools = pools
+
+    async def __serve_build_asgi_app__(self) -> GatewayApp:
+        """Asked by Serve, which tells what this raises; of a failed lifespan it would not tell why."""
+        return await start_gateway(parse_config(self._args))
 
 
 def _pool(role: Role, pool: PoolConfig) -> serve.Deployment:
@@ -101,7 +106,7 @@ def _pool(role: Role, pool: PoolConfig) -> serve.Deployment:
                 "down_delay_s": pool.downscale_delay_s,
             },
         )
-        # The delays are the policy's: Serve acts on its answers at once.
+        # Growing waits in Serve, shrinking in the policy.
         scaling = AutoscalingConfig(
             min_replicas=pool.members,
             max_replicas=most,

@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.directory import Directory, Membership, open_directory
 from cluster.dispatcher import Dispatcher
-from deploy.config import ServeConfig, parse_config
+from cluster.members import MemberInfo
+from deploy.config import ServeConfig
 from deploy.generation import GenerationService
 from deploy.grpc_service import GrpcConfig, TlsFiles, bind_grpc_server, create_grpc_server
 from deploy.http_guard import ApiKey
@@ -43,40 +44,27 @@ class _Running:
 
 
 class GatewayApp:
-    """An ASGI application whose lifespan starts and ends the gateway; pickled before it starts.
+    """The ASGI application of a gateway that runs, and ends with its lifespan."""
 
-    Args:
-        args: `deploy.config.config_mapping` of the ServeConfig.
-    """
-
-    def __init__(self, args: dict[str, object]) -> None:
-        self._args = args
-        self._running: _Running | None = None
+    def __init__(self, running: _Running) -> None:
+        self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
-        assert self._running is not None
         await self._running.app(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        try:
-            self._running = await start_gateway(parse_config(self._args))
-        except Exception as error:
-            # A process's outermost frame: the server must hear that the start failed, and why.
-            logger.exception("the gateway could not start")
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await _stop(self._running)
         await send({"type": "lifespan.shutdown.complete"})
 
 
-async def start_gateway(config: ServeConfig) -> _Running:
+async def start_gateway(config: ServeConfig) -> GatewayApp:
     """Wait until every pool has had a member, then listen for gRPC and be ready for HTTP.
 
     Raises:
@@ -86,9 +74,9 @@ async def start_gateway(config: ServeConfig) -> _Running:
     directory = open_directory(config.ray.namespace)
     token = await directory.token.remote()
     membership = await _all_pools(directory, config)
-    model = load_served_model(
-        Path(config.model), name=config.served_name, max_model_len=min(membership.max_model_len.values())
-    )
+    # A directory that served another layout before may know of other roles.
+    max_model_len = min(membership.max_model_len[role] for role, _ in config.pools.roles)
+    model = load_served_model(Path(config.model), name=config.served_name, max_model_len=max_model_len)
     metrics = GatewayMetrics(model.name)
     admission = AdmissionConfig(max_in_flight=config.gateway.max_in_flight, max_queue=config.gateway.max_queue)
     dispatcher = Dispatcher(Router(), Admission(admission), token, on_trace=metrics.stages)
@@ -100,12 +88,13 @@ async def start_gateway(config: ServeConfig) -> _Running:
     server = create_grpc_server(service, grpc_config)
     bind_grpc_server(server, grpc_config)
     await server.start()
-    return _Running(
+    running = _Running(
         app=create_app(service, _http_config(config, keys)),
         dispatcher=dispatcher,
         grpc_server=server,
-        follower=asyncio.create_task(_follow(directory, dispatcher, membership.version)),
+        follower=asyncio.create_task(_follow(directory, dispatcher, membership)),
     )
+    return GatewayApp(running)
 
 
 async def _all_pools(directory: "ActorProxy[Directory]", config: ServeConfig) -> Membership:
@@ -119,19 +108,28 @@ async def _all_pools(directory: "ActorProxy[Directory]", config: ServeConfig) ->
         version = membership.version
 
 
-async def _follow(directory: "ActorProxy[Directory]", dispatcher: Dispatcher, version: int) -> None:
+async def _follow(directory: "ActorProxy[Directory]", dispatcher: Dispatcher, known: Membership) -> None:
     """Tell the dispatcher of every change; a directory that is away is asked again, members serve on meanwhile."""
+    members, version = known.members, known.version
     while True:
         try:
             membership = await directory.watch.remote(version, _WATCH_S)
         except RayError as error:
-            logger.warning("the directory does not answer: %s", str(error).splitlines()[0])
+            logger.warning("the directory does not answer: %s", str(error).partition("\n")[0])
             version = -1
             await asyncio.sleep(_RETRY_S)
             continue
-        if membership.version != version and (membership.members or version != -1):
-            dispatcher.update_members(membership.members)
+        if membership.version != version:
+            members = members_to_serve(members, membership)
+            dispatcher.update_members(members)
         version = membership.version
+
+
+def members_to_serve(known: tuple[MemberInfo, ...], told: Membership) -> tuple[MemberInfo, ...]:
+    """The directory's members; after its restart also those it has not heard of again yet, whose streams live on."""
+    if told.settled:
+        return told.members
+    return tuple({info.member_id: info for info in (*known, *told.members)}.values())
 
 
 async def _stop(running: _Running) -> None:

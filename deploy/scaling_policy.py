@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from ray.serve.config import AutoscalingContext
@@ -65,7 +66,9 @@ class PoolPolicy:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, object]]:
         """How many replicas the pool should have."""
-        state = self._state or ScalingState(members=context.target_num_replicas)
+        # Serve may not have followed the last answer yet: a need that is gone before it does must not be remembered.
+        members = context.target_num_replicas
+        state = replace(self._state or ScalingState(members=members), members=members)
         loads = loads_of(context.aggregated_metrics or {})
         wanted, self._state = desired_members(loads, self._config, time.monotonic(), state)
         return wanted, {}

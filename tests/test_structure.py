@@ -27,7 +27,6 @@ LONG_FUNCTIONS = {
 
 BROAD_EXCEPTS = {
     "cluster/engine.py Engine._run": "outermost loop of the engine's thread: ends its requests and the engine",
-    "deploy/gateway.py GatewayApp._lifespan": "outermost frame of a gateway: tells Serve why it did not start",
     "cluster/rank_process.py RankRunner.run": "outermost loop of a rank: tells rank 0 why it ends",
 }
 

@@ -1,6 +1,8 @@
 """The directory as a plain object: leases, versions, watching."""
 
 import asyncio
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ class Clock:
         return self.now
 
 
-def make_directory(*, lease_s: float = 10.0, clock: Clock | None = None) -> Any:
+def make_directory(*, lease_s: float = 10.0, clock: Callable[[], float] | None = None) -> Any:
     """Called as a plain object; its methods are typed as remote ones, hence Any."""
     return Directory("t" * 32, lease_s=lease_s, clock=clock or Clock())
 
@@ -75,10 +77,39 @@ async def test_a_removed_member_is_gone_and_an_unknown_one_is_no_error() -> None
 
 
 @pytest.mark.anyio
-async def test_the_longest_request_promised_is_the_least_that_any_member_held() -> None:
+async def test_the_longest_request_promised_is_the_least_that_members_hold_and_outlives_the_last_of_them() -> None:
     directory = make_directory()
     await directory.put(make_status("a", max_model_len=100))
     await directory.put(make_status("b", max_model_len=80))
     await directory.put(make_status("c", role="prefill", max_model_len=90))
-    await directory.remove(MemberId("b"))
     assert (await directory.watch(-1, 0.0)).max_model_len == {"decode": 80, "prefill": 90}
+    await directory.remove(MemberId("b"))
+    await directory.remove(MemberId("c"))
+    assert (await directory.watch(-1, 0.0)).max_model_len == {"decode": 100, "prefill": 90}
+
+
+@pytest.mark.anyio
+async def test_a_young_directory_says_that_it_may_not_know_every_member_and_tells_when_it_does() -> None:
+    clock = Clock()
+    directory = make_directory(lease_s=5.0, clock=clock)
+    await directory.put(make_status("a"))
+    young = await directory.watch(-1, 0.0)
+    assert not young.settled
+    clock.now = 4.0
+    await directory.put(make_status("a"))
+    clock.now = 5.0
+    settled = await directory.watch(young.version, 10.0)
+    assert settled.settled
+    assert settled.members == young.members
+
+
+@pytest.mark.anyio
+async def test_a_watcher_of_what_does_not_change_is_answered_after_its_time() -> None:
+    directory = make_directory(clock=time.monotonic)
+    first = await directory.watch(-1, 0.0)
+    assert await directory.watch(first.version, 0.05) == first
+
+
+@pytest.mark.anyio
+async def test_the_token_is_the_one_it_was_made_with() -> None:
+    assert await make_directory().token() == "t" * 32
