@@ -46,6 +46,8 @@ class PoolMemberConfig:
     """Longest wait for running requests when the member leaves."""
     look_period_s: float = 1.0
     """Between two looks at the ranks and reports to the directory."""
+    look_timeout_s: float = 10.0
+    """A rank 0 that does not answer a look for this long hangs, and its generation is over."""
     max_failed_starts: int = 3
     """After this many in a row the member is unhealthy, for its pool to replace."""
 
@@ -100,19 +102,21 @@ class PoolMember:
             CheckpointError: the checkpoint cannot be served.
             MemberLostError: a rank failed at its start.
         """
-        layout, engine = self._config.engine.layout, self._config.engine
-        bundle = rank_bundle(engine.device, engine.threads)
-        self._group = await asyncio.to_thread(place_ranks, layout.world, bundle)
+        engine = self._config.engine
+        self._group = await place_ranks(engine.layout.world, rank_bundle(engine.device, engine.threads))
         try:
             self._generation = await self._form(0)
+            await self._report()
         except BaseException:
+            # With the room go the ranks in it.
             release_ranks(self._group)
             raise
-        await self._report()
         self._keeper = asyncio.create_task(self._keep())
 
     def check_health(self) -> None:
-        """Raises MemberLostError when the ranks could not be formed anew several times in a row."""
+        """Raises MemberLostError when the ranks could not be formed anew several times in a row, or nobody watches."""
+        if self._keeper is not None and self._keeper.done() and not self._keeper.cancelled():
+            raise MemberLostError(f"{self._id} is watched no more: {self._keeper.exception()!r}")
         if self._failed_starts >= self._config.max_failed_starts:
             raise MemberLostError(f"{self._id} failed to start {self._failed_starts} times: {self._last_error}")
 
@@ -120,31 +124,32 @@ class PoolMember:
         """Drain, leave the directory, end the ranks, give their room back."""
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            # Whatever ended it, the ranks are to be ended.
+            await asyncio.wait([self._keeper])
         try:
             if self._generation is not None:
                 await self._drain(self._generation.actors[0])
         finally:
-            with contextlib.suppress(RayError):
-                await self._directory.remove.remote(self._id)
-            self._kill()
+            await self._tell(self._directory.remove.remote(self._id))
+            if self._generation is not None:
+                _kill_actors(self._generation.actors)
+                self._generation = None
             if self._group is not None:
                 release_ranks(self._group)
 
     async def _drain(self, leader: "ActorProxy[RankHost]") -> None:
         """Let running requests end; goes on reporting, so that gateways keep their streams meanwhile."""
-        draining = asyncio.ensure_future(_answer(leader.drain.remote(self._config.drain_s)))
-        while not draining.done():
-            await asyncio.wait([draining], timeout=self._config.look_period_s)
-            with contextlib.suppress(RayError):
-                await self._report()
+        draining = _watched(leader.drain.remote(self._config.drain_s))
         try:
+            while not draining.done():
+                await asyncio.wait([draining], timeout=self._config.look_period_s)
+                await self._report()
             if not await draining:
                 logger.warning("%s: requests still ran after drain_s=%s", self._id, self._config.drain_s)
-            await _answer(leader.stop.remote())
-        except RayError as error:
-            logger.warning("%s: rank 0 ended while draining: %s", self._id, error)
+            async with asyncio.timeout(self._config.look_timeout_s):
+                await _answer(leader.stop.remote())
+        except (MoefleetError, RayError, TimeoutError) as error:
+            logger.warning("%s: rank 0 ended or hung while draining: %s", self._id, _last_line(error))
 
     async def _form(self, number: int) -> _Generation:
         """Start actors for all ranks and bring them up as generation `number`."""
@@ -152,8 +157,10 @@ class PoolMember:
         generation = _Generation(number=number, actors=[self._new_actor(rank) for rank in range(world)])
         try:
             await self._bring_up(generation)
-        except BaseException:
+        except BaseException as error:
             _kill_actors(generation.actors)
+            if isinstance(error, RayActorError):
+                raise MemberLostError(f"a process was lost before the member was up: {_last_line(error)}") from error
             raise
         return generation
 
@@ -205,22 +212,21 @@ class PoolMember:
                 continue
             ended = await self._lost(self._generation)
             if not ended:
+                self._failed_starts = 0
                 continue
             logger.error("%s generation %s lost: %s", self._id, self._generation.number, ended)
             await self._forget(self._generation, ended)
 
     async def _lost(self, generation: _Generation) -> str:
-        """Wait a look period; why the generation is over, or nothing while it is well."""
+        """Report and wait a look period; why the generation is over, or nothing while it is well."""
+        try:
+            await self._report()
+        except (MoefleetError, RayError) as error:
+            return _last_line(error)
         done, _ = await asyncio.wait(
             generation.endings, timeout=self._config.look_period_s, return_when=asyncio.FIRST_COMPLETED
         )
-        if done:
-            return _reason(done.pop())
-        try:
-            await self._report()
-        except RayActorError as error:
-            return str(error)
-        return ""
+        return _reason(done.pop()) if done else ""
 
     async def _forget(self, generation: _Generation, reason: str) -> None:
         """Gateways must not see the lost generation; its healthy ranks end with it."""
@@ -228,8 +234,7 @@ class PoolMember:
         self._load = None
         self._generation = None
         _kill_actors(generation.actors)
-        with contextlib.suppress(RayError):
-            await self._directory.remove.remote(self._id)
+        await self._tell(self._directory.remove.remote(self._id))
         self._next_number = generation.number + 1
 
     async def _heal(self) -> None:
@@ -241,16 +246,22 @@ class PoolMember:
             logger.error("%s could not form generation %s: %s", self._id, self._next_number, error)
             self._next_number += 1
             await asyncio.sleep(min(0.5 * 2**self._failed_starts, 10.0))
-            return
-        self._failed_starts = 0
-        await self._report()
 
     async def _report(self) -> None:
-        """Look at rank 0 and tell the directory."""
+        """Look at rank 0 and tell the directory.
+
+        Raises:
+            MemberLostError: rank 0 does not answer.
+            RayActorError: rank 0's process is gone.
+        """
         generation = self._generation
         if generation is None:
             return
-        state = await _answer(generation.actors[0].state.remote())
+        try:
+            async with asyncio.timeout(self._config.look_timeout_s):
+                state = await _answer(generation.actors[0].state.remote())
+        except TimeoutError as error:
+            raise MemberLostError(f"rank 0 did not answer for {self._config.look_timeout_s:g} s") from error
         self._load = None if state is None else state.load
         layout = self._config.engine.layout
         ranks = tuple(
@@ -269,14 +280,13 @@ class PoolMember:
             since_unix_s=generation.since_unix_s,
             load=self._load,
         )
-        with contextlib.suppress(RayActorError):
-            # A directory that is being restarted hears of us with the next report.
-            await self._directory.put.remote(status)
+        await self._tell(self._directory.put.remote(status))
 
-    def _kill(self) -> None:
-        if self._generation is not None:
-            _kill_actors(self._generation.actors)
-            self._generation = None
+    async def _tell(self, told: "ObjectRef[None]") -> None:
+        """Wait for the directory; one that is away hears of us with the next report."""
+        with contextlib.suppress(RayError, TimeoutError):
+            async with asyncio.timeout(self._config.look_timeout_s):
+                await told
 
 
 def _kill_actors(actors: Sequence["ActorProxy[RankHost]"]) -> None:
@@ -328,6 +338,10 @@ def _look_away(ended: "asyncio.Future[T]") -> None:
 
 def _reason(ended: "Ending") -> str:
     error = ended.exception()
-    if error is not None:
-        return str(error).strip().splitlines()[-1]
-    return f"a rank ended by itself ({ended.result()})"
+    return f"a rank ended by itself ({ended.result()})" if error is None else _last_line(error)
+
+
+def _last_line(error: BaseException) -> str:
+    """Of Ray's long accounts the line that tells why."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
