@@ -47,7 +47,10 @@ def start_fleet(config: ServeConfig, *, tell: Callable[[str], None]) -> tuple[Me
     """
     try:
         _start_ray(config)
-        tell(f"Ray is up ({len(ray.nodes())} node(s), {ray.cluster_resources().get('CPU', 0):g} logical CPUs)")
+        tell(
+            f"Ray is up at {ray.get_runtime_context().gcs_address} "
+            f"({len(ray.nodes())} node(s), {ray.cluster_resources().get('CPU', 0):g} logical CPUs)"
+        )
         _deploy(config)
         statuses = _wait_members(config, tell)
         _wait_http(config)

@@ -56,7 +56,9 @@ def run_serve(config: ServeConfig) -> int:
     """
     typer.echo("checking model, layouts, memory and ports")
     check_config(config)
-    for name, value in ray_environment(config).items():
+    existing = config.ray.address != "local"
+    variables = ray_environment(config) | (connect_environment(default_token()) if existing else {})
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     # Ray takes a second to import, and reads its environment then.
     from deploy.cli_fleet import start_fleet, stop_fleet
@@ -101,6 +103,21 @@ def ray_environment(config: ServeConfig) -> dict[str, str]:
         # Serve's own 10 s would make a pool grow too late.
         variables["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"
     return variables
+
+
+def connect_environment(token: Path) -> dict[str, str]:
+    """Variables for joining an existing cluster.
+
+    Args:
+        token: where Ray keeps the token of clusters that it started for this user (default_token()). Of itself it
+            shows the token to clusters of its own choice alone, not to one named by address.
+    """
+    return {"RAY_USAGE_STATS_ENABLED": "0"} | ({"RAY_AUTH_MODE": "token"} if token.is_file() else {})
+
+
+def default_token() -> Path:
+    """Ray's own place for its token."""
+    return Path.home() / ".ray" / "auth_token"
 
 
 def welcome(config: ServeConfig, statuses: Sequence["MemberStatus"], *, program: str) -> str:

@@ -6,16 +6,18 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import ray
 from rich.console import Console
 from rich.table import Table
 
-from cluster.directory import MemberStatus, find_directory
 from deploy.config_check import check_ray_address
+from deploy.serve_command import connect_environment, default_token
 from router.errors import ConfigError
 from router.load import MemberLoad
+
+if TYPE_CHECKING:
+    from cluster.directory import MemberStatus
 
 
 def run_status(*, address: str, namespace: str, as_json: bool, out: TextIO) -> None:
@@ -35,14 +37,20 @@ def run_status(*, address: str, namespace: str, as_json: bool, out: TextIO) -> N
         Console(file=out, soft_wrap=not out.isatty()).print(status_table(statuses, now=time.time()))
 
 
-def fetch_statuses(*, address: str, namespace: str) -> tuple[MemberStatus, ...]:
+def fetch_statuses(*, address: str, namespace: str) -> "tuple[MemberStatus, ...]":
     """What the fleet's directory knows of its members.
 
     Raises:
         ConfigError: there is no cluster, or no fleet on it.
     """
     check_ray_address(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in connect_environment(default_token()).items():
+        os.environ.setdefault(name, value)
+    # Ray reads these when it is imported.
+    import ray
+
+    from cluster.directory import find_directory
+
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -58,7 +66,7 @@ def fetch_statuses(*, address: str, namespace: str) -> tuple[MemberStatus, ...]:
         ray.shutdown()
 
 
-def status_values(status: MemberStatus) -> dict[str, object]:
+def status_values(status: "MemberStatus") -> dict[str, object]:
     """A member as JSON values; its load without the hashes of cached blocks."""
     values: dict[str, object] = dict(dataclasses.asdict(status))
     if status.load is not None:
@@ -68,7 +76,7 @@ def status_values(status: MemberStatus) -> dict[str, object]:
     return values
 
 
-def status_table(statuses: Sequence[MemberStatus], *, now: float) -> Table:
+def status_table(statuses: Sequence["MemberStatus"], *, now: float) -> Table:
     """A table with a line a rank."""
     table = Table("pool", "member", "address", "layout", "up", "rank", "pid", "node", "state", "load", box=None)
     for status in statuses:

@@ -20,18 +20,13 @@ from deploy.config_check import check_config
 from deploy.config_keys import read_api_keys
 from router.errors import CheckpointError, ConfigError
 from shards.mesh import Layout
+from tests.support.ports import free_port
 
 MIXED: Final = {"mixed": {"members": 1}}
 
 
 def make_config(model: str = "model", **keys: Mapping[str, object]) -> ServeConfig:
     return parse_config({"model": model, "http": {"port": free_port()}, "grpc": {"port": free_port()}} | keys)
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_model_alone_is_served_by_a_prefill_and_a_decode_pool_of_one_member() -> None:
