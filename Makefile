@@ -37,8 +37,8 @@ test-slow: install-dev
 	$(PYTEST) -m slow $(TESTS) || [ $$? -eq 5 ]
 
 lint: install-dev
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check --no-cache
+	$(BIN)/ruff format --no-cache --check
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-cache
 

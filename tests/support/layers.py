@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from shards.weights import CheckpointReader
 from torch import Tensor
 
 from shards.attention import Attention
@@ -19,6 +18,7 @@ from shards.mesh import Layout, Place
 from shards.model import load_model
 from shards.rope import rotary_tables
 from shards.rows import Rows
+from shards.weights import CheckpointReader
 from tests.support.thread_comm import on_every_rank
 
 BLOCK_SIZE = 4
