@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.config import AutoscalingContext
 
 from deploy.scaling_policy import PoolPolicy, load_numbers, loads_of
@@ -27,12 +27,13 @@ def make_load(*, running: int = 0, draining: bool = False) -> MemberLoad:
 
 def make_context(loads: dict[str, MemberLoad | None], *, target: int = 1) -> AutoscalingContext:
     """Serve's context with each replica's numbers as its controller has them."""
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[ReplicaID, float]] = {}
+    deployment = DeploymentID(name="MixedPool", app_name="moefleet")
     for replica, load in loads.items():
         for name, value in load_numbers(load).items():
-            metrics.setdefault(name, {})[replica] = value
+            metrics.setdefault(name, {})[ReplicaID(replica, deployment)] = value
     return AutoscalingContext(
-        deployment_id=DeploymentID(name="MixedPool", app_name="moefleet"),
+        deployment_id=deployment,
         deployment_name="MixedPool",
         app_name="moefleet",
         current_num_replicas=len(loads),
