@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,8 @@ from router.load import MemberLoad
 
 if TYPE_CHECKING:
     from cluster.directory import MemberStatus
+
+_FILE_WIDTH: Final = 200
 
 
 def run_status(*, address: str, namespace: str, as_json: bool, out: TextIO) -> None:
@@ -34,7 +36,11 @@ def run_status(*, address: str, namespace: str, as_json: bool, out: TextIO) -> N
     if as_json:
         out.write(json.dumps([status_values(each) for each in statuses], indent=2) + "\n")
     else:
-        Console(file=out, soft_wrap=not out.isatty()).print(status_table(statuses, now=time.time()))
+        # A file has no width: nothing is cut there.
+        console = Console(file=out, width=None if out.isatty() else _FILE_WIDTH)
+        console.print(member_table(statuses, now=time.time()))
+        console.print()
+        console.print(rank_table(statuses))
 
 
 def fetch_statuses(*, address: str, namespace: str) -> "tuple[MemberStatus, ...]":
@@ -76,39 +82,33 @@ def status_values(status: "MemberStatus") -> dict[str, object]:
     return values
 
 
-def status_table(statuses: Sequence["MemberStatus"], *, now: float) -> Table:
-    """A table with a line a rank."""
-    table = Table("pool", "member", "address", "layout", "up", "rank", "pid", "node", "state", "load", box=None)
+def member_table(statuses: Sequence["MemberStatus"], *, now: float) -> Table:
+    """A table with a line a member."""
+    table = Table("pool", "member", "layout", "up", "running", "waiting", "KV blocks", "", box=None)
     for status in statuses:
-        info = status.info
-        member = (
-            info.role,
-            str(info.member_id),
-            info.address,
-            f"tp {status.tp} dp {status.dp} ep {status.ep}",
-            _duration(now - status.since_unix_s),
-        )
-        for number, rank in enumerate(status.ranks):
-            first = number == 0
-            table.add_row(
-                *(member if first else ("",) * len(member)),
-                str(rank.rank),
-                str(rank.pid),
-                rank.node,
-                rank.state,
-                _load(status.load) if first else "",
-            )
+        layout = f"tp {status.tp} dp {status.dp} ep {status.ep}"
+        first = (status.info.role, str(status.info.member_id), layout, _duration(now - status.since_unix_s))
+        table.add_row(*first, *_load(status.load))
     if not statuses:
         table.add_row("no member is up")
     return table
 
 
-def _load(load: MemberLoad | None) -> str:
+def rank_table(statuses: Sequence["MemberStatus"]) -> Table:
+    """A table with a line a rank."""
+    table = Table("member", "rank", "pid", "node", "state", box=None)
+    for status in statuses:
+        for rank in status.ranks:
+            table.add_row(str(status.info.member_id), str(rank.rank), str(rank.pid), rank.node, rank.state)
+    return table
+
+
+def _load(load: MemberLoad | None) -> tuple[str, str, str, str]:
     if load is None:
-        return "unknown"
-    used = load.total_blocks - load.free_blocks
-    text = f"{load.running_requests} running, {load.waiting_requests} waiting, {used}/{load.total_blocks} blocks"
-    return text + (", draining" if load.draining else "")
+        return ("?", "?", "?", "")
+    blocks = f"{load.total_blocks - load.free_blocks}/{load.total_blocks}"
+    draining = "draining" if load.draining else ""
+    return (f"{load.running_requests}/{load.max_requests}", str(load.waiting_requests), blocks, draining)
 
 
 def _duration(seconds: float) -> str:

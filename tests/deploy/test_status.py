@@ -6,7 +6,7 @@ from rich.console import Console
 
 from cluster.directory import MemberStatus, RankStatus
 from cluster.members import MemberInfo
-from deploy.status import fetch_statuses, status_table, status_values
+from deploy.status import fetch_statuses, member_table, rank_table, status_values
 from router.errors import ConfigError
 from router.load import MemberLoad
 from router.request import MemberId
@@ -33,6 +33,7 @@ def make_load(*, draining: bool = False) -> MemberLoad:
         member_id=MemberId("decode-1"),
         role="decode",
         running_requests=3,
+        max_requests=8,
         waiting_requests=2,
         free_blocks=90,
         total_blocks=100,
@@ -43,22 +44,22 @@ def make_load(*, draining: bool = False) -> MemberLoad:
 
 def shown(*statuses: MemberStatus, now: float = 1000.0) -> str:
     out = io.StringIO()
-    Console(file=out, width=200).print(status_table(statuses, now=now))
+    # As narrow as a terminal comes.
+    console = Console(file=out, width=80)
+    console.print(member_table(statuses, now=now))
+    console.print(rank_table(statuses))
     return out.getvalue()
 
 
-def test_the_table_has_a_line_a_rank_and_the_member_s_load() -> None:
-    lines = shown(make_status(load=make_load()), now=1000.0 + 61).splitlines()
+def test_a_member_is_a_line_with_its_load_and_a_rank_another() -> None:
+    lines = [line.split() for line in shown(make_status(load=make_load()), now=1000.0 + 61).splitlines()]
 
-    assert lines[1].split() == [
-        *("decode", "decode-1", "127.0.0.1:4000", "tp", "2", "dp", "1", "ep", "1", "1m", "01s"),
-        *("0", "11", "10.0.0.1", "up", "3", "running,", "2", "waiting,", "10/100", "blocks"),
-    ]
-    assert lines[2].split() == ["1", "12", "10.0.0.2", "lost"]
+    assert " ".join(lines[1]) == "decode decode-1 tp 2 dp 1 ep 1 1m 01s 3/8 2 10/100"
+    assert lines[3:] == [["decode-1", "0", "11", "10.0.0.1", "up"], ["decode-1", "1", "12", "10.0.0.2", "lost"]]
 
 
 def test_a_member_without_a_report_has_an_unknown_load() -> None:
-    assert "unknown" in shown(make_status())
+    assert "?" in shown(make_status())
 
 
 def test_a_member_that_leaves_is_draining() -> None:
