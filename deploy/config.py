@@ -189,8 +189,8 @@ class RayOptions:
     """local: a cluster of our own, ended with us; else an existing cluster's address, or auto."""
     num_cpus: Count | None = None
     """Logical CPUs of a local cluster; None: what the pools need."""
-    object_store_bytes: Bytes = 128 << 20
-    """Ray's object store of a local cluster: bytes, or text such as "128MiB"."""
+    object_store_bytes: Annotated[Bytes, Field(ge=75 << 20)] = 128 << 20
+    """Ray's object store of a local cluster: bytes, or text such as "128MiB"; Ray takes no less than 75 MiB."""
     namespace: Text = "moefleet"
 
 

@@ -73,6 +73,7 @@ def test_a_pool_that_is_not_configured_has_no_engine() -> None:
             r"pools\.mixed\.member: unknown key; did you mean members\?",
         ),
         ({"model": "m", "ray": {"zzz": 1}}, r"ray\.zzz: unknown key; known here: address, num_cpus"),
+        ({"model": "m", "ray": {"object_store_bytes": "1MiB"}}, r"ray\.object_store_bytes: must .* 78643200, got"),
         ({"model": "m", "pools": {"mixed": {"members": "2"}}}, r"pools\.mixed\.members: must be .* integer, got '2'"),
         ({"model": "m", "pools": {"mixed": {"members": True}}}, r"pools\.mixed\.members: must be .* integer, got True"),
         ({"model": "m", "pools": {"mixed": {"tp": 0}}}, r"pools\.mixed\.tp: must be greater .* to 1, got 0"),
