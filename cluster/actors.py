@@ -76,6 +76,9 @@ class RankHost:
     """
 
     def __init__(self) -> None:
+        # A worker process of Ray shows warnings alone.
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("cluster").setLevel(logging.INFO)
         self._store: TCPStore | None = None
         self._resolved: ResolvedEngine | None = None
         self._engine: Engine | None = None

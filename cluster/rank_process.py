@@ -67,8 +67,11 @@ class RankProcessConfig:
 
 
 def open_store(host: str) -> TCPStore:
-    """The rendezvous store of a replica, on a free port of `host`; lives in rank 0's process."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    """The rendezvous store of a replica, on a free port of `host` alone; lives in rank 0's process."""
+    # Left to itself the store listens on every interface. It closes the socket at its end.
+    with listen(host) as listener:
+        port = listener.getsockname()[1]
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 class _RefusedError(Exception):

@@ -1,6 +1,5 @@
 """The Ray Serve application: a gateway and a deployment for each pool. The only place with a `.bind`."""
 
-import logging
 from typing import Final
 
 from ray import serve
@@ -25,7 +24,6 @@ class PoolReplica:
     """A Serve replica that holds one member. Requests never come through Serve's handles, only its care does."""
 
     async def __init__(self, role: Role, args: dict[str, object]) -> None:
-        logging.getLogger("cluster").setLevel(logging.INFO)
         self._member = PoolMember(member_config(parse_config(args), role))
         await self._member.start()
 

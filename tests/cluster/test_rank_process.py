@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.config import EngineConfig
 from cluster.executor import RankGroup
 from cluster.plan import StepPlan
+from cluster.rank_process import open_store
 from cluster.resolve import resolve_engine
 from cluster.spawn import LocalReplica
 from router.errors import CheckpointError, MemberLostError
@@ -128,3 +130,11 @@ def test_gpu_that_is_not_there_is_refused(moe_checkpoint: Path) -> None:
     config = EngineConfig(model=moe_checkpoint, layout=Layout(tp=2), device="cuda", kv_memory_bytes=8 << 20)
     with pytest.raises(CheckpointError, match=r"device=cuda: rank \d needs GPU \d of this machine, torch sees \d"):
         LocalReplica(resolve_engine(config))
+
+
+def test_the_rendezvous_store_listens_on_its_interface_alone() -> None:
+    store = open_store("127.0.0.1")
+    mine = psutil.Process().net_connections("tcp")
+    hosts = {each.laddr.ip for each in mine if each.status == psutil.CONN_LISTEN and each.laddr.port == store.port}
+    assert hosts == {"127.0.0.1"}
+    del store
