@@ -40,7 +40,7 @@ lint: install-dev
 	$(BIN)/ruff check --no-cache
 	$(BIN)/ruff format --no-cache --check
 	$(BIN)/pyrefly check
-	$(BIN)/lint-imports --no-cache
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Every branch of router/ and of the pure half of cluster/, by the tests of those modules alone.
 coverage: install-dev
