@@ -12,7 +12,6 @@ from deploy.gateway import GatewayApp, start_gateway
 from deploy.scaling_policy import POLICY_PATH, load_numbers
 from router.request import Role
 
-APP_NAME: Final = "moefleet"
 POOL_NAMES: Final[dict[Role, str]] = {"prefill": "PrefillPool", "decode": "DecodePool", "mixed": "MixedPool"}
 _STOP_MARGIN_S: Final = 15.0
 _HEALTH_PERIOD_S: Final = 2.0

@@ -32,6 +32,11 @@ def check_config(config: ServeConfig) -> None:
     _check_endpoints(config)
     local = config.ray.address == _LOCAL
     if local:
+        if config.gateway.replicas > 1:
+            raise ConfigError(
+                f"gateway.replicas={config.gateway.replicas} with ray.address=local: each gateway listens on the gRPC "
+                "port of its node, and a local cluster is one node; use 1, or name a cluster of several (--ray-address)"
+            )
         _check_cpus(config)
         for key, host, port in _addresses(config):
             _check_free(key, host, port)

@@ -16,6 +16,7 @@ from cluster.directory import Directory, Membership, open_directory
 from cluster.dispatcher import Dispatcher
 from cluster.members import MemberInfo
 from deploy.config import ServeConfig
+from deploy.config_keys import read_api_keys
 from deploy.generation import GenerationService
 from deploy.grpc_service import GrpcConfig, TlsFiles, bind_grpc_server, create_grpc_server
 from deploy.http_guard import ApiKey
@@ -24,7 +25,6 @@ from deploy.openai_routes import HttpConfig, create_app
 from deploy.served_model import load_served_model
 from deploy.tokenizer import load_tokenizer
 from router.admission import Admission, AdmissionConfig
-from router.errors import ConfigError
 from router.router import Router
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ async def start_gateway(config: ServeConfig) -> GatewayApp:
     dispatcher.update_members(membership.members)
     tokenizer = await asyncio.to_thread(load_tokenizer, Path(config.model))
     service = GenerationService(backend=dispatcher, tokenizer=tokenizer, model=model, metrics=metrics)
-    keys = load_api_keys(config.http.api_keys_file)
+    keys = () if config.http.api_keys_file is None else read_api_keys(Path(config.http.api_keys_file))
     grpc_config = _grpc_config(config, keys)
     server = create_grpc_server(service, grpc_config)
     bind_grpc_server(server, grpc_config)
@@ -138,33 +138,6 @@ async def _stop(running: _Running) -> None:
         await running.follower
     await running.grpc_server.stop(_GRPC_GRACE_S)
     await running.dispatcher.close()
-
-
-def load_api_keys(file: str | None) -> tuple[ApiKey, ...]:
-    """Read API keys: a line each, `KEY` or `KEY TENANT`; empty lines and lines that begin with # are left out.
-
-    Raises:
-        ConfigError: the file cannot be read, a line has more words, or no key is in it.
-    """
-    if file is None:
-        return ()
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"http.api_keys_file={file}: cannot be read ({error}); name a text file of keys") from error
-    keys = []
-    for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if not words or line.lstrip().startswith("#"):
-            continue
-        if len(words) > 2:
-            raise ConfigError(
-                f"http.api_keys_file={file}: line {number} has {len(words)} words; write KEY or KEY TENANT"
-            )
-        keys.append(ApiKey(key=words[0], tenant=words[-1] if len(words) == 2 else f"key-{number}"))
-    if not keys:
-        raise ConfigError(f"http.api_keys_file={file}: holds no key; write one a line, or leave the option out")
-    return tuple(keys)
 
 
 def _http_config(config: ServeConfig, keys: tuple[ApiKey, ...]) -> HttpConfig:

@@ -175,6 +175,11 @@ def test_a_fleet_that_cannot_run_is_refused_before_anything_starts(
         check_config(make_config(str(next_checkpoint), **keys))
 
 
+def test_several_gateways_on_a_local_cluster_are_refused_for_they_share_a_grpc_port(next_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gateway.replicas=2 with ray.address=local"):
+        check_config(make_config(str(next_checkpoint), gateway={"replicas": 2}))
+
+
 def test_a_checkpoint_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         check_config(make_config(str(tmp_path / "none")))

@@ -18,10 +18,11 @@ import ray
 from ray import serve
 
 from cluster.directory import MemberStatus, find_directory
-from deploy.app import APP_NAME, build
+from deploy.app import build
 from deploy.config import config_mapping, parse_config
 from deploy.protos import moefleet_v1_pb2 as pb
 from deploy.protos import moefleet_v1_pb2_grpc as pb_grpc
+from deploy.render import APP_NAME
 
 
 def free_port() -> int:
