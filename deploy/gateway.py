@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,12 +26,14 @@ from deploy.openai_routes import HttpConfig, create_app
 from deploy.served_model import load_served_model
 from deploy.tokenizer import load_tokenizer
 from router.admission import Admission, AdmissionConfig
+from router.errors import ConfigError
 from router.router import Router
 
 logger = logging.getLogger(__name__)
 _WATCH_S: Final = 10.0
 _RETRY_S: Final = 0.5
 _GRPC_GRACE_S: Final = 1.0
+_BIND_MARGIN_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,8 @@ async def start_gateway(config: ServeConfig) -> GatewayApp:
     keys = () if config.http.api_keys_file is None else read_api_keys(Path(config.http.api_keys_file))
     grpc_config = _grpc_config(config, keys)
     server = create_grpc_server(service, grpc_config)
-    bind_grpc_server(server, grpc_config)
+    drain_s = max(pool.drain_s for _, pool in config.pools.roles)
+    await bind_when_free(server, grpc_config, patience_s=drain_s + _BIND_MARGIN_S)
     await server.start()
     running = _Running(
         app=create_app(service, _http_config(config, keys)),
@@ -95,6 +99,24 @@ async def start_gateway(config: ServeConfig) -> GatewayApp:
         follower=asyncio.create_task(_follow(directory, dispatcher, membership)),
     )
     return GatewayApp(running)
+
+
+async def bind_when_free(server: grpc.aio.Server, config: GrpcConfig, *, patience_s: float) -> int:
+    """Take the gRPC address; returns the port. A gateway that is being replaced holds it until its requests have ended.
+
+    Raises:
+        ConfigError: the address is still in use after `patience_s`, or a TLS file cannot be read.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return bind_grpc_server(server, config)
+        except ConfigError as error:
+            # A file that cannot be read will not be readable later.
+            if isinstance(error.__cause__, OSError) or time.monotonic() > until:
+                raise
+            logger.warning("%s; waiting for a gateway that leaves", error)
+        await asyncio.sleep(_RETRY_S)
 
 
 async def _all_pools(directory: "ActorProxy[Directory]", config: ServeConfig) -> Membership:

@@ -1,8 +1,16 @@
 """What a gateway reads and decides before and beside its serving."""
 
+import asyncio
+import socket
+
+import grpc
+import pytest
+
 from cluster.directory import Membership
 from cluster.members import MemberInfo
-from deploy.gateway import members_to_serve
+from deploy.gateway import bind_when_free, members_to_serve
+from deploy.grpc_service import GrpcConfig
+from router.errors import ConfigError
 from router.request import MemberId
 
 
@@ -23,3 +31,26 @@ def test_members_that_a_restarted_directory_has_not_heard_of_yet_are_kept() -> N
 def test_members_that_a_settled_directory_does_not_list_are_left() -> None:
     told = make_membership(make_member("a"), settled=True)
     assert members_to_serve((make_member("a"), make_member("b")), told) == told.members
+
+
+@pytest.mark.anyio
+async def test_a_gateway_waits_for_the_port_of_the_one_it_replaces() -> None:
+    leaving = socket.create_server(("127.0.0.1", 0))
+    port = leaving.getsockname()[1]
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    binding = asyncio.create_task(bind_when_free(server, GrpcConfig(port=port), patience_s=10.0))
+    await asyncio.sleep(0.1)
+    assert not binding.done()
+    leaving.close()
+    assert await binding == port
+    await server.stop(None)
+
+
+@pytest.mark.anyio
+async def test_a_port_that_stays_in_use_is_refused_by_name() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be bound"):
+            await bind_when_free(server, GrpcConfig(port=port), patience_s=0.0)
+        await server.stop(None)
