@@ -239,7 +239,8 @@ async def test_a_message_over_the_size_limit_ends_the_stream() -> None:
 
 
 async def test_a_gateway_that_does_not_read_is_cut_and_others_go_on() -> None:
-    limits = ServiceLimits(max_queued_messages=20)
+    # More than all messages that the reading gateway gets: however slow the machine, it cannot be the one that is cut.
+    limits = ServiceLimits(max_queued_messages=300)
     member = ScriptedMember("m1", step_s=0.0005, limits=limits)
     async with serving(member), connected(member) as slow, connected(member) as good:
         sampling = SamplingParams(max_tokens=100_000, logprobs=1000)
