@@ -59,15 +59,6 @@ class RankStart:
         return f"RankStart({self.member_id}, rank={self.rank}, generation={self.generation})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaderState:
-    """Rank 0's answer to a look at it."""
-
-    load: MemberLoad
-    failure: str
-    """Why the engine ended by itself; empty while it is well."""
-
-
 class RankHost:
     """One rank's process. Rank 0: `open`, `lead`; others: `follow`, which returns when the rank ends.
 
@@ -136,12 +127,9 @@ class RankHost:
         return run_peer(process_config(start, resolve_engine(start.engine, ranks_here=start.ranks_here)))
 
     @ray.method(concurrency_group="control")
-    def state(self) -> LeaderState | None:
-        """Rank 0's load and health; None before it leads."""
-        if self._engine is None:
-            return None
-        failure = self._engine.failure
-        return LeaderState(load=self._engine.load(), failure="" if failure is None else str(failure))
+    def load(self) -> MemberLoad | None:
+        """Rank 0's load; None before it leads. That the engine has failed is told by `wait_failed`."""
+        return None if self._engine is None else self._engine.load()
 
     @ray.method(concurrency_group="watch")
     def wait_failed(self) -> str:

@@ -259,10 +259,9 @@ class PoolMember:
             return
         try:
             async with asyncio.timeout(self._config.look_timeout_s):
-                state = await _answer(generation.actors[0].state.remote())
+                self._load = await _answer(generation.actors[0].load.remote())
         except TimeoutError as error:
             raise MemberLostError(f"rank 0 did not answer for {self._config.look_timeout_s:g} s") from error
-        self._load = None if state is None else state.load
         layout = self._config.engine.layout
         ranks = tuple(
             RankStatus(rank=rank, pid=each.pid, node=each.node, state="up")

@@ -136,10 +136,17 @@ class GatewayConfig:
     """The processes that clients talk to."""
 
     replicas: Count = 1
-    max_in_flight: Count = 256
-    """Requests a gateway has at members at once."""
-    max_queue: Count = 1024
-    """Requests that wait in a gateway; more are refused with a time to come again."""
+    max_in_flight: Count = 1024
+    """Requests a gateway serves at once; more are refused with a time to come again."""
+    max_queue: Count = 256
+    """Of these, those without a first token."""
+
+    def __post_init__(self) -> None:
+        if self.max_queue > self.max_in_flight:
+            raise ValueError(
+                f"max_queue={self.max_queue} counts within max_in_flight={self.max_in_flight} and cannot be above it; "
+                "lower max_queue or raise max_in_flight"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_CLOSED)

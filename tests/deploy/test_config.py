@@ -97,6 +97,11 @@ def test_a_wrong_key_or_value_is_named_with_its_remedy(mapping: dict[str, object
         parse_config(mapping)
 
 
+def test_a_queue_longer_than_all_requests_in_flight_is_refused_for_it_would_have_no_effect() -> None:
+    with pytest.raises(ConfigError, match="max_queue=9 counts within max_in_flight=5"):
+        make_config("m", gateway={"max_in_flight": 5, "max_queue": 9})
+
+
 def test_all_mistakes_of_a_config_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"model": "m", "http": {"port": 0, "hots": "x"}})
