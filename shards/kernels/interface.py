@@ -109,11 +109,13 @@ class Kernels(Protocol):
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
+        advance_S: Tensor | None = None,
     ) -> Tensor:
         """Depthwise causal convolution of width W over each sequence, then SiLU -> [T, C].
 
         state_NCW [slots, C, W-1] holds each sequence's last W-1 inputs and is advanced in place; a sequence whose
-        fresh_S (bool) is true starts from zeros. slots_S and query_start_S1 are int64.
+        fresh_S (bool) is true starts from zeros, and one whose advance_S (bool, None: all true) is false leaves its
+        slot as it is. slots_S and query_start_S1 are int64.
         """
         ...
 
@@ -132,10 +134,11 @@ class Kernels(Protocol):
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
+        advance_S: Tensor | None = None,
     ) -> Tensor:
         """Gated delta rule over each sequence -> [T, V, Dv]; q and k are L2-normalised (eps 1e-6), q scaled by Dk^-0.5.
 
         S = S * exp(g); S += k (v - S^T k) * beta; o = S^T q. state_NVDD [slots, V, Dk, Dv] float32 is advanced in
-        place. K key heads serve V / K consecutive value heads each.
+        place, but for sequences whose advance_S is false. K key heads serve V / K consecutive value heads each.
         """
         ...

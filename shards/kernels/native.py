@@ -25,8 +25,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "kernels_experts": [_int] * 3 + [_address] * 5 + [_int] + [_long] * 5 + [_int],
     "kernels_attention": [_int] * 3 + [_address] * 7 + [_long] * 6 + [_float],
     "kernels_store_kv": [_int] + [_address] * 5 + [_long] * 4,
-    "kernels_causal_conv": [_int] * 2 + [_address] * 7 + [_long] * 2 + [_int],
-    "kernels_delta_rule": [_int] * 3 + [_address] * 10 + [_long] * 5,
+    "kernels_causal_conv": [_int] * 2 + [_address] * 8 + [_long] * 2 + [_int],
+    "kernels_delta_rule": [_int] * 3 + [_address] * 11 + [_long] * 5,
     "kernels_delta_gates": [_int] + [_address] * 6 + [_long] * 2,
     "kernels_norm": [_int] * 2 + [_address] * 4 + [_long] * 2 + [_float, _int],
     "kernels_silu_mul": [_int] * 2 + [_address] * 2 + [_long] * 2,
@@ -244,6 +244,7 @@ class NativeKernels:
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
+        advance_S: Tensor | None = None,
     ) -> Tensor:
         """Depthwise causal convolution and SiLU; the state's rows are advanced in place."""
         (T, C), W, S, N = x_TC.shape, weight_CW.shape[1], slots_S.shape[0], state_NCW.shape[0]
@@ -251,11 +252,11 @@ class NativeKernels:
             raise ValueError(f"causal_conv: width {W} must lie in 1..{MAX_CONV_WIDTH}; use kernels=torch for others")
         weight, state = (weight_CW, (C, W)), (state_NCW, (N, C, W - 1))
         code = check_tensors(x_TC, x=(x_TC, (T, C)), weight=weight, state=state)
-        _check_sequences(slots_S, query_start_S1, fresh_S, S)
+        advance = _check_sequences(slots_S, query_start_S1, fresh_S, advance_S, S)
         out_TC = torch.empty_like(x_TC)
         self._library.kernels_causal_conv(
             torch.get_num_threads(), code, x_TC.data_ptr(), weight_CW.data_ptr(), state_NCW.data_ptr(),
-            slots_S.data_ptr(), query_start_S1.data_ptr(), fresh_S.data_ptr(), out_TC.data_ptr(), S, C, W,
+            slots_S.data_ptr(), query_start_S1.data_ptr(), fresh_S.data_ptr(), advance, out_TC.data_ptr(), S, C, W,
         )  # fmt: skip
         return out_TC
 
@@ -284,6 +285,7 @@ class NativeKernels:
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
+        advance_S: Tensor | None = None,
     ) -> Tensor:
         """Gated delta rule, token by token whatever the length: a chunk's end leaves no mark."""
         (T, K, Dk), (_, V, Dv), S, N = q_TKD.shape, v_TVD.shape, slots_S.shape[0], state_NVDD.shape[0]
@@ -292,14 +294,14 @@ class NativeKernels:
         check_tensor("beta", beta_TV, torch.float32, (T, V))
         check_tensor("g", g_TV, torch.float32, (T, V))
         check_tensor("state", state_NVDD, torch.float32, (N, V, Dk, Dv))
-        _check_sequences(slots_S, query_start_S1, fresh_S, S)
+        advance = _check_sequences(slots_S, query_start_S1, fresh_S, advance_S, S)
         if V % K:
             raise ValueError(f"delta_rule: {V} value heads are no multiple of {K} key heads")
         out_TVD = torch.empty_like(v_TVD)
         self._library.kernels_delta_rule(
             self._path, torch.get_num_threads(), code, q_TKD.data_ptr(), k_TKD.data_ptr(), v_TVD.data_ptr(),
             beta_TV.data_ptr(), g_TV.data_ptr(), state_NVDD.data_ptr(), slots_S.data_ptr(), query_start_S1.data_ptr(),
-            fresh_S.data_ptr(), out_TVD.data_ptr(), S, K, V, Dk, Dv,
+            fresh_S.data_ptr(), advance, out_TVD.data_ptr(), S, K, V, Dk, Dv,
         )  # fmt: skip
         return out_TVD
 
@@ -309,10 +311,17 @@ def _check_groups(groups: int, width: int) -> None:
         raise ValueError(f"groups={groups} must be a power of two that divides {width}")
 
 
-def _check_sequences(slots_S: Tensor, query_start_S1: Tensor, fresh_S: Tensor, count: int) -> None:
+def _check_sequences(
+    slots_S: Tensor, query_start_S1: Tensor, fresh_S: Tensor, advance_S: Tensor | None, count: int
+) -> int:
+    """The address of advance_S, 0 for None."""
     check_tensor("slots", slots_S, torch.int64, (count,))
     check_tensor("query_start", query_start_S1, torch.int64, (count + 1,))
     check_tensor("fresh", fresh_S, torch.bool, (count,))
+    if advance_S is None:
+        return 0
+    check_tensor("advance", advance_S, torch.bool, (count,))
+    return advance_S.data_ptr()
 
 
 def _as_int64(values: Tensor, length: int) -> Tensor:

@@ -146,6 +146,7 @@ class TorchKernels:
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
+        advance_S: Tensor | None = None,
     ) -> Tensor:
         """Depthwise causal convolution and SiLU; the state's rows are advanced in place."""
         starts = query_start_S1.tolist()
@@ -156,7 +157,7 @@ class TorchKernels:
             padded = torch.cat((before_SCW[rows], x_SCT), dim=2)
             y_SCT = functional.silu(functional.conv1d(padded, weight_CW.unsqueeze(1), groups=weight_CW.shape[0]))
             out_TC[tokens] = y_SCT.transpose(1, 2).reshape(-1, x_TC.shape[1])
-            state_NCW[slots_S[rows]] = padded[:, :, x_SCT.shape[2] :]
+            _advance(state_NCW, slots_S[rows], padded[:, :, x_SCT.shape[2] :], advance_S, rows)
         return out_TC
 
     def delta_gates(self, b_TV: Tensor, a_TV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,6 +176,7 @@ class TorchKernels:
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
+        advance_S: Tensor | None = None,
     ) -> Tensor:
         """Gated delta rule: token by token for short runs, in chunks of 64 for long ones."""
         share = v_TVD.shape[1] // q_TKD.shape[1]
@@ -189,13 +191,21 @@ class TorchKernels:
             )
             out, after = gated_delta_rule(q, k, v, beta, g, before_SVDD[rows])
             out_TVD[tokens] = out.flatten(0, 1).to(v_TVD.dtype)
-            state_NVDD[slots_S[rows]] = after
+            _advance(state_NVDD, slots_S[rows], after, advance_S, rows)
         return out_TVD
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _advance(state: Tensor, slots_S: Tensor, after: Tensor, advance_S: Tensor | None, rows: slice) -> None:
+    """Write the slots of the sequences `rows`, but for those that are to be left as they are."""
+    if advance_S is None:
+        state[slots_S] = after
+    else:
+        state[slots_S[advance_S[rows]]] = after[advance_S[rows]]
 
 
 def _unit(x: Tensor) -> Tensor:

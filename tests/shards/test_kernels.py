@@ -229,6 +229,18 @@ def test_convolution_agrees_and_advances_only_its_slots(dtype: torch.dtype, W: i
     assert torch.equal(states[0], states[1])
 
 
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [2, 1, 4]])
+def test_the_reference_too_leaves_slots_of_sequences_that_do_not_advance(lengths: list[int]) -> None:
+    x, weight, state = random(sum(lengths), 8), random(8, 4), random(3, 8, 3)
+    where = (torch.tensor([2, 0, 1]), torch.tensor([0, *lengths]).cumsum(0), torch.tensor([False] * 3))
+    states = [state.clone() for _ in range(2)]
+    out = [REFERENCE.causal_conv(x, weight, states[0], *where, torch.tensor([True, False, True]))]
+    out.append(REFERENCE.causal_conv(x, weight, states[1], *where))
+    assert torch.equal(*out)
+    assert torch.equal(states[0][0], state[0])
+    assert torch.equal(states[0][1:], states[1][1:])
+
+
 @every_dtype
 @pytest.mark.parametrize("T", [0, 1, 17])
 def test_delta_gates_agree(dtype: torch.dtype, T: int) -> None:

@@ -219,6 +219,27 @@ def test_delta_rule_in_chunks_and_batches_is_the_whole(
     assert torch.equal(state[1], last)
 
 
+@every_path
+@every_dtype
+def test_a_sequence_that_does_not_advance_leaves_its_slot_and_gives_the_same_rows(
+    kernels: NativeKernels, dtype: torch.dtype
+) -> None:
+    T, K, V, D = 4, 2, 4, 24
+    x, weight, conv = random(T, 70, dtype=dtype), random(70, 4, dtype=dtype), random(2, 70, 3, dtype=dtype)
+    q, k, v = random(T, K, D, dtype=dtype), random(T, K, D, dtype=dtype, seed=1), random(T, V, D, dtype=dtype)
+    beta, g, state = torch.sigmoid(random(T, V)), -random(T, V, seed=1).abs(), random(2, V, D, D)
+    where = (torch.tensor([1, 0]), torch.tensor([0, 3, T]), torch.tensor([False, False]))
+    still = torch.tensor([False, True])
+    for run, slots in (
+        (lambda s, a: kernels.causal_conv(x, weight, s, *where, a), conv),
+        (lambda s, a: kernels.delta_rule(q, k, v, beta, g, s, *where, a), state),
+    ):
+        advanced, kept = slots.clone(), slots.clone()
+        assert torch.equal(run(kept, still), run(advanced, None))
+        assert torch.equal(kept[1], slots[1])
+        assert torch.equal(kept[0], advanced[0])
+
+
 @every_dtype
 def test_rows_of_norms_activations_and_routing_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     kernels, x, weight = NATIVE[-1], random(50, 66, dtype=dtype), random(66, dtype=dtype)

@@ -34,6 +34,7 @@ struct Convolution {
     const int64_t* slots;
     const int64_t* query_start;
     const bool* fresh;
+    const bool* advance;  // null: every sequence
     T* out;
     int64_t C;
     int W;
@@ -57,6 +58,7 @@ struct Convolution {
             }
             for (int c = 0; c < a.count; c++) store(out + t * C + a.first + c, silu(rounded<T>(sum[c])));
         }
+        if (advance && !advance[a.sequence]) return;
         for (int c = 0; c < a.count; c++)
             for (int w = 0; w < W - 1; w++) store(kept + c * (W - 1) + w, seen[(time + 1 + w) % W][c]);
     }
@@ -87,13 +89,22 @@ struct DeltaRule {
     const int64_t* slots;
     const int64_t* query_start;
     const bool* fresh;
+    const bool* advance;  // null: every sequence
     T* out;
     int64_t K, V, Dk, Dv;
 
     void task(const SequenceTask& a) const {
         float* columns = state + (slots[a.sequence] * V + a.head) * Dk * Dv + a.first;
+        int64_t stride = Dv;
+        std::vector<float> scratch;
+        if (advance && !advance[a.sequence]) {
+            scratch.resize(size_t(Dk * a.count));
+            for (int64_t row = 0; row < Dk; row++)
+                std::copy_n(columns + row * Dv, a.count, scratch.data() + row * a.count);
+            columns = scratch.data(), stride = a.count;
+        }
         if (fresh[a.sequence])
-            for (int64_t row = 0; row < Dk; row++) std::fill_n(columns + row * Dv, a.count, 0.0f);
+            for (int64_t row = 0; row < Dk; row++) std::fill_n(columns + row * stride, a.count, 0.0f);
         std::vector<float> key(size_t(Dk), 0.0f), query(size_t(Dk), 0.0f);
         float value[STATE_COLUMNS], result[STATE_COLUMNS], scale = 1.0f / std::sqrt(float(Dk));
         int64_t key_head = a.head / (V / K);
@@ -102,7 +113,7 @@ struct DeltaRule {
             unit(k + (t * K + key_head) * Dk, Dk, 1.0f, key.data());
             int64_t at = (t * V + a.head) * Dv + a.first;
             for (int c = 0; c < a.count; c++) value[c] = load(v + at + c);
-            path.delta(columns, Dv, int(Dk), a.count, key.data(), query.data(), value, beta[t * V + a.head],
+            path.delta(columns, stride, int(Dk), a.count, key.data(), query.data(), value, beta[t * V + a.head],
                        exp_f32(g[t * V + a.head]), result);
             for (int c = 0; c < a.count; c++) store(out + at + c, result[c]);
         }
@@ -117,16 +128,18 @@ struct DeltaRule {
 
 template <class T>
 void convolve(int threads, const void* x, const void* weight, void* state, const int64_t* slots,
-              const int64_t* query_start, const bool* fresh, void* out, int64_t S, int64_t C, int W) {
-    Convolution<T>{(const T*)x, (const T*)weight, (T*)state, slots, query_start, fresh, (T*)out, C, W}.run(S, threads);
+              const int64_t* query_start, const bool* fresh, const bool* advance, void* out, int64_t S, int64_t C,
+              int W) {
+    Convolution<T>{(const T*)x, (const T*)weight, (T*)state, slots, query_start, fresh, advance, (T*)out, C, W}.run(
+        S, threads);
 }
 
 template <class T>
 void delta_rule(int path, int threads, const void* q, const void* k, const void* v, const float* beta, const float* g,
-                float* state, const int64_t* slots, const int64_t* query_start, const bool* fresh, void* out, int64_t S,
-                int64_t K, int64_t V, int64_t Dk, int64_t Dv) {
+                float* state, const int64_t* slots, const int64_t* query_start, const bool* fresh, const bool* advance,
+                void* out, int64_t S, int64_t K, int64_t V, int64_t Dk, int64_t Dv) {
     DeltaRule<T>{*find_path(path), (const T*)q, (const T*)k, (const T*)v, beta, g, state, slots, query_start, fresh,
-                 (T*)out, K, V, Dk, Dv}
+                 advance, (T*)out, K, V, Dk, Dv}
         .run(S, threads);
 }
 
@@ -145,18 +158,18 @@ void gates(const T* b, const T* a, const float* a_log, const float* dt_bias, flo
 }  // namespace kernels
 
 KERNELS_EXPORT void kernels_causal_conv(int threads, int dtype, const void* x, const void* weight, void* state,
-                                        const int64_t* slots, const int64_t* query_start, const bool* fresh, void* out,
-                                        int64_t S, int64_t C, int W) {
+                                        const int64_t* slots, const int64_t* query_start, const bool* fresh,
+                                        const bool* advance, void* out, int64_t S, int64_t C, int W) {
     auto run = dtype == kernels::BFLOAT16 ? kernels::convolve<kernels::bf16> : kernels::convolve<float>;
-    run(threads, x, weight, state, slots, query_start, fresh, out, S, C, W);
+    run(threads, x, weight, state, slots, query_start, fresh, advance, out, S, C, W);
 }
 
 KERNELS_EXPORT void kernels_delta_rule(int path, int threads, int dtype, const void* q, const void* k, const void* v,
                                        const float* beta, const float* g, float* state, const int64_t* slots,
-                                       const int64_t* query_start, const bool* fresh, void* out, int64_t S, int64_t K,
-                                       int64_t V, int64_t Dk, int64_t Dv) {
+                                       const int64_t* query_start, const bool* fresh, const bool* advance, void* out,
+                                       int64_t S, int64_t K, int64_t V, int64_t Dk, int64_t Dv) {
     auto run = dtype == kernels::BFLOAT16 ? kernels::delta_rule<kernels::bf16> : kernels::delta_rule<float>;
-    run(path, threads, q, k, v, beta, g, state, slots, query_start, fresh, out, S, K, V, Dk, Dv);
+    run(path, threads, q, k, v, beta, g, state, slots, query_start, fresh, advance, out, S, K, V, Dk, Dv);
 }
 
 KERNELS_EXPORT void kernels_delta_gates(int dtype, const void* b, const void* a, const float* a_log,
