@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
+from deploy.cli_bench import bench
 from deploy.cli_generate import generate
 from deploy.cli_serve import serve
 from router.errors import MoefleetError
@@ -33,6 +34,7 @@ app.command(
 )(serve)
 app.command(epilog='Example: moefleet generate --model DIR --prompt "Hello" --max-tokens 16 --tp 2 --json')(generate)
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(bench, name="bench")
 
 
 @app.command(epilog="Example: moefleet demo --dir /tmp/demo --http-port 8100")

@@ -1,16 +1,14 @@
 """The command `moefleet generate`."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
 
 from cluster.config import DeterministicChoice, Device, Dtype, EngineConfig, KernelChoice
+from deploy.cli_errors import told_errors
 from deploy.sizes import parse_bytes
-from router.errors import MoefleetError
 from shards.mesh import Layout
 
 _PROMPTS: Final = "Prompts (each repeats, all are batched)"
@@ -118,7 +116,7 @@ def generate(
     from deploy.prompts_file import parse_bias, parse_ids
     from deploy.validation import SamplingInput
 
-    with _told_errors():
+    with told_errors():
         options = GenerateOptions(
             engine=EngineConfig(
                 model=model,
@@ -156,16 +154,6 @@ def generate(
             ranks=ranks,
         )
         raise typer.Exit(run_generate(options, sys.stdout))
-
-
-@contextmanager
-def _told_errors() -> Iterator[None]:
-    """Tell what the user can mend, without a traceback."""
-    try:
-        yield
-    except (MoefleetError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
 """`moefleet generate`: prompts in, continuations out, with an engine of this process and no Ray."""
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Final, Literal, Protocol, TextIO
+from typing import Literal, Protocol, TextIO
 
 from cluster.config import EngineConfig
-from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected, TicketReady
 from cluster.executor import Ranks
 from cluster.reports import LoadProgress as BytesRead
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
-from cluster.ticket import ticket_maker
 from cluster.torchrun import TorchrunReplica, run_torchrun_peer, torchrun_place
 from deploy.checkpoint_progress import LoadProgress
+from deploy.local_engine import stream_all
 from deploy.prompts_file import PromptInput, parse_ids, read_prompts_file
 from deploy.served_model import SamplingDefaults, ServedModel, load_served_model
 from deploy.text_stream import TextStream
@@ -31,12 +28,8 @@ from deploy.validation import (
     build_requests,
     validate,
 )
-from router.errors import ConfigError, InvalidRequestError, MoefleetError
-from router.request import MemberId, Request, RequestId, TokenEvent, TokenLogprob
-
-logger = logging.getLogger(__name__)
-
-_MEMBER: Final = MemberId("generate")
+from router.errors import ConfigError, InvalidRequestError
+from router.request import Request, RequestId, TokenEvent, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +47,6 @@ class GenerateOptions:
     """One JSON object a prompt and line; else plain text."""
     ranks: Literal["spawn", "torchrun"] = "spawn"
     """Who starts the ranks: this process its children, or torchrun, which runs this in every rank."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Output:
-    """What has come of one request."""
-
-    request: Request
-    events: list[TokenEvent] = field(default_factory=list)
 
 
 class Replica(Protocol):
@@ -124,39 +109,11 @@ def generate_all(engine: ResolvedEngine, ranks: Ranks, requests: Sequence[Reques
     Raises:
         MoefleetError: a request was rejected, or the ranks failed.
     """
-    arrived: SimpleQueue[list[EngineEvent]] = SimpleQueue()
-    outlets = EngineOutlets(
-        on_events=arrived.put,
-        make_ticket=ticket_maker(_MEMBER, engine.kv_layout(), lambda _: ()),
-        on_failure=lambda error: logger.error("%s", error),
-    )
-    runner = Engine(engine.scheduler_config(), ranks, outlets, member_id=_MEMBER)
-    for request in requests:
-        runner.submit(request)
-    runner.start()
     found: dict[RequestId, list[TokenEvent]] = {request.id: [] for request in requests}
-    open_requests = set(found)
-    try:
-        while open_requests:
-            for event in arrived.get():
-                _take(event, found, open_requests)
-    finally:
-        runner.halt()
-    return [found[request.id] for request in requests]
-
-
-def _take(event: EngineEvent, found: dict[RequestId, list[TokenEvent]], open_requests: set[RequestId]) -> None:
-    match event:
-        case TokenEvent():
-            if event.finish == "error":
-                raise MoefleetError(event.error)
+    for events in stream_all(engine, ranks, requests):
+        for event in events:
             found[event.request_id].append(event)
-            if event.finish is not None:
-                open_requests.discard(event.request_id)
-        case Rejected():
-            raise event.error
-        case TicketReady():
-            raise AssertionError("no request asked for a hand-off")
+    return [found[request.id] for request in requests]
 
 
 def _all_prompts(options: GenerateOptions) -> list[PromptInput]:

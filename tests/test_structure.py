@@ -41,7 +41,6 @@ MUTABLE_DATACLASSES = {
     "cluster/executor.py _Pull": "progress of one pull, written by the leader alone",
     "cluster/lane.py LaneDraft": "a plan while it is being made, of one lane",
     "cluster/member.py _Generation": "what one generation of ranks has started so far, written by the member alone",
-    "deploy/generate.py _Output": "one prompt's output while it grows",
 }
 
 

@@ -46,7 +46,10 @@ def test_help_names_every_command_in_half_a_second() -> None:
         took.append(os.times().children_user - before + time.process_time() - started)
     # CPU time: the clock's tells of what else runs here.
     assert min(took) < 0.5
-    assert all(name in done.stdout for name in ("serve", "generate", "checkpoint", "status", "call", "demo", "version"))
+    assert all(
+        name in done.stdout
+        for name in ("serve", "generate", "checkpoint", "status", "call", "demo", "bench", "version")
+    )
 
 
 def test_help_waits_for_no_heavy_library() -> None:
@@ -55,7 +58,9 @@ def test_help_waits_for_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "call", "demo", "status", "checkpoint random"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "call", "demo", "status", "checkpoint random", "bench engine", "bench worker"]
+)
 def test_every_command_s_help_has_an_example(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,150 @@
+"""`moefleet bench engine`: times scenarios on an engine of this process, and writes a line for each."""
+
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TextIO
+
+from cluster.resolve import resolve_engine
+from deploy.bench_engine import DTYPES, BenchEngine, BenchOptions, check_room
+from deploy.bench_scenarios import Scenario
+from deploy.bench_startup import time_startup
+from deploy.process_use import OthersCpu, peak_rss_mb
+from router.errors import ConfigError
+
+_SEED: Final = 7
+_WARM_TOKENS: Final = 8
+Prompts = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRun:
+    """What `moefleet bench engine` was asked."""
+
+    options: BenchOptions
+    model: Path
+    dtype: str
+    """A key of DTYPES."""
+    scenarios: tuple[Scenario, ...]
+    repeat: int
+    json: bool
+    """One JSON object a scenario and line; else plain text."""
+    worker_flags: tuple[str, ...]
+    """The same options as words, for workers whose start is timed."""
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1:
+            raise ConfigError(f"--repeat must be at least 1, got {self.repeat}")
+
+
+def run_bench(run: BenchRun, out: TextIO) -> None:
+    """Time every scenario in order; each one's line is written when it is done.
+
+    Figures are medians of `repeat` runs. `decode_tok_s` leaves the prompts out: N sequences' further tokens over the
+    time of full runs less that of runs of one new token. `others_cpu` tells how many processors all others used.
+
+    Raises:
+        MoefleetError: an option, the checkpoint or a scenario cannot work, or a rank was lost.
+    """
+    config = run.options.engine_config(
+        run.model,
+        dtype=DTYPES[run.dtype],
+        max_len=max(scenario.num_tokens for scenario in run.scenarios),
+        max_seqs=max(scenario.num_prompts for scenario in run.scenarios),
+    )
+    resolved = resolve_engine(config)
+    for scenario in run.scenarios:
+        check_room(resolved, [scenario.num_tokens] * scenario.num_prompts)
+    vocab_size = resolved.model.vocab_size
+    engine: BenchEngine | None = None
+    try:
+        for scenario in run.scenarios:
+            rng = random.Random(_SEED)
+            with OthersCpu() as others:
+                if scenario.kind == "startup":
+                    figures = _measure_startup(run, scenario, _prompts(rng, scenario, vocab_size)[0])
+                else:
+                    engine = engine or BenchEngine(config)
+                    figures = _measure(
+                        engine, scenario, run.repeat, lambda s=scenario, r=rng: _prompts(r, s, vocab_size)
+                    )
+                    figures["peak_rss_mb"] = peak_rss_mb(os.getpid())
+            _write(run, scenario, {"others_cpu": others.cpus} | figures, out)
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def _prompts(rng: random.Random, scenario: Scenario, vocab_size: int) -> Prompts:
+    return [[rng.randrange(vocab_size) for _ in range(scenario.prompt_tokens)] for _ in range(scenario.num_prompts)]
+
+
+def _measure(
+    engine: BenchEngine, scenario: Scenario, repeat: int, make_prompts: Callable[[], Prompts]
+) -> dict[str, object]:
+    def walls(max_new: int) -> list[float]:
+        return [engine.generate(make_prompts(), max_new).wall_s for _ in range(repeat)]
+
+    engine.generate(make_prompts(), min(_WARM_TOKENS, scenario.new_tokens))
+    num_prompts, new = scenario.num_prompts, scenario.new_tokens
+    if scenario.kind == "prefill":
+        rates = [num_prompts * scenario.prompt_tokens / wall for wall in walls(1)]
+        return {"prefill_tok_s": statistics.median(rates), "all": rates}
+    first = statistics.median(walls(1))
+    whole = walls(new)
+    rates = [num_prompts * new / wall for wall in whole]
+    decode_s = statistics.median(whole) - first
+    return {
+        "new_tokens": num_prompts * new,
+        "out_tok_s": statistics.median(rates),
+        "decode_tok_s": num_prompts * (new - 1) / decode_s if decode_s > 0 else None,
+        "wall1_ms": 1e3 * first,
+        "all": rates,
+    }
+
+
+def _measure_startup(run: BenchRun, scenario: Scenario, prompt: Sequence[int]) -> dict[str, object]:
+    starts = [
+        time_startup(
+            run.worker_flags, run.model, dtype=run.dtype, max_len=scenario.num_tokens, max_seqs=1, prompt=prompt
+        )
+        for _ in range(run.repeat)
+    ]
+    return {
+        "startup_s": statistics.median(start.seconds for start in starts),
+        "peak_rss_mb": statistics.median(start.peak_rss_mb for start in starts),
+        "all": [start.seconds for start in starts],
+    }
+
+
+def _write(run: BenchRun, scenario: Scenario, figures: dict[str, object], out: TextIO) -> None:
+    rounded = {name: _round(value) for name, value in figures.items()}
+    if run.json:
+        line = {
+            "ts": time.strftime("%H:%M:%S"),
+            "model": run.model.name,
+            "peer": "moefleet",
+            "dtype": run.dtype,
+            "scenario": scenario.name,
+            "repeat": run.repeat,
+            **rounded,
+        }
+        out.write(json.dumps(line) + "\n")
+    else:
+        out.write(f"{scenario.name:14} {'  '.join(_plain(rounded))}\n")
+    out.flush()
+
+
+def _plain(figures: dict[str, object]) -> Iterator[str]:
+    return (f"{name} {value}" for name, value in figures.items() if name != "all")
+
+
+def _round(value: object) -> object:
+    if isinstance(value, list):
+        return [_round(each) for each in value]
+    return round(value, 2) if isinstance(value, float) else value

@@ -1,0 +1,131 @@
+"""An engine of this process that generates for lists of prompts at once, with the time that it takes."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cluster.config import Dtype, EngineConfig
+from cluster.resolve import ResolvedEngine, resolve_engine
+from cluster.spawn import LocalReplica
+from deploy.local_engine import stream_all
+from router.errors import ConfigError
+from router.request import Request, RequestId, SamplingParams
+from shards.mesh import Layout
+
+DTYPES: Final[dict[str, Dtype]] = {"bf16": "bfloat16", "f32": "float32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What both bench commands are told of the engine."""
+
+    layout: Layout
+    threads: int | None
+    kv_memory_bytes: int
+    max_step_tokens: int
+
+    def engine_config(self, model: Path, *, dtype: Dtype, max_len: int, max_seqs: int) -> EngineConfig:
+        """The engine of these options for one model, without prefix cache."""
+        return EngineConfig(
+            model=model,
+            layout=self.layout,
+            dtype=dtype,
+            threads=self.threads,
+            kv_memory_bytes=self.kv_memory_bytes,
+            max_rows=max_seqs,
+            max_step_tokens=max(self.max_step_tokens, max_seqs),
+            max_model_len=max_len,
+            prefix_cache=False,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """New tokens of each prompt, in order, and how long they took."""
+
+    tokens: list[list[int]]
+    wall_s: float
+    """From the first prompt handed in to the last token."""
+    ttft_s: list[float]
+    """Until each prompt's first token."""
+
+
+class BenchEngine:
+    """Ranks that are loaded, until the context ends; each `generate` is a batch of its own.
+
+    Raises:
+        ConfigError, CheckpointError: the config cannot be served, see `resolve_engine`.
+        MemberLostError: a rank failed at its start.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._engine = resolve_engine(config)
+        self._replica = LocalReplica(self._engine)
+
+    def __enter__(self) -> "BenchEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._replica.close()
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new: int) -> Generated:
+        """Continue all prompts together, greedily, past the model's end tokens.
+
+        Raises:
+            ConfigError: they do not fit in the engine all at once.
+            MoefleetError: a prompt is not valid, or the ranks failed.
+        """
+        check_room(self._engine, [len(prompt) + max_new for prompt in prompts])
+        requests = [
+            Request(
+                id=RequestId(str(index)),
+                prompt_ids=tuple(prompt),
+                sampling=SamplingParams(max_tokens=max_new, temperature=0.0),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        ttft_s = [0.0] * len(prompts)
+        started = time.perf_counter()
+        for events in stream_all(self._engine, self._replica.ranks, requests):
+            now = time.perf_counter() - started
+            for event in events:
+                index = int(event.request_id)
+                if event.index == 0:
+                    ttft_s[index] = now
+                if event.token_id is not None:
+                    tokens[index].append(event.token_id)
+        return Generated(tokens=tokens, wall_s=time.perf_counter() - started, ttft_s=ttft_s)
+
+
+def check_room(engine: ResolvedEngine, num_tokens: Sequence[int]) -> None:
+    """Refuse sequences of these lengths that would have to wait for each other: the figures would mislead.
+
+    Raises:
+        ConfigError: names the option, the value and what would do.
+    """
+    config = engine.config
+    longest = max(num_tokens, default=0)
+    if longest > engine.max_model_len:
+        raise ConfigError(
+            f"a prompt with its new tokens has {longest} tokens, the engine takes at most {engine.max_model_len}; ask "
+            "for less, or raise max_len"
+        )
+    # Lanes are filled evenly.
+    in_lane = sorted(num_tokens, reverse=True)[: -(-len(num_tokens) // config.layout.dp)]
+    if len(in_lane) > config.max_rows:
+        raise ConfigError(f"{len(in_lane)} prompts at once, the engine runs at most max_seqs={config.max_rows}")
+    blocks = sum(-(-length // config.block_size) for length in in_lane)
+    slots = len(in_lane) if engine.model.delta_layers else 0
+    if blocks > engine.num_blocks or slots > engine.num_slots:
+        raise ConfigError(
+            f"{len(in_lane)} sequences of up to {longest} tokens need {blocks} KV blocks and {slots} state slots at "
+            f"once; kv_memory_bytes={config.kv_memory_bytes} (--kv-memory) holds {engine.num_blocks} and "
+            f"{engine.num_slots}; raise it"
+        )

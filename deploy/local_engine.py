@@ -1,0 +1,55 @@
+"""Serves requests with an engine of this process on ranks that are loaded, for commands that need no fleet."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import Final
+
+from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected, TicketReady
+from cluster.executor import Ranks
+from cluster.resolve import ResolvedEngine
+from cluster.ticket import ticket_maker
+from router.errors import MoefleetError
+from router.request import MemberId, Request, RequestId, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+_MEMBER: Final = MemberId("local")
+
+
+def stream_all(engine: ResolvedEngine, ranks: Ranks, requests: Sequence[Request]) -> Iterator[list[TokenEvent]]:
+    """Serve requests together, all there at the first step -> each step's events; the ranks stay up.
+
+    Raises:
+        MoefleetError: a request was rejected, or the ranks failed.
+    """
+    arrived: SimpleQueue[list[EngineEvent]] = SimpleQueue()
+    outlets = EngineOutlets(
+        on_events=arrived.put,
+        make_ticket=ticket_maker(_MEMBER, engine.kv_layout(), lambda _: ()),
+        on_failure=lambda error: logger.error("%s", error),
+    )
+    runner = Engine(engine.scheduler_config(), ranks, outlets, member_id=_MEMBER)
+    for request in requests:
+        runner.submit(request)
+    runner.start()
+    open_requests = {request.id for request in requests}
+    try:
+        while open_requests:
+            yield [_token_event(event, open_requests) for event in arrived.get()]
+    finally:
+        runner.halt()
+
+
+def _token_event(event: EngineEvent, open_requests: set[RequestId]) -> TokenEvent:
+    match event:
+        case TokenEvent():
+            if event.finish == "error":
+                raise MoefleetError(event.error)
+            if event.finish is not None:
+                open_requests.discard(event.request_id)
+            return event
+        case Rejected():
+            raise event.error
+        case TicketReady():
+            raise AssertionError("no request asked for a hand-off")
