@@ -230,10 +230,14 @@ def test_a_sequence_that_does_not_advance_leaves_its_slot_and_gives_the_same_row
     beta, g, state = torch.sigmoid(random(T, V)), -random(T, V, seed=1).abs(), random(2, V, D, D)
     where = (torch.tensor([1, 0]), torch.tensor([0, 3, T]), torch.tensor([False, False]))
     still = torch.tensor([False, True])
-    for run, slots in (
-        (lambda s, a: kernels.causal_conv(x, weight, s, *where, a), conv),
-        (lambda s, a: kernels.delta_rule(q, k, v, beta, g, s, *where, a), state),
-    ):
+
+    def run_conv(states: Tensor, advance: Tensor | None) -> Tensor:
+        return kernels.causal_conv(x, weight, states, *where, advance)
+
+    def run_delta(states: Tensor, advance: Tensor | None) -> Tensor:
+        return kernels.delta_rule(q, k, v, beta, g, states, *where, advance)
+
+    for run, slots in ((run_conv, conv), (run_delta, state)):
         advanced, kept = slots.clone(), slots.clone()
         assert torch.equal(run(kept, still), run(advanced, None))
         assert torch.equal(kept[1], slots[1])
