@@ -35,6 +35,8 @@ def make_model() -> ModelConfig:
     layer = ("linear_attention", "linear_attention", "linear_attention", "full_attention")
     return ModelConfig(
         architecture="qwen3_next",
+        attention_gated=True,
+        zero_centred_norm=True,
         vocab_size=151_936,
         hidden_size=2048,
         num_hidden_layers=48,

@@ -11,8 +11,9 @@ from cluster.plan import KvLayout
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import CheckpointError, ConfigError
 from shards.cache import fit
-from shards.config import ModelConfig, load_model_config
+from shards.config import ModelConfig
 from shards.cuts import check_layout
+from shards.families import load_model_config
 from shards.host_memory import available_memory
 from shards.kernels.select import select_kernels
 from shards.mesh import Place

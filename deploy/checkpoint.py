@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from deploy.checkpoint_tensors import ExpertForm, TensorSpec, checkpoint_tensors, draw
 from deploy.tokenizer_training import SpecialIds, save_tokenizer, special_ids, train_tokenizer
 from router.errors import ConfigError
-from shards.config import Architecture, ModelConfig, parse_model_config
+from shards.config import ModelConfig
 from shards.config_fields import Fields, Json
+from shards.families import FAMILIES, parse_model_config
+from shards.family import Part
 
 Size = Literal["tiny", "small"]
 WeightDtype = Literal["bfloat16", "float32"]
@@ -24,10 +26,7 @@ _SIZES: dict[Size, dict[str, Json]] = {
         "hidden_size": 128,
         "intermediate_size": 256,
         "max_position_embeddings": 4096,
-        "moe_intermediate_size": 64,
         "num_attention_heads": 4,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
         "vocab_size": 2048,
@@ -37,62 +36,48 @@ _SIZES: dict[Size, dict[str, Json]] = {
         "hidden_size": 512,
         "intermediate_size": 1536,
         "max_position_embeddings": 32768,
-        "moe_intermediate_size": 192,
         "num_attention_heads": 8,
-        "num_experts": 32,
-        "num_experts_per_tok": 8,
         "num_hidden_layers": 8,
         "num_key_value_heads": 2,
         "vocab_size": 8192,
     },
 }
-_NEXT_SIZES: dict[Size, dict[str, Json]] = {
-    "tiny": {
-        "linear_key_head_dim": 32,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 8,
-        "linear_value_head_dim": 32,
-        "shared_expert_intermediate_size": 64,
+_PART_SIZES: dict[Part, dict[Size, dict[str, Json]]] = {
+    "experts": {
+        "tiny": {"moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4},
+        "small": {"moe_intermediate_size": 192, "num_experts": 32, "num_experts_per_tok": 8},
     },
-    "small": {
-        "linear_key_head_dim": 64,
-        "linear_num_key_heads": 8,
-        "linear_num_value_heads": 16,
-        "linear_value_head_dim": 64,
-        "shared_expert_intermediate_size": 192,
+    "shared_expert": {
+        "tiny": {"shared_expert_intermediate_size": 64},
+        "small": {"shared_expert_intermediate_size": 192},
+    },
+    "delta": {
+        "tiny": {
+            "linear_key_head_dim": 32,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_value_head_dim": 32,
+        },
+        "small": {
+            "linear_key_head_dim": 64,
+            "linear_num_key_heads": 8,
+            "linear_num_value_heads": 16,
+            "linear_value_head_dim": 64,
+        },
     },
 }
 _COMMON: dict[str, Json] = {
-    "attention_bias": False,
     "attention_dropout": 0.0,
-    "decoder_sparse_step": 1,
     "hidden_act": "silu",
     "initializer_range": 0.02,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "output_router_logits": False,
     "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "router_aux_loss_coef": 0.001,
     "tie_word_embeddings": False,
     "use_cache": True,
-    "use_sliding_window": False,
-}
-_FAMILIES: dict[Architecture, dict[str, Json]] = {
-    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], "rope_theta": 1000000.0},
-    "qwen3_next": {
-        "architectures": ["Qwen3NextForCausalLM"],
-        "full_attention_interval": 4,
-        "linear_conv_kernel_dim": 4,
-        "num_nextn_predict_layers": 1,
-        "partial_rotary_factor": 0.25,
-        "rope_theta": 10000000.0,
-    },
 }
 
 
 def write_random_checkpoint(
-    arch: Architecture,
+    arch: str,
     size: Size,
     seed: int,
     out: Path,
@@ -105,7 +90,7 @@ def write_random_checkpoint(
     """Write a checkpoint that this server and transformers load; the same arguments give the same bytes.
 
     Args:
-        arch: which model family.
+        arch: which model family, by its `model_type`.
         size: "tiny" is about 2.5 million parameters, "small" about 0.1 billion.
         seed: seeds the weights; the tokenizer does not depend on it.
         out: folder to fill; made when missing.
@@ -143,7 +128,7 @@ def write_random_checkpoint(
 
 def _check_choices(*, arch: str, size: str, form: str, dtype: str) -> None:
     known = {
-        "arch": (arch, tuple(_FAMILIES)),
+        "arch": (arch, tuple(name for name, family in FAMILIES.items() if family.published is not None)),
         "size": (size, tuple(_SIZES)),
         "form": (form, ("per_expert", "fused")),
         "dtype": (dtype, tuple(_DTYPES)),
@@ -160,12 +145,12 @@ def _check_folder(out: Path) -> None:
         raise ConfigError(f"out is {out}, which is not empty; name a new or empty folder")
 
 
-def _config_fields(
-    arch: Architecture, size: Size, dtype: WeightDtype, overrides: Mapping[str, Json]
-) -> dict[str, Json]:
+def _config_fields(arch: str, size: Size, dtype: WeightDtype, overrides: Mapping[str, Json]) -> dict[str, Json]:
     own: dict[str, Json] = {"model_type": arch, "torch_dtype": dtype, "transformers_version": "4.57.0"}
-    only_next = _NEXT_SIZES[size] if arch == "qwen3_next" else {}
-    return own | _COMMON | _FAMILIES[arch] | _SIZES[size] | only_next | dict(overrides)
+    family, fields = FAMILIES[arch], own | _COMMON | _SIZES[size]
+    for part in family.parts:
+        fields |= _PART_SIZES[part][size]
+    return fields | dict(family.published or {}) | dict(overrides)
 
 
 def _parse(config: Mapping[str, Json], out: Path) -> ModelConfig:

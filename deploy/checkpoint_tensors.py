@@ -1,4 +1,4 @@
-"""Which tensors a Qwen3-MoE or Qwen3-Next checkpoint holds, by published name, and seeded values for them.
+"""Which tensors a checkpoint holds, by published name, and seeded values for them.
 
 A tensor's values depend on the seed and its name alone, so neither sharding nor the experts' form changes them.
 """
@@ -111,19 +111,23 @@ def _attention(model: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     for name, width in rows.items():
         yield _linear(model, f"{prefix}.{name}", width, std=_ATTENTION_STD)
     yield _linear(model, f"{prefix}.o_proj", model.hidden_size, query, std=_ATTENTION_STD)
-    if model.attention_bias:
-        for name, width in {**rows, "o_proj": model.hidden_size}.items():
-            yield TensorSpec(name=f"{prefix}.{name}.bias", shape=(width,), std=_BIAS_STD)
-    yield _norm(model, f"{prefix}.q_norm.weight", model.head_dim)
-    yield _norm(model, f"{prefix}.k_norm.weight", model.head_dim)
+    biased = (rows if model.qkv_bias else {}) | ({"o_proj": model.hidden_size} if model.o_proj_bias else {})
+    for name, width in biased.items():
+        yield TensorSpec(name=f"{prefix}.{name}.bias", shape=(width,), std=_BIAS_STD)
+    if model.qk_norm:
+        yield _norm(model, f"{prefix}.q_norm.weight", model.head_dim)
+        yield _norm(model, f"{prefix}.k_norm.weight", model.head_dim)
 
 
 def _delta(model: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     key = model.linear_num_key_heads * model.linear_key_head_dim
     value = model.linear_num_value_heads * model.linear_value_head_dim
     heads = model.linear_num_value_heads
-    yield _linear(model, f"{prefix}.in_proj_qkvz", 2 * key + 2 * value, std=_ATTENTION_STD)
-    yield _linear(model, f"{prefix}.in_proj_ba", 2 * heads, std=_ATTENTION_STD)
+    projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * heads}
+    if model.linear_split_projections:
+        projections = {"qkv": 2 * key + value, "z": value, "b": heads, "a": heads}
+    for kind, width in projections.items():
+        yield _linear(model, f"{prefix}.in_proj_{kind}", width, std=_ATTENTION_STD)
     conv_shape = (2 * key + value, 1, model.linear_conv_kernel_dim)
     yield TensorSpec(name=f"{prefix}.conv1d.weight", shape=conv_shape, std=_CONV_STD)
     yield TensorSpec(name=f"{prefix}.A_log", shape=(heads,), std=0.0, kind="log_uniform")

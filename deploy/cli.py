@@ -144,7 +144,7 @@ def checkpoint_group() -> None:
     "random", epilog="Example: moefleet checkpoint random --arch qwen3_next --size tiny --seed 0 --out DIR"
 )
 def checkpoint_random(
-    arch: Annotated[Literal["qwen3_moe", "qwen3_next"], typer.Option(help="Model family.")],
+    arch: Annotated[str, typer.Option(help="Model family, as `model_type` in config.json, such as qwen3_next.")],
     out: Annotated[Path, typer.Option(help="New or empty folder.")],
     size: Annotated[
         Literal["tiny", "small"], typer.Option(help="tiny: 2.5 million parameters; small: 0.1 billion.")

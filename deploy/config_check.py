@@ -156,8 +156,8 @@ def _check_engines(config: ServeConfig, *, memory: bool) -> None:
 def _check_layout(engine: EngineConfig) -> None:
     """What can be told of an engine that runs elsewhere."""
     # As above.
-    from shards.config import load_model_config
     from shards.cuts import check_layout
+    from shards.families import load_model_config
     from shards.rank import resolve_deterministic
 
     try:

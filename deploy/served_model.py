@@ -46,7 +46,7 @@ def load_served_model(path: Path, *, name: str, max_model_len: int | None = None
         CheckpointError: a file is missing or damaged, or a field is missing or of the wrong type.
     """
     config_file = path / "config.json"
-    config = _read_json(config_file)
+    config = _text_model(_read_json(config_file))
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.exists() else {}
     limit = _integer(config, "max_position_embeddings", config_file)
@@ -65,6 +65,12 @@ def load_served_model(path: Path, *, name: str, max_model_len: int | None = None
         defaults=_defaults(generation, generation_file),
         created_unix_s=int(config_file.stat().st_mtime),
     )
+
+
+def _text_model(config: dict[str, object]) -> dict[str, object]:
+    """A multimodal model's config.json describes its text model in a section."""
+    text = config.get("text_config")
+    return {str(key): value for key, value in text.items()} if isinstance(text, dict) else config
 
 
 def _defaults(generation: dict[str, object], file: Path) -> SamplingDefaults:

@@ -14,13 +14,14 @@ from shards.rows import StepTensors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """q/k-normed rotary attention; Qwen3-Next's queries carry a sigmoid gate for the output."""
+    """Rotary attention, q and k normed in most families; Qwen3-Next's queries carry a sigmoid gate for the output."""
 
     qkv_proj_NC: Tensor
     """Rows held here of q_proj (per head [query | gate] where gated), then k_proj, then v_proj."""
     qkv_bias_N: Tensor | None
-    q_norm_D: Tensor
-    k_norm_D: Tensor
+    q_norm_D: Tensor | None
+    """None: neither queries nor keys are normed."""
+    k_norm_D: Tensor | None
     o_proj: RowLinear
     num_heads: int
     num_kv_heads: int
@@ -44,15 +45,15 @@ class Attention:
         biases = [(f"{prefix}.{name}.bias", rows, part) for name, rows, part in cut]
         return Attention(
             qkv_proj_NC=loader.stacked(weights, (config.hidden_size,)),
-            qkv_bias_N=loader.stacked(biases, ()) if config.attention_bias else None,
-            q_norm_D=loader.tensor(f"{prefix}.q_norm.weight", (head_dim,)),
-            k_norm_D=loader.tensor(f"{prefix}.k_norm.weight", (head_dim,)),
+            qkv_bias_N=loader.stacked(biases, ()) if config.qkv_bias else None,
+            q_norm_D=loader.tensor(f"{prefix}.q_norm.weight", (head_dim,)) if config.qk_norm else None,
+            k_norm_D=loader.tensor(f"{prefix}.k_norm.weight", (head_dim,)) if config.qk_norm else None,
             o_proj=loader.row_linear(
                 f"{prefix}.o_proj.weight",
                 heads * head_dim,
                 as_slice(cuts.heads, head_dim),
                 cuts.head_groups,
-                bias=f"{prefix}.o_proj.bias" if config.attention_bias else None,
+                bias=f"{prefix}.o_proj.bias" if config.o_proj_bias else None,
             ),
             num_heads=len(cuts.heads),
             num_kv_heads=len(cuts.kv_heads),
@@ -75,8 +76,9 @@ class Attention:
         gate = None
         if self.gated:
             q_THD, gate = q_THD[..., :D].contiguous(), q_THD[..., D:].contiguous().view(T, -1)
-        q_THD = kernels.rms_norm(q_THD, self.q_norm_D, self.eps, zero_centred=self.zero_centred)
-        k_TGD = kernels.rms_norm(k_TGD, self.k_norm_D, self.eps, zero_centred=self.zero_centred)
+        if self.q_norm_D is not None and self.k_norm_D is not None:
+            q_THD = kernels.rms_norm(q_THD, self.q_norm_D, self.eps, zero_centred=self.zero_centred)
+            k_TGD = kernels.rms_norm(k_TGD, self.k_norm_D, self.eps, zero_centred=self.zero_centred)
         q_THD = kernels.rotary(q_THD, step.cos_TR, step.sin_TR)
         k_TGD = kernels.rotary(k_TGD, step.cos_TR, step.sin_TR)
         kernels.store_kv(k_TGD, v_TGD, k_pool_NGPD, v_pool_NGPD, step.slots_T)

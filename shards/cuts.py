@@ -78,6 +78,8 @@ def _describe(layout: Layout) -> str:
 
 
 def _check_experts(model: ModelConfig, layout: Layout) -> None:
+    if layout.ep > 1 and not model.num_experts:
+        raise ValueError(f"{_describe(layout)}: the model has no experts to spread; use ep=1")
     if layout.ep > 1 and model.num_experts % layout.ep:
         raise ValueError(
             f"{_describe(layout)}: num_experts={model.num_experts} must be a multiple of ep={layout.ep}; "

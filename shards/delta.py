@@ -19,7 +19,7 @@ class Delta:
     """in_proj -> causal conv -> gated delta rule -> gated norm -> out_proj."""
 
     in_proj_NC: Tensor
-    """in_proj_qkvz and in_proj_ba of the heads held here, reordered from per key head to [q | k | v | z | b | a]."""
+    """Rows [q | k | v | z | b | a] of the heads held here."""
     conv1d_QW: Tensor
     a_log_V: Tensor
     """float32, as is dt_bias_V."""
@@ -85,7 +85,10 @@ class Delta:
 
 
 def _load_in_proj(loader: Loader, prefix: str) -> Tensor:
-    """Checkpoint rows lie per key head as [q | k | v | z] and [b | a]; forward wants each kind in one piece."""
+    """What makes q, k, v, z, b and a of the heads held here, one kind after the other."""
+    if loader.config.linear_split_projections:
+        return _load_split_in_proj(loader, prefix)
+    # Rows lie per key head as [q | k | v | z] and [b | a].
     config, held = loader.config, loader.cuts.key_heads
     share = config.linear_num_value_heads // config.linear_num_key_heads
     key_dim, value_dim, hidden = config.linear_key_head_dim, share * config.linear_value_head_dim, config.hidden_size
@@ -98,17 +101,33 @@ def _load_in_proj(loader: Loader, prefix: str) -> Tensor:
     return torch.cat(pieces)
 
 
+def _load_split_in_proj(loader: Loader, prefix: str) -> Tensor:
+    """in_proj_qkv has [q | k | v] of all heads; z, b and a have tensors of their own."""
+    config, held = loader.config, loader.cuts.key_heads
+    value_heads, hidden = config.linear_num_value_heads, config.hidden_size
+    share = value_heads // config.linear_num_key_heads
+    rows, slices = _qkv_slices(loader)
+    pieces = [loader.tensor(f"{prefix}.in_proj_qkv.weight", (rows, hidden), part) for part in slices]
+    for kind, width in {"z": config.linear_value_head_dim, "b": 1, "a": 1}.items():
+        part = as_slice(held, share * width)
+        pieces.append(loader.tensor(f"{prefix}.in_proj_{kind}.weight", (value_heads * width, hidden), part))
+    return torch.cat(pieces)
+
+
 def _load_conv(loader: Loader, name: str) -> Tensor:
-    """Channels [q | k | v] of the heads held here, out of [q | k | v] of all heads -> [Q, W]."""
+    """Channels [q | k | v] of the heads held here -> [Q, W]."""
+    rows, slices = _qkv_slices(loader)
+    shape = (rows, 1, loader.config.linear_conv_kernel_dim)
+    return torch.cat([loader.tensor(name, shape, part) for part in slices]).squeeze(1)
+
+
+def _qkv_slices(loader: Loader) -> tuple[int, list[slice]]:
+    """Rows of [q | k | v] of all heads, and the slices of q, k and v held here."""
     config, held = loader.config, loader.cuts.key_heads
     share = config.linear_num_value_heads // config.linear_num_key_heads
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     values = config.linear_num_value_heads * config.linear_value_head_dim
-    shape = (2 * keys + values, 1, config.linear_conv_kernel_dim)
-    key_part, value_part = (
-        as_slice(held, config.linear_key_head_dim),
-        as_slice(held, share * config.linear_value_head_dim),
-    )
+    key_part = as_slice(held, config.linear_key_head_dim)
+    value_part = as_slice(held, share * config.linear_value_head_dim)
     parts = [(0, key_part), (keys, key_part), (2 * keys, value_part)]
-    slices = [slice(base + part.start, base + part.stop) for base, part in parts]
-    return torch.cat([loader.tensor(name, shape, part) for part in slices]).squeeze(1)
+    return 2 * keys + values, [slice(base + part.start, base + part.stop) for base, part in parts]

@@ -55,4 +55,6 @@ def _unit(fields: Fields, name: str) -> float | None:
 
 def _model_eos(path: Path) -> tuple[int, ...]:
     file = path / "config.json"
-    return Fields(read_json_object(file), str(file)).integers("eos_token_id")
+    fields = Fields(read_json_object(file), str(file))
+    # A multimodal model's config.json describes its text model in a section.
+    return (fields.section("text_config") or fields).integers("eos_token_id")

@@ -8,7 +8,6 @@ from typing import assert_never
 
 from torch import Tensor
 
-from shards import qwen3_moe, qwen3_next
 from shards.attention import Attention
 from shards.cache import KvCache
 from shards.delta import Delta
@@ -99,29 +98,42 @@ def load_model(loader: Loader) -> Model:
         ValueError: a tensor is missing or has the wrong shape; names file, tensor, expected and found.
     """
     config = loader.config
-    family = qwen3_next if config.architecture == "qwen3_next" else qwen3_moe
-    embed_name, head_name = "model.embed_tokens.weight", loader.reader.head_name(tied=config.tie_word_embeddings)
+    root = loader.reader.root
+    embed_name, head_name = f"{root}.embed_tokens.weight", loader.reader.head_name(tied=config.tie_word_embeddings)
     embed_tokens = VocabShard.load(loader, embed_name)
     layers = []
     for i in range(config.num_hidden_layers):
         same_kind = config.delta_layers if i in config.delta_layers else config.attention_layers
-        prefix = f"model.layers.{i}"
+        prefix = f"{root}.layers.{i}"
         layers.append(
             DecoderLayer(
                 input_layernorm_C=loader.tensor(f"{prefix}.input_layernorm.weight", (config.hidden_size,)),
-                mixer=family.load_mixer(loader, i),
+                mixer=_load_mixer(loader, prefix, i),
                 mixer_index=same_kind.index(i),
                 post_attention_layernorm_C=loader.tensor(
                     f"{prefix}.post_attention_layernorm.weight", (config.hidden_size,)
                 ),
-                mlp=family.load_mlp(loader, i),
+                mlp=_load_mlp(loader, prefix, i),
             )
         )
     return Model(
         embed_tokens=embed_tokens,
         layers=layers,
-        norm_C=loader.tensor("model.norm.weight", (config.hidden_size,)),
+        norm_C=loader.tensor(f"{root}.norm.weight", (config.hidden_size,)),
         lm_head=embed_tokens if head_name == embed_name else VocabShard.load(loader, head_name),
         eps=config.rms_norm_eps,
         zero_centred=config.zero_centred_norm,
     )
+
+
+def _load_mixer(loader: Loader, prefix: str, index: int) -> Attention | Delta:
+    if loader.config.layer_types[index] == "linear_attention":
+        return Delta.load(loader, f"{prefix}.linear_attn")
+    return Attention.load(loader, f"{prefix}.self_attn")
+
+
+def _load_mlp(loader: Loader, prefix: str, index: int) -> DenseMlp | Moe:
+    config, cuts = loader.config, loader.cuts
+    if config.is_moe_layer(index):
+        return Moe.load(loader, f"{prefix}.mlp")
+    return loader.mlp(f"{prefix}.mlp", config.intermediate_size, cuts.dense_columns, cuts.dense_groups)

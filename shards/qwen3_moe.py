@@ -1,19 +1,26 @@
-"""Qwen3-MoE: what a decoder layer is made of and what its tensors are called."""
+"""Qwen3-MoE: what its config.json means."""
 
-from shards.attention import Attention
-from shards.linear import DenseMlp
-from shards.loading import Loader
-from shards.moe import Moe
+import dataclasses
 
-
-def load_mixer(loader: Loader, index: int) -> Attention:
-    """Layer `index`'s attention."""
-    return Attention.load(loader, f"model.layers.{index}.self_attn")
+from shards.config import ModelConfig
+from shards.config_fields import Fields
+from shards.family import Family, read_block, with_attention_bias, with_dense_layers, with_experts
 
 
-def load_mlp(loader: Loader, index: int) -> DenseMlp | Moe:
-    """Layer `index`'s experts, or its dense MLP where the config says so."""
-    config, cuts, prefix = loader.config, loader.cuts, f"model.layers.{index}.mlp"
-    if config.is_moe_layer(index):
-        return Moe.load(loader, prefix)
-    return loader.mlp(prefix, config.intermediate_size, cuts.dense_columns, cuts.dense_groups)
+def _read(fields: Fields) -> ModelConfig:
+    config = with_attention_bias(fields, read_block(fields, "qwen3_moe"))
+    config = with_dense_layers(fields, with_experts(fields, config, shared=False))
+    return dataclasses.replace(config, norm_topk_prob=fields.flag("norm_topk_prob", False))
+
+
+FAMILY = Family(
+    read=_read,
+    parts=("experts",),
+    published={
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "rope_theta": 1000000.0,
+    },
+)

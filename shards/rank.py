@@ -15,8 +15,9 @@ from torch import Tensor
 from shards.batch import LaneOutput, LogprobColumns, StepBatch
 from shards.cache import KvCache, cache_shape
 from shards.comm import Comms
-from shards.config import ModelConfig, load_model_config
+from shards.config import ModelConfig
 from shards.cuts import check_layout, make_cuts
+from shards.families import load_model_config
 from shards.kernels.select import select_kernels
 from shards.linear import Runtime
 from shards.loading import Loader
@@ -75,12 +76,12 @@ def resolve_deterministic(mode: DeterministicMode, kernels: KernelsName, device:
     return mode != "off" and chosen.deterministic
 
 
-def _tensors_without_use(model: ModelConfig) -> list[str]:
+def _tensors_without_use(model: ModelConfig, root: str) -> list[str]:
     """Prefixes of tensors that a checkpoint may hold and the model has no use for."""
-    unused = [LATER_PREFIX]
+    unused = [LATER_PREFIX, *model.unused_tensors]
     if not model.shared_expert_intermediate_size:
         # transformers saves empty ones.
-        unused += [f"model.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]
+        unused += [f"{root}.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]
     return unused
 
 
@@ -136,7 +137,7 @@ class Rank:
         loader = Loader(reader=reader, config=self.model_config, cuts=cuts, dtype=dtype, device=self._device)
         with torch.inference_mode():
             self._model = load_model(loader)
-        reader.finish(tuple(_tensors_without_use(self.model_config)))
+        reader.finish(tuple(_tensors_without_use(self.model_config, reader.root)))
 
     def step(self, batch: StepBatch) -> LaneOutput | None:
         """Carry out one batch; every rank of the replica is called with its lane's batch, in the same order.

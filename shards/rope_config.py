@@ -33,7 +33,14 @@ class RopeConfig:
             raise ValueError(f"rotary_dim must be even and at least 2, got {self.rotary_dim}")
 
 
-def read_rope(fields: Fields, *, head_dim: int, max_position_embeddings: int, default_partial: float) -> RopeConfig:
+def read_rope(
+    fields: Fields,
+    *,
+    head_dim: int,
+    max_position_embeddings: int,
+    default_partial: float,
+    harmless: frozenset[str] = frozenset(),
+) -> RopeConfig:
     """Read `rope_parameters` (transformers 5) or rope_theta, rope_scaling, partial_rotary_factor at the top level.
 
     Args:
@@ -41,6 +48,7 @@ def read_rope(fields: Fields, *, head_dim: int, max_position_embeddings: int, de
         head_dim: size of an attention head.
         max_position_embeddings: stands in for a missing original_max_position_embeddings, as in transformers.
         default_partial: the architecture's partial_rotary_factor where the config has none.
+        harmless: names in the section that change nothing here.
 
     Raises:
         ValueError: a rope type, field or value that is not supported, by name.
@@ -65,7 +73,7 @@ def read_rope(fields: Fields, *, head_dim: int, max_position_embeddings: int, de
     else:
         name = "rope_type" if nested.present("rope_type") else "type"
         raise nested.error(name, "supported rope types are default and yarn")
-    nested.refuse_unread()
+    nested.refuse_unread(harmless)
     return rope
 
 

@@ -64,7 +64,15 @@ class CheckpointReader:
 
     def head_name(self, *, tied: bool) -> str:
         """The tensor that makes logits: lm_head.weight where it is stored, even when tied (as in transformers)."""
-        return "model.embed_tokens.weight" if tied and "lm_head.weight" not in self._tensors else "lm_head.weight"
+        return (
+            f"{self.root}.embed_tokens.weight" if tied and "lm_head.weight" not in self._tensors else "lm_head.weight"
+        )
+
+    @property
+    def root(self) -> str:
+        """What the text model's tensors are stored under: a multimodal checkpoint has them one level down."""
+        nested = "model.language_model"
+        return nested if f"{nested}.embed_tokens.weight" in self._tensors else "model"
 
     def expect(self, name: str, shape: Sequence[int]) -> None:
         """Raise ValueError unless tensor `name` is stored with this shape."""

@@ -11,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from deploy.checkpoint import Size, WeightDtype, write_random_checkpoint
 from deploy.checkpoint_tensors import ExpertForm
-from shards.config import Architecture
 from shards.config_fields import Json
 
 
@@ -24,7 +23,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     made: dict[str, Path] = {}
 
     def make(
-        arch: Architecture,
+        arch: str,
         *,
         size: Size = "tiny",
         seed: int = 0,

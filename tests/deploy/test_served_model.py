@@ -27,6 +27,13 @@ def test_both_files_give_end_tokens_and_the_second_gives_sampling(tmp_path: Path
     assert (model.defaults.top_p, model.defaults.repetition_penalty) == (1.0, 1.0)
 
 
+def test_text_section_of_a_multimodal_config_is_what_counts(tmp_path: Path) -> None:
+    around = {"model_type": "x", "eos_token_id": 9, "text_config": {**CONFIG, "eos_token_id": 3}}
+    model = load_served_model(make_folder(tmp_path, around), name="tiny")
+
+    assert (model.max_model_len, model.vocab_size, model.eos_token_ids) == (64, 512, (3,))
+
+
 def test_a_lower_context_can_be_chosen_but_no_higher_one(tmp_path: Path) -> None:
     assert load_served_model(make_folder(tmp_path), name="tiny", max_model_len=32).max_model_len == 32
     with pytest.raises(CheckpointError, match="max_model_len=65"):

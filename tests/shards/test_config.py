@@ -1,92 +1,16 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from shards.config import ModelConfig, load_model_config
+from shards.config import ModelConfig
+from shards.families import load_model_config
 from shards.generation_config import load_generation_config
+from tests.support.released_configs import RELEASED, RELEASED_3_5_TEXT
 
-RELEASED_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "decoder_sparse_step": 1,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-RELEASED_NEXT = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "decoder_sparse_step": 1,
-    "eos_token_id": 151645,
-    "full_attention_interval": 4,
-    "head_dim": 256,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 5120,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "max_position_embeddings": 262144,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_next",
-    "moe_intermediate_size": 512,
-    "norm_topk_prob": True,
-    "num_attention_heads": 16,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 2,
-    "output_router_logits": False,
-    "partial_rotary_factor": 0.25,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000000,
-    "router_aux_loss_coef": 0.001,
-    "shared_expert_intermediate_size": 512,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.57.0.dev0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-RELEASED = {"qwen3_moe": RELEASED_MOE, "qwen3_next": RELEASED_NEXT}
 
 
 def write_config(folder: Path, arch: str, changes: dict[str, object], *, drop: tuple[str, ...] = ()) -> Path:
@@ -120,7 +44,32 @@ def test_released_qwen3_next_config_is_read(tmp_path: Path) -> None:
     assert config.attention_gated
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+def test_released_qwen2_moe_config_is_read(tmp_path: Path) -> None:
+    config = load(tmp_path, "qwen2_moe")
+    assert (config.qkv_bias, config.o_proj_bias, config.qk_norm) == (True, False, False)
+    assert (config.head_dim, config.shared_expert_intermediate_size, config.norm_topk_prob) == (128, 5632, False)
+    assert load(tmp_path, "qwen2_moe", drop=("norm_topk_prob",)).norm_topk_prob is False
+
+
+def test_released_dense_config_is_read(tmp_path: Path) -> None:
+    config = load(tmp_path, "qwen3")
+    assert (config.num_experts, config.intermediate_size, config.tie_word_embeddings) == (0, 3072, True)
+    assert not any(config.is_moe_layer(i) for i in range(28))
+    assert load(tmp_path, "qwen3", drop=("head_dim",)).head_dim == 128
+
+
+def test_text_config_of_a_multimodal_model_is_read_as_the_text_model(tmp_path: Path) -> None:
+    text, whole = load(tmp_path, "qwen3_5_moe_text"), load(tmp_path, "qwen3_5_moe")
+    assert dataclasses.replace(whole, unused_tensors=()) == text
+    assert whole.unused_tensors == ("model.visual.",)
+    assert (text.architecture, text.linear_split_projections, text.norm_topk_prob) == ("qwen3_5_moe_text", True, True)
+    assert (text.rope.theta, text.rope.rotary_dim, text.num_nextn_predict_layers) == (1e7, 64, 1)
+    assert len(text.delta_layers) == 30
+    assert text.attention_gated
+    assert text.zero_centred_norm
+
+
+@pytest.mark.parametrize("arch", ["qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"])
 @pytest.mark.parametrize("scaling", [None, YARN], ids=["default", "yarn"])
 def test_config_saved_by_transformers_reads_as_the_released_one(
     tmp_path: Path, arch: str, scaling: dict[str, object] | None
@@ -167,7 +116,7 @@ def test_yarn_without_factor_derives_it_from_both_lengths(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arch", "changes", "told"),
     [
-        ("qwen3_moe", {"model_type": "llama"}, ["model_type", '"llama"', "qwen3_moe, qwen3_next"]),
+        ("qwen3_moe", {"model_type": "llama"}, ["model_type", '"llama"', "qwen2_moe, qwen3, qwen3_moe, qwen3_next"]),
         ("qwen3_moe", {"hidden_act": "gelu"}, ["hidden_act", '"gelu"', "silu"]),
         ("qwen3_moe", {"use_sliding_window": True}, ["use_sliding_window", "true"]),
         ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "not supported yet"]),
@@ -198,6 +147,19 @@ def test_yarn_without_factor_derives_it_from_both_lengths(tmp_path: Path) -> Non
         ("qwen3_next", {"linear_num_value_heads": 20}, ["linear_num_value_heads", "16"]),
         ("qwen3_moe", {"bos_token_id": [1, 2]}, ["bos_token_id", "one integer"]),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, ["shared_expert_intermediate_size", "not known"]),
+        ("qwen2_moe", {"use_sliding_window": True}, ["use_sliding_window", "true"]),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 24}, ["layer_types", "full_attention"]),
+        ("qwen3", {"num_experts": 8}, ["num_experts", "not known"]),
+        ("qwen3_5_moe_text", {"norm_topk_prob": False}, ["norm_topk_prob", "only true"]),
+        ("qwen3_5_moe_text", {"mlp_only_layers": [1]}, ["mlp_only_layers", "leave the list empty"]),
+        ("qwen3_5_moe_text", {"attn_output_gate": False}, ["attn_output_gate", "only true"]),
+        ("qwen3_5_moe_text", {"mamba_ssm_dtype": "bfloat16"}, ["mamba_ssm_dtype", '"bfloat16"', "float32"]),
+        ("qwen3_5_moe_text", {"mtp_use_dedicated_embeddings": True}, ["mtp_use_dedicated_embeddings", "only false"]),
+        ("qwen3_5_moe", {"text_config": None}, ["text_config", "must hold"]),
+        ("qwen3_5_moe", {"text_config": {"model_type": "llama"}}, ["text_config: model_type", '"llama"']),
+        ("qwen3_5_moe", {"text_config": {**RELEASED_3_5_TEXT, "zebra": 1}}, ["text_config: zebra", "not known"]),
+        ("qwen3_5_moe", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "not supported yet"]),
+        ("qwen3_5_moe", {"zebra": 1}, ["zebra is 1", "not known"]),
         ("qwen3_moe", {"zebra": 1, "attention_sinks": 4}, ["attention_sinks, zebra", "remove it if it is harmless"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -242,6 +204,11 @@ def test_generation_config_gives_defaults_and_its_eos_wins(tmp_path: Path) -> No
     found = load_generation_config(tmp_path)
     assert (found.temperature, found.top_p, found.top_k, found.repetition_penalty) == (0.6, 0.95, 20, None)
     assert found.eos_token_ids == (151645, 151643)
+
+
+def test_eos_of_a_multimodal_models_text_config_is_found(tmp_path: Path) -> None:
+    write_config(tmp_path, "qwen3_5_moe", {})
+    assert load_generation_config(tmp_path).eos_token_ids == (248044,)
 
 
 def test_generation_config_without_sampling_means_greedy(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.support.model_configs import make_moe_config, make_next_config
         (make_moe_config(num_attention_heads=12, num_key_value_heads=4), Layout(tp=6), "num_key_value_heads=4"),
         (make_moe_config(intermediate_size=63), Layout(tp=2), "intermediate_size=63"),
         (make_moe_config(moe_intermediate_size=6), Layout(tp=2, dp=2), "moe_intermediate_size=6"),
+        (make_moe_config(num_experts=0), Layout(tp=2, ep=2), "the model has no experts to spread; use ep=1"),
         (make_moe_config(num_experts=6), Layout(tp=2, dp=2, ep=4), "num_experts=6 must be a multiple of ep=4"),
         (make_next_config(linear_num_key_heads=2), Layout(tp=4), "linear_num_key_heads=2"),
         (make_next_config(shared_expert_intermediate_size=6), Layout(dp=4), "shared_expert_intermediate_size=6"),

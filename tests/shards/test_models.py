@@ -1,8 +1,10 @@
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +26,9 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "moe tied, unnormalised gate": ("qwen3_moe", {"tie_word_embeddings": True, "norm_topk_prob": False}),
     "moe attention bias": ("qwen3_moe", {"attention_bias": True}),
     "moe YaRN": ("qwen3_moe", {"rope_parameters": YARN}),
+    "dense": ("qwen3", {"tie_word_embeddings": True}),
+    "2 moe": ("qwen2_moe", {"decoder_sparse_step": 2}),
+    "3.5 moe": ("qwen3_5_moe_text", {}),
     "next": ("qwen3_next", {}),
     "next 6 heads, 3 kv, 3 key heads": (
         "qwen3_next",
@@ -113,3 +118,17 @@ def test_chunks_through_the_cache_and_a_batch_give_what_the_whole_prompt_alone_g
     together = tokens_of(run(tmp_path, Work(prompts=prompts, new_tokens=12, chunk=chunk)), 3)
 
     assert together == alone
+
+
+def test_text_half_of_a_multimodal_checkpoint_gives_the_tokens_of_the_text_checkpoint(tmp_path: Path) -> None:
+    text, whole = tmp_path / "text", tmp_path / "whole"
+    make_reference(text, "qwen3_5_moe_text")
+    whole.mkdir()
+    tensors = load_file(text / "model.safetensors")
+    nested = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(nested | {"model.visual.patch_embed.proj.weight": torch.zeros(2)}, whole / "model.safetensors")
+    config = json.loads((text / "config.json").read_text())
+    around = {"model_type": "qwen3_5_moe", "text_config": config, "vision_config": {"depth": 1}, "image_token_id": 1}
+    (whole / "config.json").write_text(json.dumps(around))
+    work = Work(prompts=make_prompts((9, 30)), new_tokens=12)
+    assert tokens_of(run(whole, work), 2) == tokens_of(run(text, work), 2)

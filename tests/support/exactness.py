@@ -75,7 +75,7 @@ class Reference:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Reference":
         """A reference that remembers its passes: equal outputs of many cases cost one."""
-        return cls(model=model, top_k=int(model.config.num_experts_per_tok), passes={})
+        return cls(model=model, top_k=int(getattr(model.config, "num_experts_per_tok", 0)), passes={})
 
     def forward(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Full pass -> logits float32 [T, V], smallest router margin up to each position [T]."""

@@ -26,7 +26,7 @@ from tests.support.exactness import (
     same_bits,
 )
 
-ARCHITECTURES = ("qwen3_moe", "qwen3_next")
+ARCHITECTURES = ("qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +65,6 @@ LAYOUTS = (
 
 VARIETY: Mapping[str, Mapping[str, object]] = {
     "6 heads, 2 kv heads": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10},
-    "dense layers (mlp_only_layers)": {"mlp_only_layers": [1, 2]},
-    "dense layers (decoder_sparse_step 2)": {"decoder_sparse_step": 2},
     "tied embeddings": {"tie_word_embeddings": True},
     "YaRN": {
         "rope_parameters": {
@@ -76,14 +74,39 @@ VARIETY: Mapping[str, Mapping[str, object]] = {
             "original_max_position_embeddings": 64,
         }
     },
-    "top-k not renormalised": {"norm_topk_prob": False},
+}
+"""Of every family."""
+
+_DENSE_LAYERS: Mapping[str, Mapping[str, object]] = {
+    "dense layers (mlp_only_layers)": {"mlp_only_layers": [1, 2]},
+    "dense layers (decoder_sparse_step 2)": {"decoder_sparse_step": 2},
+}
+_OWN_VARIETY: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "qwen2_moe": {
+        **_DENSE_LAYERS,
+        "top-k renormalised, no bias": {"norm_topk_prob": True, "qkv_bias": False},
+        "sliding_window without use": {"sliding_window": 8, "max_window_layers": 2},
+    },
+    "qwen3": {"attention bias": {"attention_bias": True}},
+    "qwen3_moe": {**_DENSE_LAYERS, "top-k not renormalised": {"norm_topk_prob": False}},
+    "qwen3_next": {
+        **_DENSE_LAYERS,
+        "top-k not renormalised": {"norm_topk_prob": False},
+        "no shared expert": {"shared_expert_intermediate_size": 0},
+        "dense layers, YaRN": {"mlp_only_layers": [1], **VARIETY["YaRN"]},
+    },
+    "qwen3_5_moe_text": {"attention bias": {"attention_bias": True}},
 }
 
-NEXT_VARIETY: Mapping[str, Mapping[str, object]] = {
-    "no shared expert": {"shared_expert_intermediate_size": 0},
-    "dense layers, YaRN": {"mlp_only_layers": [1], **VARIETY["YaRN"]},
-}
-"""For Qwen3-Next alone, beside VARIETY."""
+
+def varieties(architecture: str) -> dict[str, Mapping[str, object]]:
+    """Config changes to try with a family, each by itself."""
+    return {**VARIETY, **_OWN_VARIETY[architecture]}
+
+
+def layouts(architecture: str) -> list[Layout]:
+    """The layouts of several ranks that a family can have; without experts there are none to spread."""
+    return [layout for layout in LAYOUTS if layout.ep == 1 or architecture != "qwen3"]
 
 
 def engine_config(

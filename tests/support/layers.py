@@ -9,8 +9,8 @@ from shards.attention import Attention
 from shards.batch import RowSampling, RowStart, StepBatch
 from shards.cache import KvCache, cache_shape
 from shards.comm import Comms
-from shards.config import load_model_config
 from shards.cuts import make_cuts
+from shards.families import load_model_config
 from shards.kernels.torch_kernels import TorchKernels
 from shards.linear import Runtime
 from shards.loading import Loader

@@ -33,6 +33,8 @@ def make_next_config(**changes: object) -> ModelConfig:
     """A four-layer Qwen3-Next shape: three delta layers, one attention layer, a shared expert."""
     config = make_moe_config(
         architecture="qwen3_next",
+        attention_gated=True,
+        zero_centred_norm=True,
         mlp_only_layers=(),
         layer_types=("linear_attention", "linear_attention", "linear_attention", "full_attention"),
         shared_expert_intermediate_size=16,

@@ -15,22 +15,31 @@ _SHAPE: dict[str, object] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "intermediate_size": 64,
-    "moe_intermediate_size": 32,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
     "attn_implementation": "eager",
 }
-_NEXT_SHAPE: dict[str, object] = {
-    "shared_expert_intermediate_size": 16,
+_EXPERTS: dict[str, object] = {
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+_SHARED_EXPERT: dict[str, object] = {"shared_expert_intermediate_size": 16}
+_DELTA: dict[str, object] = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+}
+_FAMILIES: Mapping[str, Mapping[str, object]] = {
+    "qwen2_moe": {**_EXPERTS, **_SHARED_EXPERT, "norm_topk_prob": False},
+    "qwen3": {},
+    "qwen3_moe": _EXPERTS,
+    "qwen3_next": {**_EXPERTS, **_SHARED_EXPERT, **_DELTA},
+    "qwen3_5_moe_text": {**_EXPERTS, **_SHARED_EXPERT, **_DELTA},
 }
 
 
@@ -42,7 +51,7 @@ def make_reference(
     Matrices are scaled by their width, so that logits spread and greedy output does not collapse; an embedding that
     is the output head too lies between.
     """
-    fields = _SHAPE | (_NEXT_SHAPE if architecture == "qwen3_next" else {}) | dict(changes or {})
+    fields = _SHAPE | dict(_FAMILIES[architecture]) | dict(changes or {})
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
