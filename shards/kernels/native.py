@@ -169,7 +169,7 @@ class NativeKernels:
         context_lens_S: Tensor,
         scale: float,
     ) -> Tensor:
-        """Causal paged attention: online softmax over 32 key positions at a time, counted from position 0."""
+        """Causal paged attention: online softmax over 64 key positions at a time, counted from position 0."""
         (T, H, D), (N, Hkv, P, _), (S, B) = q_THD.shape, k_pool_NHPD.shape, tables_SB.shape
         pool = (N, Hkv, P, D)
         code = check_tensors(q_THD, q=(q_THD, (T, H, D)), k_pool=(k_pool_NHPD, pool), v_pool=(v_pool_NHPD, pool))

@@ -160,6 +160,36 @@ def test_attention_rows_do_not_depend_on_chunks_batch_or_blocks(
 
 @every_path
 @every_dtype
+def test_long_contexts_give_the_same_bits_decoded_or_prefilled_and_over_any_threads(
+    kernels: NativeKernels, dtype: torch.dtype
+) -> None:
+    length, P, D = 2100, 16, 32
+    blocks = -(-length // P)
+    q, table = random(50, 4, D, dtype=dtype), torch.arange(blocks, dtype=torch.int32).unsqueeze(0)
+    pools = [random(blocks, 2, P, D, dtype=dtype, seed=s) for s in (1, 2)]
+
+    def attend(queries: slice) -> Tensor:
+        starts, contexts = torch.tensor([0, queries.stop - queries.start]), torch.tensor([length - 50 + queries.stop])
+        return kernels.attention(q[queries], pools[0], pools[1], table, starts, contexts, D**-0.5)
+
+    with threads(1):
+        whole = attend(slice(0, 50))
+    with threads(3):
+        assert torch.equal(torch.cat([attend(piece) for piece in cuts(50, [1])]), whole)
+    with threads(1):
+        assert torch.equal(attend(slice(49, 50)), whole[49:])
+    one = make_reference_attention(q[49], pools[0][:, 0], pools[1][:, 0], length)
+    torch.testing.assert_close(whole[49, 0].float(), one, rtol=2e-2, atol=2e-3)
+
+
+def make_reference_attention(q_HD: Tensor, k_NPD: Tensor, v_NPD: Tensor, length: int) -> Tensor:
+    """The first head's result over the first `length` positions of blocks in order, in float64."""
+    k, v = (x.flatten(0, 1)[:length].double() for x in (k_NPD, v_NPD))
+    return (torch.softmax(k @ q_HD[0].double() * q_HD.shape[1] ** -0.5, dim=0) @ v).float()
+
+
+@every_path
+@every_dtype
 def test_attention_heads_do_not_depend_on_the_heads_beside_them(kernels: NativeKernels, dtype: torch.dtype) -> None:
     q, pools = random(20, 8, 32, dtype=dtype), [random(2, 4, 16, 32, dtype=dtype, seed=s) for s in (1, 2)]
     arguments = (torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([0, 20]), torch.tensor([20]), 0.2)

@@ -1,4 +1,7 @@
 // Paged attention: online softmax over blocks of KEYS positions that start at position 0, whatever the chunk.
+//
+// Keys are taken in ranges of RANGE positions, each with a softmax of its own, that are merged in order: so threads may
+// share a long context without a trace in the bits.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -8,10 +11,51 @@
 namespace kernels {
 namespace {
 
+constexpr int64_t RANGE = 1024;
+
 // Queries [first, last) of sequence s, the query heads [head, head + heads) of kv head `kv`.
 struct AttentionTask {
     int64_t sequence, first, last, kv, head, heads;
+    int64_t partial;  // place of its first range among the partial results
 };
+
+// A thread's room for query rows under way.
+struct AttentionRoom {
+    Attending a;
+    std::vector<float> floats;
+
+    AttentionRoom(int64_t D, float scale) {
+        a.D = int(D);
+        a.stride = int((D + 2 * LANES - 1) / (2 * LANES) * (2 * LANES));
+        a.scale = scale;
+        size_t rows = size_t(QUERY_ROWS) * size_t(a.stride), block = size_t(KEYS) * size_t(a.stride);
+        size_t scores = size_t(QUERY_ROWS) * KEYS;
+        floats.assign(2 * rows + 2 * block + 2 * scores, 0.0f);
+        a.acc = floats.data();
+        a.queries = a.acc + rows;
+        a.keys = a.queries + rows;
+        a.values = a.keys + block;
+        a.scores = a.values + block;
+        a.weights = a.scores + scores;
+    }
+    AttentionRoom(const AttentionRoom&) = delete;
+};
+
+// What query rows have of some ranges: largest score, sum of weights, weighted sum of values.
+struct Partial {
+    float *top, *total, *acc;
+};
+
+void merge(const Partial& into, const Partial& part, int rows, int64_t stride) {
+    for (int r = 0; r < rows; r++) {
+        float highest = std::max(into.top[r], part.top[r]);
+        float kept = exp_f32(into.top[r] - highest), taken = exp_f32(part.top[r] - highest);
+        into.top[r] = highest;
+        into.total[r] = into.total[r] * kept + part.total[r] * taken;
+        float *to = into.acc + r * stride, *from = part.acc + r * stride;
+        for (int64_t d = 0; d < stride; d++) to[d] = to[d] * kept + from[d] * taken;
+    }
+}
 
 template <class T>
 struct Attention {
@@ -25,46 +69,52 @@ struct Attention {
     T* out;
     int64_t S, H, Hkv, D, P, B;
     float scale;
+    std::vector<AttentionTask> tasks;
+    std::vector<T> zeros;
 
-    std::vector<AttentionTask> tasks() const {
-        std::vector<AttentionTask> all;
-        int64_t share = H / Hkv, heads = std::min<int64_t>(share, QUERY_ROWS), queries = QUERY_ROWS / heads;
+    // Keys that the last query row of the task sees.
+    int64_t limit(const AttentionTask& a) const {
+        return contexts[a.sequence] - (query_start[a.sequence + 1] - a.last);
+    }
+    int64_t ranges(const AttentionTask& a) const { return (limit(a) + RANGE - 1) / RANGE; }
+
+    // Returns the number of partial results of all tasks.
+    int64_t plan() {
+        int64_t share = H / Hkv, heads = std::min<int64_t>(share, QUERY_ROWS), queries = QUERY_ROWS / heads, count = 0;
         for (int64_t s = 0; s < S; s++)
             for (int64_t kv = 0; kv < Hkv; kv++)
                 for (int64_t h = 0; h < share; h += heads)
-                    for (int64_t t = query_start[s]; t < query_start[s + 1]; t += queries)
-                        all.push_back({s, t, std::min(t + queries, query_start[s + 1]), kv, kv * share + h,
-                                       std::min(heads, share - h)});
-        return all;
+                    for (int64_t t = query_start[s]; t < query_start[s + 1]; t += queries) {
+                        tasks.push_back({s, t, std::min(t + queries, query_start[s + 1]), kv, kv * share + h,
+                                         std::min(heads, share - h), count});
+                        count += ranges(tasks.back());
+                    }
+        return count;
     }
 
-    void task(const AttentionTask& a) const {
-        int rows = 0;
-        const T* qs[QUERY_ROWS];
-        int64_t at[QUERY_ROWS], limit[QUERY_ROWS];  // place in q and out; keys that the row may see
+    // The task's query rows over one range of keys, from a clean start.
+    void range(const AttentionTask& a, int64_t index, AttentionRoom& room) const {
+        const T *qs[QUERY_ROWS], *ks[KEYS], *vs[KEYS];
+        int64_t seen[QUERY_ROWS];
+        Attending& at = room.a;
+        at.rows = 0;
         for (int64_t t = a.first; t < a.last; t++)
-            for (int64_t h = a.head; h < a.head + a.heads; h++, rows++) {
-                at[rows] = (t * H + h) * D;
-                qs[rows] = q + at[rows];
-                limit[rows] = contexts[a.sequence] - (query_start[a.sequence + 1] - 1 - t);
+            for (int64_t h = a.head; h < a.head + a.heads; h++, at.rows++) {
+                qs[at.rows] = q + (t * H + h) * D;
+                seen[at.rows] = contexts[a.sequence] - (query_start[a.sequence + 1] - 1 - t);
             }
-        std::vector<float> acc(size_t(rows * D));
-        float p[QUERY_ROWS * KEYS], top[QUERY_ROWS], total[QUERY_ROWS] = {}, keep[QUERY_ROWS];
-        std::fill(top, top + rows, -INFINITY);
-        int counts[QUERY_ROWS];
-        const T *ks[KEYS], *vs[KEYS];
-        for (int64_t base = 0; base < limit[rows - 1]; base += KEYS) {
-            int keys = int(std::min<int64_t>(KEYS, limit[rows - 1] - base));
+        path.take_queries(qs, at);
+        std::fill_n(at.top, at.rows, -INFINITY);
+        std::fill_n(at.total, at.rows, 0.0f);
+        std::fill_n(at.acc, at.rows * at.stride, 0.0f);
+        int64_t end = std::min(limit(a), (index + 1) * RANGE);
+        for (int64_t base = index * RANGE; base < end; base += KEYS) {
+            int keys = int(std::min<int64_t>(KEYS, end - base));
             find_keys(a, base, keys, ks, vs);
-            path.dots(qs, rows, ks, keys, D, 1, p, KEYS);
-            for (int r = 0; r < rows; r++) {
-                counts[r] = int(std::max<int64_t>(0, std::min<int64_t>(keys, limit[r] - base)));
-                keep[r] = path.soften(p + r * KEYS, counts[r], scale, top + r, total + r);
-            }
-            path.weigh(p, counts, keep, rows, vs, int(D), acc.data());
+            for (int r = 0; r < at.rows; r++)
+                at.counts[r] = int(std::max<int64_t>(0, std::min<int64_t>(keys, seen[r] - base)));
+            path.attend(ks, vs, keys, at);
         }
-        for (int r = 0; r < rows; r++)
-            for (int64_t d = 0; d < D; d++) store(out + at[r] + d, acc[size_t(r * D + d)] / total[r]);
     }
 
     void find_keys(const AttentionTask& a, int64_t base, int keys, const T** ks, const T** vs) const {
@@ -75,14 +125,90 @@ struct Attention {
             ks[j] = k_pool + offset;
             vs[j] = v_pool + offset;
         }
+        std::fill(ks + keys, ks + KEYS, zeros.data());
+        std::fill(vs + keys, vs + KEYS, zeros.data());
     }
 
-    void run(int threads) const {
-        std::vector<AttentionTask> all = tasks();
-        int64_t work = 0;
-        for (const AttentionTask& a : all) work += contexts[a.sequence] * (a.last - a.first) * a.heads * D / 8;
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(work, threads))
-        for (size_t i = 0; i < all.size(); i++) task(all[i]);
+    void finish(const AttentionTask& a, const Partial& part, int64_t stride) const {
+        int64_t r = 0;
+        for (int64_t t = a.first; t < a.last; t++)
+            for (int64_t h = a.head; h < a.head + a.heads; h++, r++) {
+                T* to = out + (t * H + h) * D;
+                for (int64_t d = 0; d < D; d++) store(to + d, part.acc[r * stride + d] / part.total[r]);
+            }
+    }
+
+    // One thread takes a task over all of its ranges.
+    void run_whole(int threads) const {
+#pragma omp parallel num_threads(threads)
+        {
+            AttentionRoom room(D, scale);
+            std::vector<float> sums(size_t(QUERY_ROWS) * size_t(room.a.stride + 2));
+            Partial under_way = {room.a.top, room.a.total, room.a.acc};
+            Partial merged = {sums.data(), sums.data() + QUERY_ROWS, sums.data() + 2 * QUERY_ROWS};
+#pragma omp for schedule(dynamic)
+            for (size_t i = 0; i < tasks.size(); i++) {
+                int64_t count = ranges(tasks[i]);
+                for (int64_t index = 0; index < count; index++) {
+                    range(tasks[i], index, room);
+                    if (count == 1) break;
+                    if (index == 0)
+                        copy(under_way, merged, room.a);
+                    else
+                        merge(merged, under_way, room.a.rows, room.a.stride);
+                }
+                finish(tasks[i], count == 1 ? under_way : merged, room.a.stride);
+            }
+        }
+    }
+
+    static void copy(const Partial& from, const Partial& to, const Attending& a) {
+        std::copy_n(from.top, a.rows, to.top);
+        std::copy_n(from.total, a.rows, to.total);
+        std::copy_n(from.acc, a.rows * a.stride, to.acc);
+    }
+
+    // Threads share tasks range by range, then merge.
+    void run_split(int threads, int64_t count) const {
+        std::vector<std::pair<const AttentionTask*, int64_t>> parts;
+        for (const AttentionTask& a : tasks)
+            for (int64_t index = 0; index < ranges(a); index++) parts.push_back({&a, index});
+        int64_t stride = AttentionRoom(D, scale).a.stride, size = QUERY_ROWS * (stride + 2);
+        std::vector<float> sums(size_t(count * size));
+        auto partial = [&](int64_t place) {
+            float* at = sums.data() + place * size;
+            return Partial{at, at + QUERY_ROWS, at + 2 * QUERY_ROWS};
+        };
+#pragma omp parallel num_threads(threads)
+        {
+            AttentionRoom room(D, scale);
+#pragma omp for schedule(dynamic)
+            for (size_t i = 0; i < parts.size(); i++) {
+                const AttentionTask& a = *parts[i].first;
+                range(a, parts[i].second, room);
+                copy({room.a.top, room.a.total, room.a.acc}, partial(a.partial + parts[i].second), room.a);
+            }
+#pragma omp for schedule(dynamic)
+            for (size_t i = 0; i < tasks.size(); i++) {
+                const AttentionTask& a = tasks[i];
+                int rows = int((a.last - a.first) * a.heads);
+                for (int64_t index = 1; index < ranges(a); index++)
+                    merge(partial(a.partial), partial(a.partial + index), rows, stride);
+                finish(a, partial(a.partial), stride);
+            }
+        }
+    }
+
+    void run(int threads) {
+        zeros.assign(size_t(D), T(0));
+        int64_t count = plan(), work = 0;
+        for (const AttentionTask& a : tasks) work += limit(a) * (a.last - a.first) * a.heads * D / 8;
+        threads = threads_for(work, threads);
+        // Few tasks of many ranges (a long context that is decoded) would leave threads idle.
+        if (count > int64_t(tasks.size()) && int64_t(tasks.size()) < 4 * threads)
+            run_split(threads, count);
+        else
+            run_whole(threads);
     }
 };
 
@@ -102,7 +228,7 @@ void attention(int path, int threads, const void* q, const void* k_pool, const v
                const int64_t* query_start, const int64_t* contexts, void* out, int64_t S, int64_t H, int64_t Hkv,
                int64_t D, int64_t P, int64_t B, float scale) {
     Attention<T>{*find_path(path), (const T*)q, (const T*)k_pool, (const T*)v_pool, tables, query_start, contexts,
-                 (T*)out, S, H, Hkv, D, P, B, scale}
+                 (T*)out, S, H, Hkv, D, P, B, scale, {}, {}}
         .run(threads);
 }
 

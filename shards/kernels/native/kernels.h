@@ -23,26 +23,40 @@ constexpr int LANES = 16;
 // Weight rows that a task takes at once; a multiple of the tile widths of all paths.
 constexpr int COLUMNS = 48;
 // Key positions that attention takes at once, counted from position 0.
-constexpr int KEYS = 32;
+constexpr int KEYS = 64;
 // Most query rows that attention takes at once.
-constexpr int QUERY_ROWS = 32;
+constexpr int QUERY_ROWS = 64;
 // Columns of the delta state that a task takes at once: its 128 x 64 floats fit the first-level cache.
 constexpr int STATE_COLUMNS = 64;
 
 template <class T>
 using Rows = const T* const*;
 
+// Query rows on their way over the keys of one sequence: online softmax (Milakov and Gimelshein, 2018).
+struct Attending {
+    int rows, D;
+    int stride;  // floats between rows of `acc`: D rounded up to 2 * LANES
+    float scale;
+    int counts[QUERY_ROWS];  // keys of the block that each row may see
+    float top[QUERY_ROWS];   // largest score so far
+    float total[QUERY_ROWS]; // sum of weights e^(score - top) so far
+    float keep[QUERY_ROWS];  // what the block leaves of earlier weights
+    float* acc;              // [QUERY_ROWS, stride] weighted sum of values so far
+    // Room for one block in the path's own layout, of `stride` x KEYS floats at most.
+    float *queries, *keys, *values, *scores, *weights;
+};
+
 // The inner loops of one instruction set.
 struct Path {
     // out[r * stride + n] = x[r] . w[n] over K, in `groups` parts that are added as a balanced tree.
     void (*dots_f32)(Rows<float> x, int rows, Rows<float> w, int columns, int64_t K, int groups, float* out, int stride);
     void (*dots_bf16)(Rows<bf16> x, int rows, Rows<bf16> w, int columns, int64_t K, int groups, float* out, int stride);
-    // acc[r] = acc[r] * keep[r] + sum over j < counts[r] of p[r * KEYS + j] * v[j], over D columns.
-    void (*weigh_f32)(const float* p, const int* counts, const float* keep, int rows, Rows<float> v, int D, float* acc);
-    void (*weigh_bf16)(const float* p, const int* counts, const float* keep, int rows, Rows<bf16> v, int D, float* acc);
-    // Scores to weights e^(p * scale - top), zeros behind count; raises *top, brings *total up to date; returns the
-    // factor by which earlier weights shrink.
-    float (*soften)(float* p, int count, float scale, float* top, float* total);
+    // Lay out the query rows of `a` for its key blocks.
+    void (*take_queries_f32)(Rows<float> q, const Attending& a);
+    void (*take_queries_bf16)(Rows<bf16> q, const Attending& a);
+    // Take `a` over a block of `keys` <= KEYS keys and values; KEYS pointers each, behind `keys` to rows of zeros.
+    void (*attend_f32)(Rows<float> k, Rows<float> v, int keys, Attending& a);
+    void (*attend_bf16)(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a);
     // One token of the gated delta rule on `columns` <= STATE_COLUMNS columns of a state with rows `stride` apart.
     void (*delta)(float* state, int64_t stride, int Dk, int columns, const float* k, const float* q, const float* v,
                   float beta, float decay, float* out);
@@ -53,12 +67,10 @@ struct Path {
     void dots(Rows<bf16> x, int rows, Rows<bf16> w, int columns, int64_t K, int groups, float* out, int stride) const {
         dots_bf16(x, rows, w, columns, K, groups, out, stride);
     }
-    void weigh(const float* p, const int* counts, const float* keep, int rows, Rows<float> v, int D, float* acc) const {
-        weigh_f32(p, counts, keep, rows, v, D, acc);
-    }
-    void weigh(const float* p, const int* counts, const float* keep, int rows, Rows<bf16> v, int D, float* acc) const {
-        weigh_bf16(p, counts, keep, rows, v, D, acc);
-    }
+    void take_queries(Rows<float> q, const Attending& a) const { take_queries_f32(q, a); }
+    void take_queries(Rows<bf16> q, const Attending& a) const { take_queries_bf16(q, a); }
+    void attend(Rows<float> k, Rows<float> v, int keys, Attending& a) const { attend_f32(k, v, keys, a); }
+    void attend(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a) const { attend_bf16(k, v, keys, a); }
 };
 
 // Null where this machine cannot run it. 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 dot products.

@@ -5,12 +5,19 @@
 
 #include "vec_avx2.h"
 
+#include "attend.h"
 #include "tiles.h"
 
 namespace kernels {
 
 const Path* avx2_path() {
-    static const Path path = {dots<Widened<float>>, dots<Widened<bf16>>, weigh<float>, weigh<bf16>, soften, delta};
+    static const Path path = {dots<Widened<float>>,
+                              dots<Widened<bf16>>,
+                              take_queries<WidenedKeys<float>>,
+                              take_queries<WidenedKeys<bf16>>,
+                              attend<WidenedKeys<float>>,
+                              attend<WidenedKeys<bf16>>,
+                              delta};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &path : nullptr;
 }
 

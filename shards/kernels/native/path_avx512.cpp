@@ -5,12 +5,19 @@
 
 #include "vec_avx512.h"
 
+#include "attend.h"
 #include "tiles.h"
 
 namespace kernels {
 
 const Path* avx512_path() {
-    static const Path path = {dots<Widened<float>>, dots<Widened<bf16>>, weigh<float>, weigh<bf16>, soften, delta};
+    static const Path path = {dots<Widened<float>>,
+                              dots<Widened<bf16>>,
+                              take_queries<WidenedKeys<float>>,
+                              take_queries<WidenedKeys<bf16>>,
+                              attend<WidenedKeys<float>>,
+                              attend<WidenedKeys<bf16>>,
+                              delta};
     bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl");
     return here ? &path : nullptr;

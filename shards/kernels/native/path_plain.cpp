@@ -4,12 +4,19 @@
 
 #include "vec_plain.h"
 
+#include "attend.h"
 #include "tiles.h"
 
 namespace kernels {
 
 const Path* plain_path() {
-    static const Path path = {dots<Widened<float>>, dots<Widened<bf16>>, weigh<float>, weigh<bf16>, soften, delta};
+    static const Path path = {dots<Widened<float>>,
+                              dots<Widened<bf16>>,
+                              take_queries<WidenedKeys<float>>,
+                              take_queries<WidenedKeys<bf16>>,
+                              attend<WidenedKeys<float>>,
+                              attend<WidenedKeys<bf16>>,
+                              delta};
     return &path;
 }
 

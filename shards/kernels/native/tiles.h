@@ -4,8 +4,6 @@
 // decides the speed and never the bits. No standard templates here: they would be shared between instruction sets.
 #pragma once
 
-#include <cmath>
-
 #include "kernels.h"
 
 namespace kernels {
@@ -97,54 +95,6 @@ ENTRY void dots(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::sca
     for (; r + R <= rows; r += R)
         row_of_tiles<Kind, R>(x + r, w, columns, K, groups, out + int64_t(r) * stride, stride);
     if (r < rows) last_rows<Kind, R>(x + r, rows - r, w, columns, K, groups, out + int64_t(r) * stride, stride);
-}
-
-ENTRY float soften(float* p, int count, float scale, float* top, float* total) {
-    if (count == 0) return 1.0f;
-    float highest = *top;
-    for (int j = 0; j < count; j++) {
-        p[j] *= scale;
-        highest = p[j] > highest ? p[j] : highest;
-    }
-    for (int j = count; j < KEYS; j++) p[j] = -INFINITY;
-    for (int j = 0; j < KEYS; j++) p[j] = exp_f32(p[j] - highest);
-    for (int j = count; j < KEYS; j++) p[j] = 0.0f;
-    float lane[LANES];
-    for (int l = 0; l < LANES; l++) lane[l] = p[l] + p[l + LANES];
-    float keep = exp_f32(*top - highest);
-    *total = *total * keep + sum_lanes(lane);
-    *top = highest;
-    return keep;
-}
-
-// acc = acc * keep + sum of p[j] * v[j], over V vectors of columns from column d on.
-template <class T, int V>
-FN void weigh_columns(const float* p, int count, float keep, Rows<T> v, int64_t d, float* acc) {
-    vec sums[V];
-    for (int i = 0; i < V; i++) sums[i] = multiply(read(acc + d + i * LANES), fill(keep));
-    for (int j = 0; j < count; j++) {
-        vec weight = fill(p[j]);
-        for (int i = 0; i < V; i++) sums[i] = fused(weight, read(v[j] + d + i * LANES), sums[i]);
-    }
-    for (int i = 0; i < V; i++) write(acc + d + i * LANES, sums[i]);
-}
-
-template <class T>
-FN void weigh_tail(const float* p, int count, float keep, Rows<T> v, int64_t d, int left, float* acc) {
-    vec sums = multiply(read(acc + d, left), fill(keep));
-    for (int j = 0; j < count; j++) sums = fused(fill(p[j]), read(v[j] + d, left), sums);
-    write(acc + d, sums, left);
-}
-
-template <class T>
-ENTRY void weigh(const float* p, const int* counts, const float* keep, int rows, Rows<T> v, int D, float* acc) {
-    constexpr int V = 4;
-    for (int r = 0; r < rows; r++, p += KEYS, acc += D) {
-        int d = 0;
-        for (; d + V * LANES <= D; d += V * LANES) weigh_columns<T, V>(p, counts[r], keep[r], v, d, acc);
-        for (; d + LANES <= D; d += LANES) weigh_columns<T, 1>(p, counts[r], keep[r], v, d, acc);
-        if (d < D) weigh_tail<T>(p, counts[r], keep[r], v, d, D - d, acc);
-    }
 }
 
 // V vectors of state columns through one token; each column is on its own.

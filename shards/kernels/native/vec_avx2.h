@@ -15,6 +15,8 @@ struct vec {
 // A full tile keeps 12 of the 16 registers as accumulators.
 constexpr int MAX_TILE_ROWS = 2;
 constexpr int tile_columns(int rows) { return rows == 2 ? 3 : 4; }
+// Attention's tiles: rows, and vectors of keys or columns.
+constexpr int ATTEND_ROWS = 3, ATTEND_VECS = 2;
 
 FN vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 FN vec fill(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -43,6 +45,15 @@ FN void write(float* p, vec x, int n) {
     float padded[LANES];
     write(padded, x);
     for (int i = 0; i < n; i++) p[i] = padded[i];
+}
+
+// x[i] lane j becomes x[j] lane i.
+FN void transpose(vec* x) {
+    float lane[LANES][LANES], turned[LANES][LANES];
+    for (int i = 0; i < LANES; i++) write(lane[i], x[i]);
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) turned[i][j] = lane[j][i];
+    for (int i = 0; i < LANES; i++) x[i] = read(turned[i]);
 }
 
 FN float sum(vec x) {

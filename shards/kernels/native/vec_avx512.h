@@ -13,6 +13,8 @@ using vec = __m512;
 // A full row of tiles keeps 24 of the 32 registers as accumulators.
 constexpr int MAX_TILE_ROWS = 4;
 constexpr int tile_columns(int rows) { return rows == 4 ? 6 : 8; }
+// Attention's tiles: rows, and vectors of keys or columns.
+constexpr int ATTEND_ROWS = 6, ATTEND_VECS = 4;
 
 FN __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
 FN vec zero() { return _mm512_setzero_ps(); }
@@ -27,6 +29,33 @@ FN vec read(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p))
 FN vec read(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(lanes(n), p)); }
 FN void write(float* p, vec x) { _mm512_storeu_ps(p, x); }
 FN void write(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
+
+// x[i] lane j becomes x[j] lane i: 2 x 2, 4 x 4 within quarters, then quarters.
+FN void transpose(vec* x) {
+    vec pairs[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int half = 0; half < 2; half++) {
+            __m512d a = _mm512_castps_pd(pairs[i + half]), b = _mm512_castps_pd(pairs[i + half + 2]);
+            fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    // fours[4 * g + c] holds column 4 * q + c of rows 4 * g .. 4 * g + 3 in its quarter q.
+    for (int c = 0; c < 4; c++) {
+        vec even = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88);
+        vec odd = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd);
+        vec even_high = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+        vec odd_high = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd);
+        x[c] = _mm512_shuffle_f32x4(even, even_high, 0x88);
+        x[8 + c] = _mm512_shuffle_f32x4(even, even_high, 0xdd);
+        x[4 + c] = _mm512_shuffle_f32x4(odd, odd_high, 0x88);
+        x[12 + c] = _mm512_shuffle_f32x4(odd, odd_high, 0xdd);
+    }
+}
 
 FN float sum(vec x) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x),

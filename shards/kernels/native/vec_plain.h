@@ -10,6 +10,8 @@ typedef float vec __attribute__((vector_size(64)));
 
 constexpr int MAX_TILE_ROWS = 2;
 constexpr int tile_columns(int) { return 2; }
+// Attention's tiles: rows, and vectors of keys or columns.
+constexpr int ATTEND_ROWS = 2, ATTEND_VECS = 1;
 
 FN vec zero() { return vec{}; }
 FN vec fill(float x) { return vec{} + x; }
@@ -36,6 +38,15 @@ FN void write(float* p, vec x) { memcpy(p, &x, sizeof x); }
 FN void write(float* p, vec x, int n) {
     for (int i = 0; i < n; i++) p[i] = x[i];
 }
+// x[i] lane j becomes x[j] lane i.
+FN void transpose(vec* x) {
+    float lane[LANES][LANES], turned[LANES][LANES];
+    for (int i = 0; i < LANES; i++) write(lane[i], x[i]);
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) turned[i][j] = lane[j][i];
+    for (int i = 0; i < LANES; i++) x[i] = read(turned[i]);
+}
+
 FN float sum(vec x) {
     float lane[LANES];
     write(lane, x);
