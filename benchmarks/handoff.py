@@ -130,7 +130,7 @@ def measure_pull(
             num_tokens=num_blocks * BLOCK_SIZE,
             expires_unix_s=time.time() + 60,
         )
-        puller.start(PullOrder(pull_id=0, ticket=ticket, lane=0, src_blocks=order, dst_blocks=blocks, dst_slot=1))
+        puller.start(PullOrder(pull_id=0, ticket=ticket, lane=0, first=0, dst_blocks=blocks, dst_slot=1))
         while not (done := puller.poll()):
             time.sleep(0.0001)
         if done[0].error:

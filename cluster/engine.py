@@ -68,6 +68,8 @@ class EngineStats:
     pulls: int = 0
     failed_pulls: int = 0
     pulled_bytes: int = 0
+    refetched_frames: int = 0
+    """Damaged on their way and asked for again."""
     compute_s: float = 0.0
     """Seconds that ranks computed (the slowest lane of each step)."""
     wait_s: float = 0.0
@@ -229,6 +231,7 @@ class Engine:
         for done in self._ranks.poll_pulls():
             self._stats.pulls += 1
             self._stats.pulled_bytes += done.num_bytes
+            self._stats.refetched_frames += done.refetches
             if done.error:
                 self._stats.failed_pulls += 1
                 logger.warning("pull %s failed, computing its tokens here: %s", done.pull_id, done.error)

@@ -191,6 +191,7 @@ class RankGroup:
                 error="; ".join(part.error for part in pull.done if part.error),
                 num_bytes=sum(part.num_bytes for part in pull.done),
                 seconds=max(part.seconds for part in pull.done),
+                refetches=sum(part.refetches for part in pull.done),
             )
         )
 

@@ -10,20 +10,21 @@ import os
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cluster.plan import KvLayout, KvTicket, PullDone, PullOrder, SourceRank
-from cluster.recut import Fragment, Recut, check_pair, fragments, recut
+from cluster.recut import Fragment, KvMove, Recut, check_pair, fragments, recut
 from cluster.transport import (
     IDLE_TIMEOUT_S,
     MAX_PAYLOAD_BYTES,
     MAX_SPANS,
     ByteArray,
+    DamagedFrameError,
     KvConnection,
     KvServer,
     RankMemory,
@@ -39,6 +40,8 @@ _MAX_MAPS = 16
 _MAX_IDLE_CONNECTIONS = 32
 _IO_TIMEOUT_S = 5.0
 _PIPELINED = 2
+_MAX_TRIES = 3
+"""Times a frame is asked for: bytes that come damaged again and again are no accident of the way."""
 _COPY_BYTES = 64 << 20
 """Largest copy between two looks at the clock."""
 
@@ -62,6 +65,15 @@ class _Batch:
 
     fragments: tuple[Fragment, ...]
     num_bytes: int
+    tries: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moved:
+    """What one pull brought."""
+
+    num_bytes: int = 0
+    refetches: int = 0
 
 
 class Puller:
@@ -126,17 +138,23 @@ class Puller:
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
             began = time.monotonic()
-            error, num_bytes = "", 0
+            error, moved = "", _Moved()
             try:
-                num_bytes = self._pull(order)
+                moved = self._pull(order)
             except (HandoffError, CorruptDataError, OSError) as problem:
                 error = str(problem)
                 logger.warning("ticket %s: pull failed: %s", order.ticket.id, error)
             self._done.put(
-                PullDone(pull_id=order.pull_id, error=error, num_bytes=num_bytes, seconds=time.monotonic() - began)
+                PullDone(
+                    pull_id=order.pull_id,
+                    error=error,
+                    num_bytes=moved.num_bytes,
+                    seconds=time.monotonic() - began,
+                    refetches=moved.refetches,
+                )
             )
 
-    def _pull(self, order: PullOrder) -> int:
+    def _pull(self, order: PullOrder) -> "_Moved":
         ticket = order.ticket
         self._check_expiry(ticket)
         check_pair(ticket.layout, self._layout)
@@ -150,10 +168,11 @@ class Puller:
         for piece in pieces:
             by_source.setdefault(piece.source, []).append(piece)
         ranks = {rank.tp_rank: rank for rank in ticket.ranks}
+        refetches = 0
         for source, part in by_source.items():
-            self._read_source(ticket, ranks[source], shapes[source], part)
+            refetches += self._read_source(ticket, ranks[source], shapes[source], part)
         self._check_expiry(ticket)
-        return sum(piece.dst.total_bytes for piece in pieces)
+        return _Moved(num_bytes=sum(piece.dst.total_bytes for piece in pieces), refetches=refetches)
 
     def _source_shapes(self, layout: KvLayout) -> list[CacheShape]:
         return [
@@ -170,18 +189,24 @@ class Puller:
         ]
 
     def _fragments(self, order: PullOrder, cuts: Recut) -> list[Fragment]:
-        pairs = zip(order.src_blocks, order.dst_blocks, strict=True)
+        move = KvMove(
+            first=order.first,
+            end=order.ticket.num_tokens,
+            src_blocks=order.ticket.blocks,
+            dst_blocks=order.dst_blocks,
+        )
         slots = (order.ticket.state_slot, order.dst_slot) if order.dst_slot >= 0 else None
-        return fragments(cuts, pairs, slots, max_bytes=MAX_PAYLOAD_BYTES)
+        return fragments(cuts, move, slots, max_bytes=MAX_PAYLOAD_BYTES)
 
-    def _read_source(self, ticket: KvTicket, rank: SourceRank, shape: CacheShape, pieces: Sequence[Fragment]) -> None:
+    def _read_source(self, ticket: KvTicket, rank: SourceRank, shape: CacheShape, pieces: Sequence[Fragment]) -> int:
+        """Read what one source rank holds; returns how many frames were asked for again."""
         if rank.host_key == self._host_key and rank.pool_fd >= 0:
             try:
                 self._copy(ticket, self._sources.map(rank, shape), pieces)
-                return
+                return 0
             except PermissionError as error:
                 logger.warning("ticket %s: cannot map the source, reading over TCP: %s", ticket.id, error)
-        self._read_tcp(ticket, rank, pieces)
+        return self._read_tcp(ticket, rank, pieces)
 
     def _copy(self, ticket: KvTicket, source: ByteArray, pieces: Sequence[Fragment]) -> None:
         copied = 0
@@ -193,31 +218,49 @@ class Puller:
                 copied = 0
         self._check_expiry(ticket)
 
-    def _read_tcp(self, ticket: KvTicket, rank: SourceRank, pieces: Sequence[Fragment]) -> None:
+    def _read_tcp(self, ticket: KvTicket, rank: SourceRank, pieces: Sequence[Fragment]) -> int:
         timeout_s = min(_IO_TIMEOUT_S, max(ticket.expires_unix_s - self._now(), 1e-3))
         connection = self._sources.connect(rank.address, timeout_s)
         kept = False
         try:
-            self._stream(ticket, connection, pieces)
+            refetches = self._stream(ticket, connection, pieces)
             kept = True
+            return refetches
         finally:
             self._sources.put_back(connection, usable=kept)
 
-    def _stream(self, ticket: KvTicket, connection: KvConnection, pieces: Sequence[Fragment]) -> None:
+    def _stream(self, ticket: KvTicket, connection: KvConnection, pieces: Sequence[Fragment]) -> int:
         """Requests go a little ahead of the answers, so that the source never waits for us."""
-        waiting: list[_Batch] = []
+        waiting: deque[_Batch] = deque()
+        refetches = 0
         for batch in _batches(pieces):
-            connection.set_timeout(min(_IO_TIMEOUT_S, ticket.expires_unix_s - self._now()))
-            connection.request(ticket.id, ticket.expires_unix_s, [piece.src for piece in batch.fragments])
+            self._request(ticket, connection, batch)
             waiting.append(batch)
             if len(waiting) >= _PIPELINED:
-                self._take(connection, waiting.pop(0))
-        for batch in waiting:
-            self._take(connection, batch)
+                refetches += self._take(ticket, connection, waiting)
+        while waiting:
+            refetches += self._take(ticket, connection, waiting)
+        return refetches
 
-    def _take(self, connection: KvConnection, batch: _Batch) -> None:
-        payload = connection.receive(batch.num_bytes)
+    def _request(self, ticket: KvTicket, connection: KvConnection, batch: _Batch) -> None:
+        connection.set_timeout(min(_IO_TIMEOUT_S, ticket.expires_unix_s - self._now()))
+        connection.request(ticket.id, ticket.expires_unix_s, [piece.src for piece in batch.fragments])
+
+    def _take(self, ticket: KvTicket, connection: KvConnection, waiting: "deque[_Batch]") -> int:
+        """Write the oldest batch's bytes, or put it last when they came damaged; returns how many are asked again."""
+        batch = waiting.popleft()
+        try:
+            payload = connection.receive(batch.num_bytes)
+        except DamagedFrameError as error:
+            if batch.tries >= _MAX_TRIES:
+                raise
+            logger.warning("ticket %s: asking again: %s", ticket.id, error)
+            again = replace(batch, tries=batch.tries + 1)
+            self._request(ticket, connection, again)
+            waiting.append(again)
+            return 1
         self._memory.scatter(payload, [piece.dst for piece in batch.fragments])
+        return 0
 
     def _check_expiry(self, ticket: KvTicket) -> None:
         late_s = self._now() - ticket.expires_unix_s

@@ -200,7 +200,7 @@ class Lane:
             pull_id=pull_id,
             ticket=ticket,
             lane=self.index,
-            src_blocks=ticket.blocks[held:end],
+            first=held * self._config.block_size,
             dst_blocks=tuple(seq.blocks[held:end]),
             dst_slot=seq.slot,
         )

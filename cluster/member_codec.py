@@ -134,6 +134,7 @@ def layout_message(layout: KvLayout) -> pb.KvLayout:
         num_blocks=layout.num_blocks,
         num_slots=layout.num_slots,
         dtype=layout.dtype,
+        version=layout.version,
     )
 
 
@@ -146,6 +147,7 @@ def read_layout(message: pb.KvLayout) -> KvLayout:
         num_blocks=message.num_blocks,
         num_slots=message.num_slots,
         dtype=message.dtype,
+        version=message.version,
     )
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from router.request import RequestId
 from shards.batch import LaneOutput, StepBatch
 
+KV_FORMAT = 2
+"""Version of what a ticket means and of the bytes between a KV server and its readers. Raise it with either."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRank:
@@ -31,6 +34,7 @@ class KvLayout:
     num_blocks: int
     num_slots: int
     dtype: str
+    version: int = KV_FORMAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +58,18 @@ class KvTicket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullOrder:
-    """Copy a ticket's blocks and state into this member's cache; every rank of the lane pulls its own part."""
+    """Copy a ticket's KV and state into this member's cache; every rank of the lane pulls its own part.
+
+    Positions `first` up to the ticket's num_tokens are pulled; what comes before is held here already.
+    """
 
     pull_id: int
     ticket: KvTicket
     lane: int
-    src_blocks: tuple[int, ...]
+    first: int
+    """A multiple of this member's block size, which need not be the source's."""
     dst_blocks: tuple[int, ...]
-    """src_blocks[i] -> dst_blocks[i]; blocks already held here are left out."""
+    """Blocks of this member for those positions, in order."""
     dst_slot: int
 
 
@@ -73,6 +81,8 @@ class PullDone:
     error: str = ""
     num_bytes: int = 0
     seconds: float = 0.0
+    refetches: int = 0
+    """Frames that came damaged and were asked for again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -179,7 +179,15 @@ def encode_ticket(ticket: KvTicket) -> list[object]:
     return [
         ticket.id,
         ticket.member_id,
-        [layout.fingerprint, layout.tp, layout.block_size, layout.num_blocks, layout.num_slots, layout.dtype],
+        [
+            layout.fingerprint,
+            layout.tp,
+            layout.block_size,
+            layout.num_blocks,
+            layout.num_slots,
+            layout.dtype,
+            layout.version,
+        ],
         [encode_source_rank(source) for source in ticket.ranks],
         ticket.blocks,
         ticket.state_slot,
@@ -195,7 +203,7 @@ def decode_ticket(value: object) -> KvTicket:
         CorruptDataError: the value is no KvTicket.
     """
     ticket_id, member_id, layout, ranks, blocks, state_slot, num_tokens, expires = as_list(value, 8)
-    fingerprint, tp, block_size, num_blocks, num_slots, dtype = as_list(layout, 6)
+    fingerprint, tp, block_size, num_blocks, num_slots, dtype, version = as_list(layout, 7)
     return KvTicket(
         id=as_typed(ticket_id, str),
         member_id=as_typed(member_id, str),
@@ -206,6 +214,7 @@ def decode_ticket(value: object) -> KvTicket:
             num_blocks=as_typed(num_blocks, int),
             num_slots=as_typed(num_slots, int),
             dtype=as_typed(dtype, str),
+            version=as_typed(version, int),
         ),
         ranks=_many(ranks, decode_source_rank),
         blocks=tuple(_ints(blocks)),
@@ -218,7 +227,7 @@ def decode_ticket(value: object) -> KvTicket:
 def encode_pull_order(order: PullOrder) -> list[object]:
     """PullOrder as a list."""
     ticket = encode_ticket(order.ticket)
-    return [order.pull_id, ticket, order.lane, order.src_blocks, order.dst_blocks, order.dst_slot]
+    return [order.pull_id, ticket, order.lane, order.first, order.dst_blocks, order.dst_slot]
 
 
 def decode_pull_order(value: object) -> PullOrder:
@@ -227,12 +236,12 @@ def decode_pull_order(value: object) -> PullOrder:
     Raises:
         CorruptDataError: the value is no PullOrder.
     """
-    pull_id, ticket, lane, src_blocks, dst_blocks, dst_slot = as_list(value, 6)
+    pull_id, ticket, lane, first, dst_blocks, dst_slot = as_list(value, 6)
     return PullOrder(
         pull_id=as_typed(pull_id, int),
         ticket=decode_ticket(ticket),
         lane=as_typed(lane, int),
-        src_blocks=tuple(_ints(src_blocks)),
+        first=as_typed(first, int),
         dst_blocks=tuple(_ints(dst_blocks)),
         dst_slot=as_typed(dst_slot, int),
     )
@@ -240,7 +249,7 @@ def decode_pull_order(value: object) -> PullOrder:
 
 def encode_pull_done(done: PullDone) -> list[object]:
     """PullDone as a message of kind "pulled"."""
-    return ["pulled", done.pull_id, done.error, done.num_bytes, float(done.seconds)]
+    return ["pulled", done.pull_id, done.error, done.num_bytes, float(done.seconds), done.refetches]
 
 
 def decode_pull_done(message: object) -> PullDone:
@@ -249,12 +258,13 @@ def decode_pull_done(message: object) -> PullDone:
     Raises:
         CorruptDataError: the message is no PullDone.
     """
-    _, pull_id, error, num_bytes, seconds = as_list(message, 5)
+    _, pull_id, error, num_bytes, seconds, refetches = as_list(message, 6)
     return PullDone(
         pull_id=as_typed(pull_id, int),
         error=as_typed(error, str),
         num_bytes=as_typed(num_bytes, int),
         seconds=as_typed(seconds, float),
+        refetches=as_typed(refetches, int),
     )
 
 

@@ -1,7 +1,7 @@
-"""Which bytes of which source rank go where: from one cache layout to another, whatever the tp of either side.
+"""Which bytes of which source rank go where: from one cache layout to another, whatever tp and block size of either.
 
 Heads are contiguous inside a block or slot, so that what a destination rank needs of a source rank is one run of
-bytes in every row of a pool. Pure: geometry in, fragments out.
+bytes in every row of a pool; between blocks of different sizes it is one run a head. Pure: geometry in, fragments out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +11,12 @@ from itertools import pairwise
 from cluster.plan import KvLayout
 from router.errors import HandoffError
 from shards.cache import CacheShape, Pool
+
+_MUST_AGREE = {
+    "version": "run one release of the software on both pools",
+    "fingerprint": "serve both pools from one checkpoint",
+    "dtype": "serve both pools with one dtype",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,19 @@ class Fragment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvMove:
+    """Positions `first` up to `end` of a sequence: from all its blocks at the source to their own blocks here."""
+
+    first: int
+    """A multiple of the destination's block size."""
+    end: int
+    src_blocks: Sequence[int]
+    """Source blocks from position 0 on."""
+    dst_blocks: Sequence[int]
+    """Destination blocks from position `first` on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Cut:
     """The bytes of each row of a source pool that a row of a destination pool takes."""
 
@@ -54,6 +73,8 @@ class _Cut:
     dst_pool: Pool
     dst_start: int
     num_bytes: int
+    heads: int
+    """Runs of equal length that num_bytes is made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +86,8 @@ class _Section:
     src_heads: range
     dst_heads: range
     head_bytes: int
+    """At the source."""
+    dst_head_bytes: int
 
     def cut(self, source: int, src_pool: Pool, dst_pool: Pool, *, src_at: int = 0, dst_at: int = 0) -> _Cut:
         """The copy of `heads` where the section begins src_at and dst_at bytes into the rows."""
@@ -73,8 +96,9 @@ class _Section:
             src_pool=src_pool,
             src_start=src_at + (self.heads.start - self.src_heads.start) * self.head_bytes,
             dst_pool=dst_pool,
-            dst_start=dst_at + (self.heads.start - self.dst_heads.start) * self.head_bytes,
+            dst_start=dst_at + (self.heads.start - self.dst_heads.start) * self.dst_head_bytes,
             num_bytes=len(self.heads) * self.head_bytes,
+            heads=len(self.heads),
         )
 
 
@@ -90,15 +114,12 @@ def check_pair(source: KvLayout, dest: KvLayout) -> None:
     """Whether KV can move from one layout to the other at all.
 
     Raises:
-        HandoffError: model, dtype or block size differ; names both sides.
+        HandoffError: format version, model or dtype differ; names both sides.
     """
-    for name in ("fingerprint", "dtype", "block_size"):
+    for name, remedy in _MUST_AGREE.items():
         theirs, ours = getattr(source, name), getattr(dest, name)
         if theirs != ours:
-            raise HandoffError(
-                f"hand-off: the source has {name}={theirs}, this member {name}={ours}; "
-                "serve both pools from one checkpoint with equal dtype and block_size"
-            )
+            raise HandoffError(f"hand-off: the source has {name}={theirs}, this member {name}={ours}; {remedy}")
 
 
 def recut(sources: Sequence[CacheShape], dest: CacheShape, dest_tp_rank: int) -> Recut:
@@ -114,8 +135,13 @@ def recut(sources: Sequence[CacheShape], dest: CacheShape, dest_tp_rank: int) ->
     for source, heads in _cover([shape.kv_heads for shape in sources], dest.kv_heads, dest_tp_rank):
         shape = sources[source]
         for src_pool, dst_pool in zip(shape.k_pools + shape.v_pools, dest.k_pools + dest.v_pools, strict=True):
-            head_bytes = dst_pool.row_bytes // dst_pool.shape[1]
-            section = _Section(heads=heads, src_heads=shape.kv_heads, dst_heads=dest.kv_heads, head_bytes=head_bytes)
+            section = _Section(
+                heads=heads,
+                src_heads=shape.kv_heads,
+                dst_heads=dest.kv_heads,
+                head_bytes=src_pool.row_bytes // src_pool.shape[1],
+                dst_head_bytes=dst_pool.row_bytes // dst_pool.shape[1],
+            )
             per_block.append(section.cut(source, src_pool, dst_pool))
     for source, heads in _cover([shape.key_heads for shape in sources], dest.key_heads, dest_tp_rank):
         per_slot += _state_cuts(source, sources[source], dest, heads)
@@ -143,26 +169,33 @@ def _state_cuts(source: int, src: CacheShape, dst: CacheShape, heads: range) -> 
         _, value_heads, key_dim, value_dim = dst_delta.shape
         ratio = value_heads // len(dst.key_heads)
         head_bytes = dst_delta.row_bytes // value_heads * ratio
-        section = _Section(heads=heads, src_heads=src.key_heads, dst_heads=dst.key_heads, head_bytes=head_bytes)
-        yield section.cut(source, src_delta, dst_delta)
+        yield _state_section(heads, src, dst, head_bytes).cut(source, src_delta, dst_delta)
         channel_bytes = dst_conv.row_bytes // dst_conv.shape[1]
         src_at = dst_at = 0
         for width in (key_dim, key_dim, ratio * value_dim):
             unit = width * channel_bytes
-            section = _Section(heads=heads, src_heads=src.key_heads, dst_heads=dst.key_heads, head_bytes=unit)
+            section = _state_section(heads, src, dst, unit)
             yield section.cut(source, src_conv, dst_conv, src_at=src_at, dst_at=dst_at)
             src_at += unit * len(src.key_heads)
             dst_at += unit * len(dst.key_heads)
 
 
-def fragments(
-    cuts: Recut, blocks: Iterable[tuple[int, int]], slots: tuple[int, int] | None, *, max_bytes: int
-) -> list[Fragment]:
-    """The copies that move blocks and a state slot.
+def _state_section(heads: range, src: CacheShape, dst: CacheShape, head_bytes: int) -> _Section:
+    return _Section(
+        heads=heads,
+        src_heads=src.key_heads,
+        dst_heads=dst.key_heads,
+        head_bytes=head_bytes,
+        dst_head_bytes=head_bytes,
+    )
+
+
+def fragments(cuts: Recut, move: KvMove, slots: tuple[int, int] | None, *, max_bytes: int) -> list[Fragment]:
+    """The copies that move the KV of some positions and a state slot.
 
     Args:
         cuts: from `recut`.
-        blocks: pairs (source block, destination block); runs of neighbours on both sides become one copy.
+        move: which positions; of blocks of one size whole blocks are copied, neighbours on both sides in one copy.
         slots: source and destination state slot; None for models without states.
         max_bytes: largest fragment; larger ones are split.
 
@@ -170,43 +203,92 @@ def fragments(
         HandoffError: a block or slot lies outside of its pool.
     """
     out: list[Fragment] = []
-    runs = list(_runs(blocks))
+    runs = list(_block_runs(cuts, move))
     for cut in cuts.per_block:
-        for src, dst, count in runs:
-            out += _split(_fragment(cut, src, dst, count), max_bytes)
+        for run in runs:
+            out += _split(_fragment(cut, run), max_bytes)
     if slots is not None:
         for cut in cuts.per_slot:
-            out += _split(_fragment(cut, slots[0], slots[1], 1), max_bytes)
+            out += _split(_fragment(cut, _Run(src=slots[0], dst=slots[1])), max_bytes)
     return out
 
 
-def _runs(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring pairs joined: (source, destination, count)."""
-    ordered = sorted(pairs)
-    if not ordered:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """Rows of both pools: `count` whole neighbours, or where `tokens` is set some positions of one block each."""
+
+    src: int
+    dst: int
+    count: int = 1
+    src_token: int = 0
+    """Position inside of the source block."""
+    dst_token: int = 0
+    tokens: int = 0
+
+
+def _block_runs(cuts: Recut, move: KvMove) -> Iterator[_Run]:
+    if not cuts.per_block or move.first >= move.end:
         return
+    src_size, dst_size = (pool.shape[2] for pool in (cuts.per_block[0].src_pool, cuts.per_block[0].dst_pool))
+    held = min(len(move.src_blocks) * src_size, move.first + len(move.dst_blocks) * dst_size)
+    if move.first % dst_size or move.end > held:
+        raise HandoffError(
+            f"hand-off: positions {move.first}..{move.end - 1} do not lie in {len(move.src_blocks)} source blocks of "
+            f"{src_size} and {len(move.dst_blocks)} blocks of {dst_size}; the ticket does not belong to this layout"
+        )
+    if src_size == dst_size:
+        blocks = move.src_blocks[move.first // src_size : -(-move.end // src_size)]
+        yield from _runs(zip(blocks, move.dst_blocks[: len(blocks)], strict=True))
+        return
+    at = move.first
+    while at < move.end:
+        src_token, dst_token = at % src_size, at % dst_size
+        tokens = min(src_size - src_token, dst_size - dst_token, move.end - at)
+        yield _Run(
+            src=move.src_blocks[at // src_size],
+            dst=move.dst_blocks[(at - move.first) // dst_size],
+            src_token=src_token,
+            dst_token=dst_token,
+            tokens=tokens,
+        )
+        at += tokens
+
+
+def _runs(pairs: Iterable[tuple[int, int]]) -> Iterator[_Run]:
+    """Neighbouring pairs (source, destination) joined."""
+    ordered = sorted(pairs)
     first, count = ordered[0], 1
     for before, after in pairwise(ordered):
         if after == (before[0] + 1, before[1] + 1):
             count += 1
             continue
-        yield (*first, count)
+        yield _Run(src=first[0], dst=first[1], count=count)
         first, count = after, 1
-    yield (*first, count)
+    yield _Run(src=first[0], dst=first[1], count=count)
 
 
-def _fragment(cut: _Cut, src: int, dst: int, count: int) -> Fragment:
-    for what, row, pool in (("source", src, cut.src_pool), ("destination", dst, cut.dst_pool)):
-        if not 0 <= row <= pool.shape[0] - count:
+def _fragment(cut: _Cut, run: _Run) -> Fragment:
+    for what, row, pool in (("source", run.src, cut.src_pool), ("destination", run.dst, cut.dst_pool)):
+        if not 0 <= row <= pool.shape[0] - run.count:
             raise HandoffError(
-                f"hand-off: {what} row {row}..{row + count - 1} lies outside of a pool of {pool.shape[0]}; "
+                f"hand-off: {what} row {row}..{row + run.count - 1} lies outside of a pool of {pool.shape[0]}; "
                 "the ticket does not belong to this layout"
             )
-    return Fragment(
-        source=cut.source,
-        src=_span(cut.src_pool, src, cut.src_start, cut.num_bytes, count),
-        dst=_span(cut.dst_pool, dst, cut.dst_start, cut.num_bytes, count),
-    )
+    if run.tokens:
+        src = _token_span(cut, cut.src_pool, run.src, cut.src_start, run.src_token, run.tokens)
+        dst = _token_span(cut, cut.dst_pool, run.dst, cut.dst_start, run.dst_token, run.tokens)
+    else:
+        src = _span(cut.src_pool, run.src, cut.src_start, cut.num_bytes, run.count)
+        dst = _span(cut.dst_pool, run.dst, cut.dst_start, cut.num_bytes, run.count)
+    return Fragment(source=cut.source, src=src, dst=dst)
+
+
+def _token_span(cut: _Cut, pool: Pool, block: int, start: int, token: int, tokens: int) -> Span:
+    """Some positions of one block, a row a head."""
+    head_bytes = pool.row_bytes // pool.shape[1]
+    token_bytes = head_bytes // pool.shape[2]
+    offset = pool.offset_bytes + block * pool.row_bytes + start + token * token_bytes
+    return Span(offset=offset, stride=head_bytes, num_bytes=tokens * token_bytes, rows=cut.heads)
 
 
 def _span(pool: Pool, row: int, start: int, num_bytes: int, count: int) -> Span:

@@ -84,13 +84,8 @@ class Scheduler:
         """
         del now
         self._check(request, "full")
-        if ticket.layout.block_size != self.config.block_size:
-            raise HandoffError(
-                f"{request.id}: ticket has blocks of {ticket.layout.block_size} tokens, this member of "
-                f"{self.config.block_size}; give both pools one block_size"
-            )
         num_tokens = len(request.prompt_ids) + len(request.output_ids)
-        room = len(ticket.blocks) * self.config.block_size
+        room = len(ticket.blocks) * ticket.layout.block_size
         if not 0 < ticket.num_tokens < num_tokens or ticket.num_tokens > room:
             raise HandoffError(
                 f"{request.id}: ticket has {ticket.num_tokens} positions in {len(ticket.blocks)} blocks for a request "

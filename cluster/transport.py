@@ -2,8 +2,11 @@
 
 After the token hello the reader sends requests and gets one frame for each, in order:
 
-    request   "<IdI": number of spans, ticket expiry (unix seconds), length of the ticket id; the id; 4 uint64 a span
+    request   "<HIdI": format version, number of spans, ticket expiry (unix seconds), length of the ticket id; the id;
+              4 uint64 a span
     frame     "<BII": status, CRC-32 and length of the payload: the spans' bytes one after the other, or a message
+
+A damaged payload leaves the stream in step: its spans can be asked for again.
 
 The server reads its memory first and checks the expiry after that, so that no frame carries rows that may have been
 given to another sequence meanwhile.
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.plan import KV_FORMAT
 from cluster.recut import Span
 from cluster.security import client_hello, server_hello
 from router.errors import CorruptDataError, HandoffError
@@ -33,10 +37,15 @@ MAX_SPANS = 4096
 MAX_CONNECTIONS = 64
 IDLE_TIMEOUT_S = 60.0
 _MAX_ID_BYTES = 256
-_REQUEST = struct.Struct("<IdI")
+_REQUEST = struct.Struct("<HIdI")
 _SPAN = struct.Struct("<4Q")
 _FRAME = struct.Struct("<BII")
 _OK, _EXPIRED, _REFUSED = 0, 1, 2
+
+
+class DamagedFrameError(CorruptDataError):
+    """A frame's bytes are not those that were sent; the connection still works."""
+
 
 ByteArray = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -192,7 +201,12 @@ class KvServer:
         header = _receive(sock, _REQUEST.size, end_allowed=True)
         if header is None:
             return False
-        num_spans, expires_unix_s, id_bytes = _REQUEST.unpack(header)
+        version, num_spans, expires_unix_s, id_bytes = _REQUEST.unpack(header)
+        if version != KV_FORMAT:
+            # What follows cannot be read: say why and end.
+            message = f"KV format {KV_FORMAT} to a reader of format {version}; run one release on both pools".encode()
+            sock.sendall(_FRAME.pack(_REFUSED, zlib.crc32(message), len(message)) + message)
+            return False
         if num_spans > MAX_SPANS or id_bytes > _MAX_ID_BYTES:
             raise CorruptDataError(f"read of {num_spans} spans, ticket id of {id_bytes} bytes: over the limits")
         ticket_id = bytes(_receive(sock, id_bytes) or b"").decode(errors="replace")
@@ -254,7 +268,7 @@ class KvConnection:
             HandoffError: the source is gone.
         """
         name = ticket_id.encode()
-        parts = [_REQUEST.pack(len(spans), expires_unix_s, len(name)), name]
+        parts = [_REQUEST.pack(KV_FORMAT, len(spans), expires_unix_s, len(name)), name]
         parts += [_SPAN.pack(span.offset, span.stride, span.num_bytes, span.rows) for span in spans]
         try:
             self._sock.sendall(b"".join(parts))
@@ -266,7 +280,8 @@ class KvConnection:
 
         Raises:
             HandoffError: the ticket expired, the source refused, or it is gone.
-            CorruptDataError: length or checksum do not match.
+            DamagedFrameError: its checksum does not match; `request` may ask for it again.
+            CorruptDataError: its length is none that a frame can have.
         """
         try:
             header = _receive(self._sock, _FRAME.size)
@@ -278,7 +293,7 @@ class KvConnection:
             raise self._lost(error) from error
         self.used_s = time.monotonic()
         if payload is None or zlib.crc32(payload) != checksum:
-            raise CorruptDataError(f"hand-off: checksum of {length} bytes from {self.address} does not match")
+            raise DamagedFrameError(f"hand-off: checksum of {length} bytes from {self.address} does not match")
         if status == _EXPIRED:
             raise HandoffError("hand-off: the ticket expired at the source; raise the lease or add decode capacity")
         if status != _OK or length != num_bytes:

@@ -78,7 +78,7 @@ def make_order(lane: int) -> PullOrder:
     ticket = KvTicket(
         id="t", member_id="p", layout=layout, ranks=(), blocks=(1,), state_slot=-1, num_tokens=3, expires_unix_s=1e12
     )
-    return PullOrder(pull_id=7, ticket=ticket, lane=lane, src_blocks=(1,), dst_blocks=(2,), dst_slot=-1)
+    return PullOrder(pull_id=7, ticket=ticket, lane=lane, first=0, dst_blocks=(2,), dst_slot=-1)
 
 
 def answer(step: int, token: int) -> StepAnswer:

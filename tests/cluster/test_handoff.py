@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from cluster.handoff import Puller, host_key, source_rank
-from cluster.plan import KvTicket, PullDone, PullOrder
+from cluster.plan import KV_FORMAT, KvTicket, PullDone, PullOrder
 from cluster.security import new_token
 from cluster.transport import KvServer
 from shards.cache import KvCache
 from shards.config import ModelConfig
-from tests.support.kv_patterns import Geometry, GlobalState, assert_moved, fill, make_global, make_lane
+from tests.support.kv_patterns import Geometry, GlobalState, assert_moved, fill, make_global, make_lane, rank_part
 from tests.support.model_configs import make_moe_config, make_next_config
+from tests.support.relay import damaging
 
 TOKEN = new_token()
 BLOCKS = ((7, 2), (8, 3), (1, 9))
@@ -61,7 +62,7 @@ def make_order(ticket: KvTicket) -> PullOrder:
         pull_id=5,
         ticket=ticket,
         lane=0,
-        src_blocks=tuple(src for src, _ in BLOCKS),
+        first=0,
         dst_blocks=tuple(dst for _, dst in BLOCKS),
         dst_slot=1 if ticket.state_slot >= 0 else -1,
     )
@@ -172,11 +173,11 @@ def test_another_cluster_token_is_refused() -> None:
         assert "token" in done[0].error
 
 
-def test_members_of_another_dtype_or_block_size_are_refused_naming_both() -> None:
+def test_members_of_another_dtype_or_version_are_refused_naming_both() -> None:
     with sourcing(make_moe_config(), Geometry(tp=1)) as source:
-        _, done = pull(source, source.ticket, Geometry(tp=1, block_size=8))
-        assert "block_size=4" in done[0].error
-        assert "block_size=8" in done[0].error
+        older = dataclasses.replace(source.ticket, layout=dataclasses.replace(source.ticket.layout, version=1))
+        _, done = pull(source, older, Geometry(tp=1))
+        assert f"version=1, this member version={KV_FORMAT}" in done[0].error
         _, done = pull(source, source.ticket, Geometry(tp=1, dtype=torch.bfloat16))
         assert "float32" in done[0].error
         assert "bfloat16" in done[0].error
@@ -220,3 +221,53 @@ def test_the_source_rank_of_a_cache_can_be_reached_as_it_says() -> None:
         assert rank.host_key == host_key()
         assert rank.pool_fd == source.lane[0].fd
         assert rank.address == source.servers[0].address
+
+
+def pull_through(offsets: tuple[int, ...]) -> tuple[PullDone, bool]:
+    """A pull over TCP whose source's bytes are damaged at `offsets`; how it ended and whether all bytes are right."""
+    model = make_moe_config()
+    with sourcing(model, Geometry(tp=1)) as source, damaging(source.servers[0].address, offsets) as address:
+        rank = dataclasses.replace(source.ticket.ranks[0], address=address)
+        ticket = dataclasses.replace(source.ticket, ranks=(rank,))
+        lane, (done,) = pull(source, ticket, Geometry(tp=1), same_host=False)
+        if done.error:
+            return done, False
+        assert_moved(lane, source.state, BLOCKS, None)
+        return done, True
+
+
+def payload_bytes() -> int:
+    return 3 * make_lane(make_moe_config(), Geometry(tp=1))[0].shape.bytes_per_block
+
+
+def test_a_damaged_frame_is_fetched_again_and_counted() -> None:
+    size = payload_bytes()
+    done, arrived = pull_through((size // 2,))
+    assert (done.error, done.refetches, arrived) == ("", 1, True)
+    done, arrived = pull_through((size // 2, size + size // 2))
+    assert (done.error, done.refetches, arrived) == ("", 2, True)
+
+
+def test_bytes_that_are_damaged_every_time_fail_the_pull() -> None:
+    size = payload_bytes()
+    done, _ = pull_through((size // 2, size + size // 2, 2 * size + size // 2))
+    assert "checksum" in done.error
+
+
+@pytest.mark.parametrize("same_host", [True, False], ids=["shm", "tcp"])
+def test_a_member_with_blocks_of_another_size_pulls_from_behind_what_it_holds(same_host: bool) -> None:
+    model = make_next_config()
+    with sourcing(model, Geometry(tp=2)) as source:
+        geometry = Geometry(tp=1, block_size=2)
+        (cache,) = make_lane(model, geometry)
+        puller = Puller(cache, model, geometry.layout(model), tp_rank=0, token=TOKEN, same_host=same_host)
+        order = dataclasses.replace(make_order(source.ticket), first=2, dst_blocks=(5, 1, 0, 9, 4))
+        puller.start(order)
+        (done,) = wait_for(puller)
+        puller.close()
+        assert done.error == ""
+        k, v, _, _ = rank_part(source.state, cache)
+        for pool, part in zip(cache.k_pools + cache.v_pools, k + v, strict=True):
+            for at in range(2, 11):
+                moved = pool[order.dst_blocks[(at - 2) // 2], :, at % 2]
+                assert torch.equal(moved, part[source.ticket.blocks[at // 4], :, at % 4])

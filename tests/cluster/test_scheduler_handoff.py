@@ -70,7 +70,7 @@ def test_room_is_reserved_before_a_pull_goes_out_and_decoding_follows_it() -> No
     plan = handed(bench)
     (order,) = plan.pulls
     assert not plan.has_rows
-    assert order.src_blocks == (20, 21, 22)
+    assert (order.first, order.ticket.blocks) == (0, (20, 21, 22))
     assert plan.lanes[0].starts[0].blocks == order.dst_blocks
     assert bench.scheduler.schedule(0.0) is None
     assert not bench.scheduler.is_idle
@@ -87,7 +87,7 @@ def test_blocks_found_in_the_own_cache_are_not_pulled() -> None:
     bench.add(make_request("b", tuple(range(9)), max_tokens=1))
     bench.drain()
     (order,) = handed(bench).pulls
-    assert order.src_blocks == (22,)
+    assert order.first == 8
     assert len(order.dst_blocks) == 1
 
 
@@ -133,7 +133,7 @@ def test_room_that_a_pull_writes_is_freed_when_the_pull_is_done() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"block_size": 8}, "blocks of 8 tokens, this member of 4"),
+        ({"block_size": 2}, "10 positions in 3 blocks"),
         ({"num_tokens": 11}, "11 positions in 3 blocks for a request of 11"),
         ({"num_tokens": 0}, "0 positions"),
     ],

@@ -188,7 +188,7 @@ class Fleet:
         order = target.pulls.pop(self.rng.randrange(len(target.pulls)))
         lane, ticket_id = order.ticket.id.split(":", 1)
         failed = self.rng.random() < 0.2
-        for src, dst in zip(order.src_blocks, order.dst_blocks, strict=True):
+        for src, dst in zip(order.ticket.blocks[order.first // BLOCK :], order.dst_blocks, strict=False):
             for offset in range(BLOCK):
                 value = source.lanes[int(lane)].kv.get((src, offset), 0)
                 target.lanes[order.lane].kv[dst, offset] = -1 if failed else value

@@ -1,6 +1,7 @@
 """The KV server and its readers over real sockets."""
 
 import socket
+import struct
 import threading
 import time
 import zlib
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.plan import KV_FORMAT
 from cluster.recut import Span
-from cluster.security import new_token, server_hello
+from cluster.security import client_hello, new_token, server_hello
 from cluster.transport import _FRAME, MAX_PAYLOAD_BYTES, KvConnection, KvServer, RankMemory
 from router.errors import CorruptDataError, HandoffError
 
@@ -180,6 +182,16 @@ def test_a_source_that_dies_inside_a_frame_is_lost_at_once() -> None:
         with pytest.raises(HandoffError, match="lost"):
             connection.receive(1000)
         assert time.monotonic() - began < 2
+
+
+def test_a_reader_of_another_format_version_is_told() -> None:
+    with serving(make_buffer()) as server:
+        host, port = server.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as sock:
+            client_hello(sock, TOKEN, timeout_s=5)
+            sock.sendall(struct.pack("<HIdI", KV_FORMAT + 1, 0, FAR, 0))
+            assert f"KV format {KV_FORMAT}".encode() in sock.recv(400)
+            assert sock.recv(1) == b""
 
 
 def test_nobody_listening_is_a_handoff_error() -> None:

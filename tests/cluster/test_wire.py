@@ -39,7 +39,7 @@ def make_order() -> PullOrder:
         num_tokens=20,
         expires_unix_s=1e9,
     )
-    return PullOrder(pull_id=4, ticket=ticket, lane=0, src_blocks=(3, 1), dst_blocks=(0, 7), dst_slot=-1)
+    return PullOrder(pull_id=4, ticket=ticket, lane=0, first=4, dst_blocks=(0, 7), dst_slot=-1)
 
 
 def make_work() -> RankWork:
