@@ -3,6 +3,7 @@
 import uuid
 from dataclasses import dataclass
 
+from deploy.chat import JsonObject
 from deploy.generation import Delta, Generation, UsageCount
 from deploy.openai_logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from deploy.reasoning import ReasoningSplitter
@@ -31,8 +32,8 @@ class ReplyOptions:
     """What a client asked of the reply's form."""
 
     logprobs: bool = False
-    tools: bool = False
-    """Look for tool calls."""
+    tools: tuple[JsonObject, ...] = ()
+    """Functions that the client described; where there are some, tool calls are looked for."""
     thinking: bool = False
     """Output begins with reasoning."""
     return_token_ids: bool = False
@@ -63,7 +64,7 @@ class ChatOutput:
         self._options = options
         self._tokenizer = tokenizer
         self._reasoning = ReasoningSplitter(thinking=options.thinking)
-        self._tools = ToolCallParser() if options.tools else None
+        self._tools = ToolCallParser(options.tools) if options.tools else None
 
     def take(self, delta: Delta) -> ChatDelta:
         """Split one delta."""

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from deploy.chat import ChatPrompt
 from deploy.error_replies import BodyTooLargeError, ErrorReply, error_reply
 from deploy.generation import Generation, GenerationService, UsageCount
 from deploy.http_guard import ApiKey, KeyCheck, KeyRing, SizeLimit
@@ -84,7 +85,7 @@ class OpenAiApi:
         generation = await self._service.prepare(given, prefix="chatcmpl")
         options = ReplyOptions(
             logprobs=given.sampling.logprobs is not None,
-            tools=bool(body.tools) and body.tool_choice != "none",
+            tools=given.prompt.tools if isinstance(given.prompt, ChatPrompt) else (),
             thinking=generation.thinking and self._config.split_reasoning,
             return_token_ids=bool(body.return_token_ids),
             include_usage=_include_usage(body),

@@ -234,6 +234,19 @@ async def test_a_tool_call_is_read_the_same_way_streamed_and_whole() -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+async def test_a_tool_call_in_xml_has_values_of_the_schemas_types() -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
+    body = CHAT | NO_THINKING | {"tools": tools, "max_tokens": 150}
+    inner = "<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>"
+    async with client_of(make_backend(f"<tool_call>\n{inner}\n</tool_call>"), max_model_len=1024) as client:
+        reply = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+
+    (call,) = reply["message"]["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1, "b": "2"}'}
+    assert reply["finish_reason"] == "tool_calls"
+
+
 async def test_models_are_listed_and_found_by_name() -> None:
     async with client_of(make_backend("x")) as client:
         (card,) = (await client.get("/v1/models")).json()["data"]

@@ -8,11 +8,32 @@ from hypothesis import strategies as st
 
 from deploy.tools import ParsedCall, ToolCallParser
 
+XML_CALL = """<tool_call>
+<function=add>
+<parameter=a>
+1
+</parameter>
+<parameter=note>
+two
+lines
+</parameter>
+</function>
+</tool_call>"""
+PROPERTIES = {
+    "a": {"type": "integer"},
+    "note": {"type": "string"},
+    "ratio": {"type": "number"},
+    "deep": {"type": "object"},
+    "list": {"anyOf": [{"type": "array"}, {"type": "null"}]},
+    "name": {"type": ["string", "null"]},
+    "on": {"type": "boolean"},
+}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": PROPERTIES}}}]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
 def parse(pieces: list[str]) -> tuple[str, list[ParsedCall]]:
-    parser = ToolCallParser()
+    parser = ToolCallParser(TOOLS)
     parts = [parser.push(piece) for piece in pieces] + [parser.finish()]
     return "".join(part.content for part in parts), [call for part in parts for call in part.calls]
 
@@ -28,6 +49,13 @@ def parse(pieces: list[str]) -> tuple[str, list[ParsedCall]]:
         ("<tool_call>{oops</tool_call>", "<tool_call>{oops</tool_call>", []),
         ('<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
         ('<tool_call>["add"]</tool_call>', '<tool_call>["add"]</tool_call>', []),
+        (XML_CALL, "", ["add"]),
+        (f"so:\n{XML_CALL}\n{XML_CALL}\n{CALL}", "so:\n", ["add", "add", "add"]),
+        (XML_CALL.removesuffix("\n</function>\n</tool_call>"), "", ["add"]),
+        ("<tool_call><function=go></function></tool_call>", "", ["go"]),
+        ("<tool_call><function=></function></tool_call>", "<tool_call><function=></function></tool_call>", []),
+        ("<tool_call><function=go</tool_call>", "<tool_call><function=go</tool_call>", []),
+        ("<tool_call><function=go>x</function></tool_call>", "<tool_call><function=go>x</function></tool_call>", []),
         ("a <tool_", "a <tool_", []),
         ("<tool_call>{", "<tool_call>{", []),
     ],
@@ -40,7 +68,27 @@ def test_calls_are_found_whole_and_by_character(text: str, content: str, names: 
         assert [call.index for call in calls] == list(range(len(names)))
 
 
-@given(st.lists(st.sampled_from([CALL, "<tool_call>", "</tool_call>", "<tool", "_call>", " ", "a", "{}"]), max_size=6))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                CALL,
+                XML_CALL,
+                "<function=add>",
+                "<parameter=a>",
+                "</parameter>",
+                "<tool_call>",
+                "</tool_call>",
+                "<tool",
+                "_call>",
+                " ",
+                "a",
+                "{}",
+            ]
+        ),
+        max_size=6,
+    )
+)
 def test_what_is_found_does_not_depend_on_the_pieces(pieces: list[str]) -> None:
     text = "".join(pieces)
 
@@ -51,3 +99,41 @@ def test_arguments_are_json() -> None:
     (call,) = parse([CALL])[1]
 
     assert json.loads(call.arguments) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("a", "1", 1),
+        ("a", "one", "one"),
+        ("a", "1.5", "1.5"),
+        ("note", "1", "1"),
+        ("note", "", ""),
+        ("note", "\n  two\n", "\n  two\n"),
+        ("note", "a <b> </c> {", "a <b> </c> {"),
+        ("ratio", "1.5", 1.5),
+        ("ratio", "2", 2),
+        ("ratio", "NaN", "NaN"),
+        ("deep", '{"x": [1]}', {"x": [1]}),
+        ("list", "[1, 2]", [1, 2]),
+        ("list", "null", None),
+        ("name", "null", None),
+        ("name", "7", "7"),
+        ("on", "True", True),
+        ("on", "false", False),
+        ("unknown", "3", "3"),
+    ],
+)
+def test_value_in_xml_gets_the_type_of_the_functions_schema(name: str, text: str, value: object) -> None:
+    block = f"<tool_call>\n<function=add>\n<parameter={name}>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    (call,) = parse([block])[1]
+
+    assert json.loads(call.arguments) == {name: value}
+    assert type(json.loads(call.arguments)[name]) is type(value)
+
+
+def test_values_in_xml_without_a_schema_are_text() -> None:
+    parser = ToolCallParser()
+    (call,) = parser.push(XML_CALL).calls
+
+    assert json.loads(call.arguments) == {"a": "1", "note": "two\nlines"}
