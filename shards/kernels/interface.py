@@ -97,6 +97,24 @@ class Kernels(Protocol):
         """
         ...
 
+    def weighted_experts(
+        self,
+        x_TC: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        gate_up_E2IC: Tensor,
+        down_ECI: Tensor,
+        *,
+        groups: int = 1,
+        wide: bool = False,
+    ) -> Tensor:
+        """combine(experts(x, ids, gate_up, down), weights, x) -> [T, C] in one call, with the same bits.
+
+        For results that no other rank adds to: `experts` writes [T, K, C] to memory, this does not. weights float32.
+        `wide`: sum results that were not rounded to x's dtype.
+        """
+        ...
+
     def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y -> [T, C] in dtype_like's dtype; products and sums in float32."""
         ...

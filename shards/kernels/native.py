@@ -12,17 +12,15 @@ from torch import Tensor
 
 from shards.kernels.check import check_tensor, check_tensors, dtype_code
 from shards.kernels.library import declare
+from shards.kernels.native_matmul import MATMUL_SIGNATURES, NativeMatmul
 
-PATHS = ("plain", "avx2", "avx512", "avx512bf16")
+PATHS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
 MAX_CONV_WIDTH = 16
-MAX_GROUPS = 1 << 15
 
 _int, _long, _float, _address = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_SIGNATURES: dict[str, list[type]] = {
+_SIGNATURES: dict[str, list[type]] = MATMUL_SIGNATURES | {
     "kernels_has_path": [_int],
     "kernels_best_path": [],
-    "kernels_linear": [_int] * 3 + [_address] * 4 + [_int] + [_long] * 3 + [_int],
-    "kernels_experts": [_int] * 3 + [_address] * 5 + [_int] + [_long] * 5 + [_int],
     "kernels_attention": [_int] * 3 + [_address] * 7 + [_long] * 6 + [_float],
     "kernels_store_kv": [_int] + [_address] * 5 + [_long] * 4,
     "kernels_causal_conv": [_int] * 2 + [_address] * 8 + [_long] * 2 + [_int],
@@ -55,7 +53,7 @@ class NativeKernels:
     deterministic = True
 
     def __init__(
-        self, library: ctypes.CDLL, path: Literal["auto", "plain", "avx2", "avx512", "avx512bf16"] = "auto"
+        self, library: ctypes.CDLL, path: Literal["auto", "plain", "avx2", "avx512", "avx512bf16", "amx"] = "auto"
     ) -> None:
         declare(library, _SIGNATURES)
         self._library = library
@@ -64,6 +62,7 @@ class NativeKernels:
         self._path = library.kernels_best_path() if path == "auto" else PATHS.index(path)
         if not library.kernels_has_path(self._path):
             raise ValueError(f"path={path} cannot run on this processor; use path=auto")
+        self._matmul = NativeMatmul(library=library, path=self._path)
 
     @property
     def path(self) -> str:
@@ -74,18 +73,7 @@ class NativeKernels:
         self, x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None = None, *, groups: int = 1, wide: bool = False
     ) -> Tensor:
         """x @ weight.T (+ bias) -> [T, N]."""
-        (T, C), N = x_TC.shape, weight_NC.shape[0]
-        code = check_tensors(x_TC, x=(x_TC, (T, C)), weight=(weight_NC, (N, C)))
-        if bias_N is not None:
-            check_tensors(x_TC, bias=(bias_N, (N,)))
-        _check_groups(groups, C)
-        y_TN = x_TC.new_empty((T, N), dtype=torch.float32 if wide else x_TC.dtype)
-        bias = None if bias_N is None else bias_N.data_ptr()
-        self._library.kernels_linear(
-            self._path, torch.get_num_threads(), code, x_TC.data_ptr(), weight_NC.data_ptr(), bias, y_TN.data_ptr(),
-            wide, T, N, C, groups,
-        )  # fmt: skip
-        return y_TN
+        return self._matmul.linear(x_TC, weight_NC, bias_N, groups=groups, wide=wide)
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float, *, zero_centred: bool) -> Tensor:
         """RMS norm over the last axis."""
@@ -210,19 +198,21 @@ class NativeKernels:
         wide: bool = False,
     ) -> Tensor:
         """Each token through each of its experts; the weights of an expert that was hit are read once."""
-        (T, C), K, (E, _, width) = x_TC.shape, ids_TK.shape[1], down_ECI.shape
-        gate_up, down = (gate_up_E2IC, (E, 2 * width, C)), (down_ECI, (E, C, width))
-        code = check_tensors(x_TC, x=(x_TC, (T, C)), gate_up=gate_up, down=down)
-        check_tensor("ids", ids_TK, torch.int64, (T, K))
-        _check_groups(groups, width)
-        y_TKC = x_TC.new_empty((T, K, C), dtype=torch.float32 if wide else x_TC.dtype)
-        failed = self._library.kernels_experts(
-            self._path, torch.get_num_threads(), code, x_TC.data_ptr(), ids_TK.data_ptr(), gate_up_E2IC.data_ptr(),
-            down_ECI.data_ptr(), y_TKC.data_ptr(), wide, T, K, E, C, width, groups,
-        )  # fmt: skip
-        if failed:
-            raise ValueError(f"experts: ids reach {int(ids_TK.max())}, but only {E} experts are held here")
-        return y_TKC
+        return self._matmul.experts(x_TC, ids_TK, gate_up_E2IC, down_ECI, groups=groups, wide=wide)
+
+    def weighted_experts(
+        self,
+        x_TC: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        gate_up_E2IC: Tensor,
+        down_ECI: Tensor,
+        *,
+        groups: int = 1,
+        wide: bool = False,
+    ) -> Tensor:
+        """The bits of `combine` of `experts`, without their results in memory all at once."""
+        return self._matmul.weighted_experts(x_TC, ids_TK, weights_TK, gate_up_E2IC, down_ECI, groups=groups, wide=wide)
 
     def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y, in float32."""
@@ -304,11 +294,6 @@ class NativeKernels:
             fresh_S.data_ptr(), advance, out_TVD.data_ptr(), S, K, V, Dk, Dv,
         )  # fmt: skip
         return out_TVD
-
-
-def _check_groups(groups: int, width: int) -> None:
-    if not 1 <= groups <= MAX_GROUPS or groups & (groups - 1) or width % groups:
-        raise ValueError(f"groups={groups} must be a power of two that divides {width}")
 
 
 def _check_sequences(

@@ -131,6 +131,21 @@ class TorchKernels:
             y_TKC[pairs] = self.linear(inner, down_ECI[expert], groups=groups, wide=wide)
         return y_TKC.view(T, K, down_ECI.shape[1])
 
+    def weighted_experts(
+        self,
+        x_TC: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        gate_up_E2IC: Tensor,
+        down_ECI: Tensor,
+        *,
+        groups: int = 1,
+        wide: bool = False,
+    ) -> Tensor:
+        """The weighted sum over K of what `experts` gives."""
+        y_TKC = self.experts(x_TC, ids_TK, gate_up_E2IC, down_ECI, groups=groups, wide=wide)
+        return self.combine(y_TKC, weights_TK, x_TC)
+
     def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y, in float32."""
         total_TC = torch.zeros(y_TKC.shape[0], y_TKC.shape[2], device=y_TKC.device)

@@ -114,6 +114,34 @@ def test_experts_give_a_token_the_same_rows_in_any_batch(kernels: NativeKernels,
 
 @every_path
 @every_dtype
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("T", [0, 1, 40])
+def test_weighted_experts_give_the_bits_of_experts_then_combine(
+    kernels: NativeKernels, dtype: torch.dtype, wide: bool, T: int
+) -> None:
+    x, weights = random(T, 70, dtype=dtype), random(T, 3)
+    gate_up, down = random(5, 72, 70, dtype=dtype), random(5, 70, 36, dtype=dtype)
+    ids = torch.randint(-1, 5, (T, 3), generator=torch.Generator().manual_seed(0))
+    fused = kernels.weighted_experts(x, ids, weights, gate_up, down, groups=4, wide=wide)
+    each = kernels.experts(x, ids, gate_up, down, groups=4, wide=wide)
+    assert torch.equal(fused, kernels.combine(each, weights, x))
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("T", [3, 17, 33, 70, 600])
+def test_many_tokens_of_one_expert_give_the_rows_of_each_alone(
+    kernels: NativeKernels, dtype: torch.dtype, T: int
+) -> None:
+    x, ids = random(T, 96, dtype=dtype), torch.ones(T, 1, dtype=torch.int64)
+    gate_up, down = random(2, 2 * 37, 96, dtype=dtype), random(2, 96, 37, dtype=dtype)
+    whole = kernels.experts(x, ids, gate_up, down)
+    for t in (0, T // 2, T - 1):
+        assert torch.equal(kernels.experts(x[t : t + 1], ids[:1], gate_up, down), whole[t : t + 1])
+
+
+@every_path
+@every_dtype
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_with_slices_of_every_expert_agree_with_one_rank(
     kernels: NativeKernels, dtype: torch.dtype, ranks: int

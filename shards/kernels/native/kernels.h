@@ -12,7 +12,7 @@
 
 namespace kernels {
 
-constexpr int ABI = 1;
+constexpr int ABI = 2;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -32,6 +32,9 @@ constexpr int STATE_COLUMNS = 64;
 template <class T>
 using Rows = const T* const*;
 
+template <class T>
+struct Matmul;
+
 // Query rows on their way over the keys of one sequence: online softmax (Milakov and Gimelshein, 2018).
 struct Attending {
     int rows, D;
@@ -48,9 +51,6 @@ struct Attending {
 
 // The inner loops of one instruction set.
 struct Path {
-    // out[r * stride + n] = x[r] . w[n] over K, in `groups` parts that are added as a balanced tree.
-    void (*dots_f32)(Rows<float> x, int rows, Rows<float> w, int columns, int64_t K, int groups, float* out, int stride);
-    void (*dots_bf16)(Rows<bf16> x, int rows, Rows<bf16> w, int columns, int64_t K, int groups, float* out, int stride);
     // Lay out the query rows of `a` for its key blocks.
     void (*take_queries_f32)(Rows<float> q, const Attending& a);
     void (*take_queries_bf16)(Rows<bf16> q, const Attending& a);
@@ -60,26 +60,41 @@ struct Path {
     // One token of the gated delta rule on `columns` <= STATE_COLUMNS columns of a state with rows `stride` apart.
     void (*delta)(float* state, int64_t stride, int Dk, int columns, const float* k, const float* q, const float* v,
                   float beta, float decay, float* out);
+    // Products for linear layers and experts; see matmul.h.
+    const Matmul<float>* matmul_f32;
+    const Matmul<bf16>* matmul_bf16;
+    // out = sums + bias (null: none) in out's type; n of them.
+    void (*finish_f32)(const float* sums, const float* bias, int n, float* out);
+    void (*finish_bf16)(const float* sums, const bf16* bias, int n, bf16* out);
+    // out[c] = sum over k, in order, of y[k * C + c] * weights[k]; y rounded to out's type before where asked.
+    void (*mix_f32)(const float* y, const float* weights, int64_t K, int64_t C, bool round, float* out);
+    void (*mix_bf16)(const float* y, const float* weights, int64_t K, int64_t C, bool round, bf16* out);
 
-    void dots(Rows<float> x, int rows, Rows<float> w, int columns, int64_t K, int groups, float* out, int stride) const {
-        dots_f32(x, rows, w, columns, K, groups, out, stride);
-    }
-    void dots(Rows<bf16> x, int rows, Rows<bf16> w, int columns, int64_t K, int groups, float* out, int stride) const {
-        dots_bf16(x, rows, w, columns, K, groups, out, stride);
-    }
     void take_queries(Rows<float> q, const Attending& a) const { take_queries_f32(q, a); }
     void take_queries(Rows<bf16> q, const Attending& a) const { take_queries_bf16(q, a); }
     void attend(Rows<float> k, Rows<float> v, int keys, Attending& a) const { attend_f32(k, v, keys, a); }
     void attend(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a) const { attend_bf16(k, v, keys, a); }
+    const Matmul<float>& matmul(const float*) const { return *matmul_f32; }
+    const Matmul<bf16>& matmul(const bf16*) const { return *matmul_bf16; }
+    void finish(const float* sums, const float* bias, int n, float* out) const { finish_f32(sums, bias, n, out); }
+    void finish(const float* sums, const bf16* bias, int n, bf16* out) const { finish_bf16(sums, bias, n, out); }
+    void mix(const float* y, const float* weights, int64_t K, int64_t C, bool round, float* out) const {
+        mix_f32(y, weights, K, C, round, out);
+    }
+    void mix(const float* y, const float* weights, int64_t K, int64_t C, bool round, bf16* out) const {
+        mix_bf16(y, weights, K, C, round, out);
+    }
 };
 
-// Null where this machine cannot run it. 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 dot products.
-constexpr int PATHS = 4;
+// Null where this machine cannot run it. 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 dot products, 4 the same
+// with AMX tiles.
+constexpr int PATHS = 5;
 const Path* find_path(int index);
 const Path* plain_path();
 const Path* avx2_path();
 const Path* avx512_path();
 const Path* avx512bf16_path();
+const Path* amx_path();
 
 static inline uint32_t bits_of(float x) {
     uint32_t bits;

@@ -1,169 +1,100 @@
-// Dense layers and experts: tasks of (up to ROWS rows) x (up to COLUMNS weight rows), each a call of a path's `dots`.
+// Dense layers: x @ weight.T (+ bias). A task takes some weight rows through a chunk of x's rows, packed beforehand.
 #include <algorithm>
-#include <memory>
-#include <vector>
 
-#include "kernels.h"
+#include "matmul.h"
 
 namespace kernels {
 namespace {
 
-constexpr int ROWS = 64;
-
-int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+// x of a chunk stays in the second-level cache while weights pass by.
+constexpr int64_t CHUNK_BYTES = int64_t(1) << 20;
+// Weights of a task: enough to pay for its ticket, little enough to share out evenly.
+constexpr int64_t TASK_BYTES = int64_t(128) << 10;
+constexpr int64_t TASKS_A_THREAD = 8;
 
 template <class T>
 struct Linear {
     const Path& path;
+    const Matmul<T>& matmul;
     const T* x;
     const T* weight;
     const T* bias;
     float* wide_out;
     T* out;
-    int64_t T_, N, K;
+    int64_t rows, N, K;
     int groups;
+    int64_t chunk, step;  // rows and weight rows of a task
+    const T* panel;
 
-    void task(int64_t row, int64_t column) const {
-        int rows = int(std::min<int64_t>(ROWS, T_ - row)), columns = int(std::min<int64_t>(COLUMNS, N - column));
-        const T *xs[ROWS], *ws[COLUMNS];
-        float sums[ROWS * COLUMNS];
-        for (int r = 0; r < rows; r++) xs[r] = x + (row + r) * K;
-        for (int n = 0; n < columns; n++) ws[n] = weight + (column + n) * K;
-        path.dots(xs, rows, ws, columns, K, groups, sums, COLUMNS);
-        for (int r = 0; r < rows; r++) {
-            float* sum = sums + r * COLUMNS;
+    void task(int64_t row, int64_t column, const char* next) const {
+        int64_t rows_end = std::min(row + chunk, rows), end = std::min(column + step, N);
+        int64_t width = matmul.packed_width(K, groups);
+        alignas(64) float sums[CALL_ROWS * COLUMNS];
+        for (; column < end; column += matmul.columns) {
+            int columns = int(std::min<int64_t>(matmul.columns, end - column));
+            const T* w = weight + column * K;
+            const T* after = w + int64_t(columns) * K;
+            Ahead ahead = {column + columns < end ? (const char*)after : next, int64_t(sizeof(T)) * columns * K, 0};
+            if (ahead.at == nullptr) ahead.bytes = 0;
+            for (int64_t r = row; r < rows_end; r += CALL_ROWS, ahead.bytes = 0) {
+                int count = int(std::min<int64_t>(CALL_ROWS, rows_end - r));
+                matmul.multiply(panel + r * width, count, w, columns, K, groups, ahead, sums);
+                put(sums, r, count, column, columns);
+            }
+        }
+    }
+
+    void put(const float* sums, int64_t row, int count, int64_t column, int columns) const {
+        const T* added = bias == nullptr ? nullptr : bias + column;
+        for (int r = 0; r < count; r++, sums += COLUMNS) {
             int64_t at = (row + r) * N + column;
-            if (bias != nullptr)
-                for (int n = 0; n < columns; n++) sum[n] += load(bias + column + n);
-            if (wide_out != nullptr)
-                std::copy(sum, sum + columns, wide_out + at);
+            if (wide_out == nullptr)
+                path.finish(sums, added, columns, out + at);
             else
-                for (int n = 0; n < columns; n++) store(out + at + n, sum[n]);
+                for (int n = 0; n < columns; n++) wide_out[at + n] = added == nullptr ? sums[n] : sums[n] + load(added + n);
         }
     }
 
-    void run(int threads) const {
-        int64_t row_blocks = blocks_of(T_, ROWS), tasks = row_blocks * blocks_of(N, COLUMNS);
-        // Neighbouring tasks share weight rows, so that these are read from memory once.
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(T_ * N * K / 8, threads))
-        for (int64_t i = 0; i < tasks; i++) task(i % row_blocks * ROWS, i / row_blocks * COLUMNS);
-    }
-};
-
-// Rows [first, first + rows) of the pairs sorted by expert, through weight rows from `column` on.
-struct ExpertTask {
-    int64_t expert, first, column;
-    int rows;
-};
-
-template <class T>
-struct Experts {
-    const Path& path;
-    const T* x;
-    const int64_t* ids;
-    const T* gate_up;
-    const T* down;
-    float* wide_out;
-    T* out;
-    int64_t pairs, top_k, E, C, I;
-    int groups;
-    std::vector<int64_t> starts;  // [E + 1] first place of each expert in `order`
-    std::vector<int64_t> order;   // pairs t * top_k + k, by expert
-    std::unique_ptr<T[]> inner;   // [pairs, I] by place in `order`
-
-    // Counting sort; false when an id is too large.
-    bool sort() {
-        starts.assign(size_t(E + 1), 0);
-        for (int64_t i = 0; i < pairs; i++) {
-            if (ids[i] >= E) return false;
-            if (ids[i] >= 0) starts[size_t(ids[i] + 1)]++;
-        }
-        for (int64_t e = 0; e < E; e++) starts[size_t(e + 1)] += starts[size_t(e)];
-        order.resize(size_t(starts[size_t(E)]));
-        std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-        for (int64_t i = 0; i < pairs; i++)
-            if (ids[i] >= 0) order[size_t(next[size_t(ids[i])]++)] = i;
-        return true;
+    void pack(T* to, int64_t row) const {
+        const T* xs[BLOCK];
+        int count = int(std::min<int64_t>(BLOCK, rows - row));
+        for (int r = 0; r < count; r++) xs[r] = x + (row + r) * K;
+        matmul.pack(xs, count, K, groups, to + row * matmul.packed_width(K, groups));
     }
 
-    std::vector<ExpertTask> tasks(int64_t columns, int64_t step) const {
-        std::vector<ExpertTask> all;
-        for (int64_t e = 0; e < E; e++)
-            for (int64_t column = 0; column < columns; column += step)
-                for (int64_t first = starts[size_t(e)]; first < starts[size_t(e + 1)]; first += ROWS)
-                    all.push_back({e, first, column, int(std::min<int64_t>(ROWS, starts[size_t(e + 1)] - first))});
-        return all;
-    }
-
-    void gate_up_task(const ExpertTask& t) const {
-        int columns = int(std::min<int64_t>(COLUMNS / 2, I - t.column));
-        const T *xs[ROWS], *ws[COLUMNS];
-        float sums[ROWS * COLUMNS];
-        for (int r = 0; r < t.rows; r++) xs[r] = x + order[size_t(t.first + r)] / top_k * C;
-        for (int n = 0; n < columns; n++) {
-            ws[n] = gate_up + (t.expert * 2 * I + t.column + n) * C;
-            ws[columns + n] = ws[n] + I * C;
+    void run(int threads) {
+        threads = threads_for(rows * N * K / 8, threads);
+        T* packed = nullptr;
+        if (matmul.pack != nullptr)
+            packed = (T*)scratch(size_t(panel_rows(rows) * matmul.packed_width(K, groups)) * sizeof(T));
+        panel = packed == nullptr ? x : packed;
+        int64_t columns = matmul.columns, row_bytes = std::max<int64_t>(K * int64_t(sizeof(T)), 1);
+        chunk = std::max<int64_t>(CHUNK_BYTES / row_bytes / CALL_ROWS, 1) * CALL_ROWS;
+        step = std::min(TASK_BYTES / row_bytes, N / (threads * TASKS_A_THREAD)) / columns * columns;
+        step = std::max(step, columns);
+        int64_t column_tasks = blocks_of(N, step);
+        Tickets tickets(blocks_of(rows, chunk) * column_tasks);
+#pragma omp parallel num_threads(threads)
+        {
+            MatmulSession<T> session(matmul);
+            if (packed != nullptr) {
+#pragma omp for
+                for (int64_t row = 0; row < rows; row += BLOCK) pack(packed, row);
+            }
+            tickets.share([&](int64_t i, int64_t next) {
+                const T* then = next < 0 ? nullptr : weight + next % column_tasks * step * K;
+                task(i / column_tasks * chunk, i % column_tasks * step, (const char*)then);
+            });
         }
-        path.dots(xs, t.rows, ws, 2 * columns, C, 1, sums, COLUMNS);
-        for (int r = 0; r < t.rows; r++) {
-            const float *gate = sums + r * COLUMNS, *up = gate + columns;
-            T* to = inner.get() + (t.first + r) * I + t.column;
-            for (int n = 0; n < columns; n++)
-                store(to + n, rounded<T>(silu(rounded<T>(gate[n]))) * rounded<T>(up[n]));
-        }
-    }
-
-    void down_task(const ExpertTask& t) const {
-        int columns = int(std::min<int64_t>(COLUMNS, C - t.column));
-        const T *xs[ROWS], *ws[COLUMNS];
-        float sums[ROWS * COLUMNS];
-        for (int r = 0; r < t.rows; r++) xs[r] = inner.get() + (t.first + r) * I;
-        for (int n = 0; n < columns; n++) ws[n] = down + (t.expert * C + t.column + n) * I;
-        path.dots(xs, t.rows, ws, columns, I, groups, sums, COLUMNS);
-        for (int r = 0; r < t.rows; r++) {
-            const float* sum = sums + r * COLUMNS;
-            int64_t at = order[size_t(t.first + r)] * C + t.column;
-            if (wide_out != nullptr)
-                std::copy(sum, sum + columns, wide_out + at);
-            else
-                for (int n = 0; n < columns; n++) store(out + at + n, sum[n]);
-        }
-    }
-
-    bool run(int threads) {
-        if (!sort()) return false;
-        for (int64_t i = 0; i < pairs; i++) {
-            if (ids[i] >= 0) continue;
-            if (wide_out != nullptr)
-                std::fill_n(wide_out + i * C, C, 0.0f);
-            else
-                std::fill_n(out + i * C, C, T(0));
-        }
-        inner.reset(new T[order.size() * size_t(I)]);
-        threads = threads_for(int64_t(order.size()) * C * I / 4, threads);
-        std::vector<ExpertTask> first = tasks(I, COLUMNS / 2), second = tasks(C, COLUMNS);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (size_t i = 0; i < first.size(); i++) gate_up_task(first[i]);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (size_t i = 0; i < second.size(); i++) down_task(second[i]);
-        return true;
     }
 };
 
 template <class T>
-void linear(int path, int threads, const void* x, const void* w, const void* bias, void* out, bool wide, int64_t rows,
+void linear(int index, int threads, const void* x, const void* w, const void* bias, void* out, bool wide, int64_t rows,
             int64_t N, int64_t K, int groups) {
-    Linear<T>{*find_path(path), (const T*)x, (const T*)w, (const T*)bias, wide ? (float*)out : nullptr,
-              wide ? nullptr : (T*)out, rows, N, K, groups}
-        .run(threads);
-}
-
-template <class T>
-bool experts(int path, int threads, const void* x, const int64_t* ids, const void* gate_up, const void* down, void* out,
-             bool wide, int64_t rows, int64_t top_k, int64_t E, int64_t C, int64_t I, int groups) {
-    return Experts<T>{*find_path(path), (const T*)x, ids, (const T*)gate_up, (const T*)down,
-                      wide ? (float*)out : nullptr, wide ? nullptr : (T*)out, rows * top_k, top_k, E, C, I, groups,
-                      {}, {}, nullptr}
+    const Path& path = *find_path(index);
+    Linear<T>{path, path.matmul((const T*)x), (const T*)x, (const T*)w, (const T*)bias, wide ? (float*)out : nullptr,
+              wide ? nullptr : (T*)out, rows, N, K, groups, 0, 0, nullptr}
         .run(threads);
 }
 
@@ -174,12 +105,4 @@ KERNELS_EXPORT void kernels_linear(int path, int threads, int dtype, const void*
                                    void* out, int wide, int64_t rows, int64_t N, int64_t K, int groups) {
     auto run = dtype == kernels::BFLOAT16 ? kernels::linear<kernels::bf16> : kernels::linear<float>;
     run(path, threads, x, w, bias, out, wide != 0, rows, N, K, groups);
-}
-
-// 0, or 1 when an expert id is too large.
-KERNELS_EXPORT int kernels_experts(int path, int threads, int dtype, const void* x, const int64_t* ids,
-                                   const void* gate_up, const void* down, void* out, int wide, int64_t rows,
-                                   int64_t top_k, int64_t E, int64_t C, int64_t I, int groups) {
-    auto run = dtype == kernels::BFLOAT16 ? kernels::experts<kernels::bf16> : kernels::experts<float>;
-    return run(path, threads, x, ids, gate_up, down, out, wide != 0, rows, top_k, E, C, I, groups) ? 0 : 1;
 }

@@ -9,6 +9,7 @@ const Path* find_path(int index) {
         case 1: return avx2_path();
         case 2: return avx512_path();
         case 3: return avx512bf16_path();
+        case 4: return amx_path();
         default: return nullptr;
     }
 }

@@ -5,19 +5,12 @@
 
 #include "vec_avx2.h"
 
-#include "attend.h"
-#include "tiles.h"
+#include "table.h"
 
 namespace kernels {
 
 const Path* avx2_path() {
-    static const Path path = {dots<Widened<float>>,
-                              dots<Widened<bf16>>,
-                              take_queries<WidenedKeys<float>>,
-                              take_queries<WidenedKeys<bf16>>,
-                              attend<WidenedKeys<float>>,
-                              attend<WidenedKeys<bf16>>,
-                              delta};
+    static const Path path = make_path<Widened<bf16>, WidenedKeys<bf16>>();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &path : nullptr;
 }
 

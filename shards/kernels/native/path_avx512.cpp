@@ -5,19 +5,12 @@
 
 #include "vec_avx512.h"
 
-#include "attend.h"
-#include "tiles.h"
+#include "table.h"
 
 namespace kernels {
 
 const Path* avx512_path() {
-    static const Path path = {dots<Widened<float>>,
-                              dots<Widened<bf16>>,
-                              take_queries<WidenedKeys<float>>,
-                              take_queries<WidenedKeys<bf16>>,
-                              attend<WidenedKeys<float>>,
-                              attend<WidenedKeys<bf16>>,
-                              delta};
+    static const Path path = make_path<Widened<bf16>, WidenedKeys<bf16>>();
     bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl");
     return here ? &path : nullptr;

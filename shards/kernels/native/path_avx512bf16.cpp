@@ -5,8 +5,7 @@
 
 #include "vec_avx512.h"
 
-#include "attend.h"
-#include "tiles.h"
+#include "table.h"
 
 namespace kernels {
 namespace {
@@ -54,13 +53,7 @@ struct PairedKeys {
 }  // namespace
 
 const Path* avx512bf16_path() {
-    static const Path path = {dots<Widened<float>>,
-                              dots<Paired>,
-                              take_queries<WidenedKeys<float>>,
-                              take_queries<PairedKeys>,
-                              attend<WidenedKeys<float>>,
-                              attend<PairedKeys>,
-                              delta};
+    static const Path path = make_path<Paired, PairedKeys>();
     return avx512_path() != nullptr && __builtin_cpu_supports("avx512bf16") ? &path : nullptr;
 }
 

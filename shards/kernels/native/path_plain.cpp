@@ -4,19 +4,12 @@
 
 #include "vec_plain.h"
 
-#include "attend.h"
-#include "tiles.h"
+#include "table.h"
 
 namespace kernels {
 
 const Path* plain_path() {
-    static const Path path = {dots<Widened<float>>,
-                              dots<Widened<bf16>>,
-                              take_queries<WidenedKeys<float>>,
-                              take_queries<WidenedKeys<bf16>>,
-                              attend<WidenedKeys<float>>,
-                              attend<WidenedKeys<bf16>>,
-                              delta};
+    static const Path path = make_path<Widened<bf16>, WidenedKeys<bf16>>();
     return &path;
 }
 

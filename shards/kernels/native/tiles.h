@@ -4,7 +4,7 @@
 // decides the speed and never the bits. No standard templates here: they would be shared between instruction sets.
 #pragma once
 
-#include "kernels.h"
+#include "matmul.h"
 
 namespace kernels {
 namespace {
@@ -20,13 +20,28 @@ struct Widened {
     static FN vec add_product(vec acc, operand x, operand w) { return fused(x, w, acc); }
 };
 
+// As many lines of weights as a step uses.
+template <int N>
+FN void fetch(Ahead& ahead) {
+    constexpr int LINE = 64;
+    if (ahead.bytes <= 0) return;
+    int lines = ahead.second != 0 ? (N + 1) / 2 : N;
+    for (int n = 0; n < lines; n++) __builtin_prefetch(ahead.at + n * LINE, 0, 2);
+    if (ahead.second != 0)
+        for (int n = 0; n < lines; n++) __builtin_prefetch(ahead.at + ahead.second + n * LINE, 0, 2);
+    ahead.at += lines * LINE;
+    ahead.bytes -= lines * LINE;
+}
+
 template <class Kind, int R, int N>
-FN void part_tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int64_t start, int64_t end, float* out) {
+FN void part_tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int64_t start, int64_t end, Ahead& ahead,
+                  float* out) {
     vec acc[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) acc[r][n] = zero();
     int64_t k = start;
     for (; k + Kind::STEP <= end; k += Kind::STEP) {
+        fetch<N>(ahead);
         typename Kind::operand xs[R];
         for (int r = 0; r < R; r++) xs[r] = Kind::take(x[r] + k);
         for (int n = 0; n < N; n++) {
@@ -49,13 +64,14 @@ FN void part_tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, 
 
 // The parts of K are added like a binary counter carries: (p0 + p1) + (p2 + p3), whatever their number.
 template <class Kind, int R, int N>
-FN void tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int64_t K, int groups, float* out, int stride) {
+FN void tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int64_t K, int groups, Ahead& ahead,
+             float* out, int stride) {
     constexpr int LEVELS = 16;
     float sums[LEVELS][R * N];
     int64_t width = K / groups;
     for (int g = 0; g < groups; g++) {
         float part[R * N];
-        part_tile<Kind, R, N>(x, w, g * width, (g + 1) * width, part);
+        part_tile<Kind, R, N>(x, w, g * width, (g + 1) * width, ahead, part);
         int level = 0;
         for (int carry = g; carry & 1; carry >>= 1, level++)
             for (int i = 0; i < R * N; i++) part[i] = sums[level][i] + part[i];
@@ -69,32 +85,32 @@ FN void tile(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int64
 
 template <class Kind, int R>
 FN void row_of_tiles(Rows<typename Kind::scalar> x, Rows<typename Kind::scalar> w, int columns, int64_t K, int groups,
-                     float* out, int stride) {
+                     Ahead& ahead, float* out, int stride) {
     constexpr int N = tile_columns(R);
     int n = 0;
-    for (; n + N <= columns; n += N) tile<Kind, R, N>(x, w + n, K, groups, out + n, stride);
-    for (; n + 2 <= columns; n += 2) tile<Kind, R, 2>(x, w + n, K, groups, out + n, stride);
-    if (n < columns) tile<Kind, R, 1>(x, w + n, K, groups, out + n, stride);
+    for (; n + N <= columns; n += N) tile<Kind, R, N>(x, w + n, K, groups, ahead, out + n, stride);
+    for (; n + 2 <= columns; n += 2) tile<Kind, R, 2>(x, w + n, K, groups, ahead, out + n, stride);
+    if (n < columns) tile<Kind, R, 1>(x, w + n, K, groups, ahead, out + n, stride);
 }
 
 template <class Kind, int R>
 FN void last_rows(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::scalar> w, int columns, int64_t K,
-                  int groups, float* out, int stride) {
+                  int groups, Ahead& ahead, float* out, int stride) {
     if (rows == R) {
-        row_of_tiles<Kind, R>(x, w, columns, K, groups, out, stride);
+        row_of_tiles<Kind, R>(x, w, columns, K, groups, ahead, out, stride);
     } else if constexpr (R > 1) {
-        last_rows<Kind, R - 1>(x, rows, w, columns, K, groups, out, stride);
+        last_rows<Kind, R - 1>(x, rows, w, columns, K, groups, ahead, out, stride);
     }
 }
 
 template <class Kind>
-ENTRY void dots(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::scalar> w, int columns, int64_t K,
-                int groups, float* out, int stride) {
+FN void all_dots(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::scalar> w, int columns, int64_t K,
+                 int groups, Ahead& ahead, float* out, int stride) {
     constexpr int R = MAX_TILE_ROWS;
     int r = 0;
     for (; r + R <= rows; r += R)
-        row_of_tiles<Kind, R>(x + r, w, columns, K, groups, out + int64_t(r) * stride, stride);
-    if (r < rows) last_rows<Kind, R>(x + r, rows - r, w, columns, K, groups, out + int64_t(r) * stride, stride);
+        row_of_tiles<Kind, R>(x + r, w, columns, K, groups, ahead, out + int64_t(r) * stride, stride);
+    if (r < rows) last_rows<Kind, R>(x + r, rows - r, w, columns, K, groups, ahead, out + int64_t(r) * stride, stride);
 }
 
 // V vectors of state columns through one token; each column is on its own.

@@ -1,0 +1,268 @@
+// Experts: pairs of a token and an expert, sorted by expert, through gate_up and down; the weights of an expert that was
+// hit are read once a pass. One parallel region: gate_up of all experts, down of all, and the sum over a token's experts.
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "matmul.h"
+
+namespace kernels {
+namespace {
+
+// Packed rows of a chunk stay in the second-level cache while an expert's weights pass by.
+constexpr int64_t CHUNK_BYTES = int64_t(512) << 10;
+// Weights of a task where they are what takes time, and tasks a thread where arithmetic is.
+constexpr int64_t TASK_BYTES = int64_t(128) << 10;
+constexpr int64_t TASKS_A_THREAD = 16;
+// Most memory for results that wait for their sum: tokens beyond it go in another pass.
+constexpr int64_t PASS_BYTES = int64_t(64) << 20;
+
+// Some rows of one expert: places [first, first + rows) of `order`, rows `panel_row` on of `inner`.
+struct Chunk {
+    int64_t expert, first, rows, panel_row;
+};
+
+template <class T>
+struct ExpertWeights {
+    const T* gate_up;  // [E, 2I, C]
+    const T* down;     // [E, C, I]
+    int64_t E, C, I;
+};
+
+// Where results go: each pair's own, or a sum over the pairs of a token.
+template <class T>
+struct Results {
+    float* wide_out;       // [T, K, C], or null
+    T* out;                // [T, K, C] or, with weights, [T, C]
+    const float* weights;  // [T, K], or null
+    bool wide;             // with weights: sum unrounded results
+};
+
+template <class T>
+class Experts {
+  public:
+    Experts(const Path& path, const T* x, const int64_t* ids, int64_t tokens, int64_t top_k, ExpertWeights<T> weights,
+            int groups, Results<T> results)
+        : path_(path), matmul_(path.matmul(x)), x_(x), ids_(ids), pairs_(tokens * top_k), tokens_(tokens), top_k_(top_k),
+          w_(weights), groups_(groups), results_(results) {}
+
+    void run(int threads) {
+        sort();
+        cut();
+        zero_missing();
+        threads = threads_for(int64_t(order_.size()) * w_.C * w_.I / 4, threads);
+        plan(threads);
+        Tickets first(int64_t(chunks_.size()) * gate_tasks_), second(int64_t(chunks_.size()) * down_tasks_);
+#pragma omp parallel num_threads(threads)
+        {
+            {
+                MatmulSession<T> session(matmul_);
+                T* panel = panels_ + omp_get_thread_num() * panel_size_;
+                int64_t held = -1;  // chunk in the panel
+                first.share([&](int64_t i, int64_t next) { gate_task(i, next, panel, held); });
+#pragma omp barrier
+                second.share([&](int64_t i, int64_t next) { down_task(i, next); });
+            }
+            if (results_.weights != nullptr) {
+#pragma omp barrier
+#pragma omp for
+                for (int64_t t = 0; t < tokens_; t++)
+                    path_.mix(waiting_ + t * top_k_ * w_.C, results_.weights + t * top_k_, top_k_, w_.C, !results_.wide,
+                              results_.out + t * w_.C);
+            }
+        }
+    }
+
+  private:
+    const Path& path_;
+    const Matmul<T>& matmul_;
+    const T* x_;
+    const int64_t* ids_;
+    int64_t pairs_, tokens_, top_k_;
+    ExpertWeights<T> w_;
+    int groups_;
+    Results<T> results_;
+    std::vector<int64_t> starts_;  // [E + 1] first place of each expert in `order_`
+    std::vector<int64_t> order_;   // pairs t * top_k + k, by expert
+    std::vector<Chunk> chunks_;
+    int64_t inner_rows_ = 0, gate_step_ = 0, down_step_ = 0, gate_tasks_ = 0, down_tasks_ = 0;
+    int64_t panel_size_ = 0;
+    T* panels_ = nullptr;       // a chunk of x a thread
+    T* inner_ = nullptr;        // [inner rows, I], packed
+    float* waiting_ = nullptr;  // [T, K, C], results that wait for their sum
+
+    // Counting sort.
+    void sort() {
+        starts_.assign(size_t(w_.E + 1), 0);
+        for (int64_t i = 0; i < pairs_; i++)
+            if (ids_[i] >= 0) starts_[size_t(ids_[i] + 1)]++;
+        for (int64_t e = 0; e < w_.E; e++) starts_[size_t(e + 1)] += starts_[size_t(e)];
+        order_.resize(size_t(starts_[size_t(w_.E)]));
+        std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
+        for (int64_t i = 0; i < pairs_; i++)
+            if (ids_[i] >= 0) order_[size_t(next[size_t(ids_[i])]++)] = i;
+    }
+
+    void cut() {
+        int64_t row_bytes = matmul_.packed_width(w_.C, 1) * int64_t(sizeof(T));
+        int64_t most = std::max<int64_t>(CHUNK_BYTES / row_bytes / CALL_ROWS, 1) * CALL_ROWS, longest = 0;
+        for (int64_t e = 0; e < w_.E; e++) {
+            for (int64_t at = starts_[size_t(e)]; at < starts_[size_t(e + 1)]; at += most) {
+                int64_t rows = std::min(most, starts_[size_t(e + 1)] - at);
+                chunks_.push_back({e, at, rows, inner_rows_});
+                inner_rows_ += panel_rows(rows);
+                longest = std::max(longest, panel_rows(rows));
+            }
+        }
+        panel_size_ = int64_t(aligned(size_t(longest * row_bytes)) / sizeof(T));
+    }
+
+    // Weight rows of a task: small tasks share out better, large ones pack x less often.
+    int64_t step_of(int64_t rows, int64_t row_bytes, int64_t unit, int threads) const {
+        int64_t chunks = std::max<int64_t>(int64_t(chunks_.size()), 1);
+        int64_t step = rows * chunks / (threads * TASKS_A_THREAD);
+        if (int64_t(order_.size()) < chunks * 2 * BLOCK) step = std::min(step, TASK_BYTES / std::max<int64_t>(row_bytes, 1));
+        return std::max(std::min(step, rows) / unit * unit, unit);
+    }
+
+    void plan(int threads) {
+        gate_step_ = step_of(w_.I, 2 * w_.C * int64_t(sizeof(T)), matmul_.columns / 2, threads);
+        down_step_ = step_of(w_.C, w_.I * int64_t(sizeof(T)), matmul_.columns, threads);
+        gate_tasks_ = blocks_of(w_.I, gate_step_), down_tasks_ = blocks_of(w_.C, down_step_);
+        int64_t width = matmul_.packed_width(w_.I, groups_);
+        size_t panels = size_t(threads * panel_size_) * sizeof(T);
+        size_t inner = aligned(size_t(inner_rows_ * width) * sizeof(T));
+        size_t waiting = results_.weights == nullptr ? 0 : size_t(pairs_ * w_.C) * sizeof(float);
+        char* at = scratch(panels + inner + waiting);
+        panels_ = (T*)at, inner_ = (T*)(at + panels), waiting_ = (float*)(at + panels + inner);
+        // What packing adds to a row multiplies weights that are not there: zeros.
+        if (width != w_.I) std::fill_n(inner_, inner_rows_ * width, T(0));
+        if (results_.weights != nullptr)
+            for (int64_t i = 0; i < pairs_; i++)
+                if (ids_[i] < 0) std::fill_n(waiting_ + i * w_.C, w_.C, 0.0f);
+    }
+
+    void zero_missing() const {
+        if (results_.weights != nullptr) return;
+        for (int64_t i = 0; i < pairs_; i++) {
+            if (ids_[i] >= 0) continue;
+            if (results_.wide_out != nullptr)
+                std::fill_n(results_.wide_out + i * w_.C, w_.C, 0.0f);
+            else
+                std::fill_n(results_.out + i * w_.C, w_.C, T(0));
+        }
+    }
+
+    const T* gate_of(int64_t task) const {
+        const Chunk& chunk = chunks_[size_t(task / gate_tasks_)];
+        return w_.gate_up + (chunk.expert * 2 * w_.I + task % gate_tasks_ * gate_step_) * w_.C;
+    }
+
+    const T* down_of(int64_t task) const {
+        const Chunk& chunk = chunks_[size_t(task / down_tasks_)];
+        return w_.down + (chunk.expert * w_.C + task % down_tasks_ * down_step_) * w_.I;
+    }
+
+    void pack(const Chunk& chunk, T* panel) const {
+        int64_t width = matmul_.packed_width(w_.C, 1);
+        for (int64_t row = 0; row < chunk.rows; row += BLOCK) {
+            const T* xs[BLOCK];
+            int count = int(std::min<int64_t>(BLOCK, chunk.rows - row));
+            for (int r = 0; r < count; r++) xs[r] = x_ + order_[size_t(chunk.first + row + r)] / top_k_ * w_.C;
+            if (matmul_.pack != nullptr)
+                matmul_.pack(xs, count, w_.C, 1, panel + row * width);
+            else
+                for (int r = 0; r < count; r++) std::copy_n(xs[r], w_.C, panel + (row + r) * width);
+        }
+    }
+
+    void gate_task(int64_t task, int64_t next, T* panel, int64_t& held) const {
+        const Chunk& chunk = chunks_[size_t(task / gate_tasks_)];
+        if (held != task / gate_tasks_) {
+            pack(chunk, panel);
+            held = task / gate_tasks_;
+        }
+        int64_t column = task % gate_tasks_ * gate_step_, end = std::min(column + gate_step_, w_.I);
+        int64_t width = matmul_.packed_width(w_.C, 1), inner_width = matmul_.packed_width(w_.I, groups_);
+        const T* gate = gate_of(task);
+        for (; column < end; column += matmul_.columns / 2) {
+            int columns = int(std::min<int64_t>(matmul_.columns / 2, end - column));
+            const T* after = gate + columns * w_.C;
+            if (column + columns >= end) after = next < 0 ? nullptr : gate_of(next);
+            int64_t row_bytes = w_.C * int64_t(sizeof(T));
+            Ahead ahead = {(const char*)after, after == nullptr ? 0 : columns * row_bytes, w_.I * row_bytes};
+            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.bytes = 0) {
+                int rows = int(std::min<int64_t>(CALL_ROWS, chunk.rows - r));
+                matmul_.gate_up(panel + r * width, rows, gate, gate + w_.I * w_.C, columns, w_.C, ahead,
+                                inner_ + (chunk.panel_row + r) * inner_width, w_.I, column, groups_);
+            }
+            gate += columns * w_.C;
+        }
+    }
+
+    void down_task(int64_t task, int64_t next) const {
+        const Chunk& chunk = chunks_[size_t(task / down_tasks_)];
+        int64_t column = task % down_tasks_ * down_step_, end = std::min(column + down_step_, w_.C);
+        int64_t width = matmul_.packed_width(w_.I, groups_);
+        const T* down = down_of(task);
+        alignas(64) float sums[CALL_ROWS * COLUMNS];
+        for (; column < end; column += matmul_.columns) {
+            int columns = int(std::min<int64_t>(matmul_.columns, end - column));
+            const T* after = down + columns * w_.I;
+            if (column + columns >= end) after = next < 0 ? nullptr : down_of(next);
+            Ahead ahead = {(const char*)after, after == nullptr ? 0 : columns * w_.I * int64_t(sizeof(T)), 0};
+            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.bytes = 0) {
+                int rows = int(std::min<int64_t>(CALL_ROWS, chunk.rows - r));
+                matmul_.multiply(inner_ + (chunk.panel_row + r) * width, rows, down, columns, w_.I, groups_, ahead, sums);
+                put(sums, chunk.first + r, rows, column, columns);
+            }
+            down += columns * w_.I;
+        }
+    }
+
+    void put(const float* sums, int64_t first, int rows, int64_t column, int columns) const {
+        float* wide = results_.weights != nullptr ? waiting_ : results_.wide_out;
+        for (int r = 0; r < rows; r++, sums += COLUMNS) {
+            int64_t at = order_[size_t(first + r)] * w_.C + column;
+            if (wide != nullptr)
+                std::copy_n(sums, columns, wide + at);
+            else
+                path_.finish(sums, nullptr, columns, results_.out + at);
+        }
+    }
+};
+
+template <class T>
+void experts(int index, int threads, const void* x, const int64_t* ids, const float* mix, const void* gate_up,
+             const void* down, void* out, bool wide, int64_t tokens, int64_t top_k, int64_t E, int64_t C, int64_t I,
+             int groups) {
+    const Path& path = *find_path(index);
+    ExpertWeights<T> weights = {(const T*)gate_up, (const T*)down, E, C, I};
+    if (mix == nullptr) {
+        Results<T> each = {wide ? (float*)out : nullptr, wide ? nullptr : (T*)out, nullptr, wide};
+        Experts<T>(path, (const T*)x, ids, tokens, top_k, weights, groups, each).run(threads);
+        return;
+    }
+    int64_t most = std::max<int64_t>(PASS_BYTES / std::max<int64_t>(top_k * C * 4, 1), CALL_ROWS);
+    for (int64_t t = 0; t < tokens; t += most) {
+        Results<T> sums = {nullptr, (T*)out + t * C, mix + t * top_k, wide};
+        Experts<T>(path, (const T*)x + t * C, ids + t * top_k, std::min(most, tokens - t), top_k, weights, groups, sums)
+            .run(threads);
+    }
+}
+
+}  // namespace
+}  // namespace kernels
+
+// With `mix` [T, K] the weighted sum over K goes to out [T, C], else every result to out [T, K, C]. Returns 0, or 1 when
+// an expert id is too large.
+KERNELS_EXPORT int kernels_experts(int path, int threads, int dtype, const void* x, const int64_t* ids, const float* mix,
+                                   const void* gate_up, const void* down, void* out, int wide, int64_t tokens,
+                                   int64_t top_k, int64_t E, int64_t C, int64_t I, int groups) {
+    for (int64_t i = 0; i < tokens * top_k; i++)
+        if (ids[i] >= E) return 1;
+    auto run = dtype == kernels::BFLOAT16 ? kernels::experts<kernels::bf16> : kernels::experts<float>;
+    run(path, threads, x, ids, mix, gate_up, down, out, wide != 0, tokens, top_k, E, C, I, groups);
+    return 0;
+}

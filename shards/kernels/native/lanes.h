@@ -1,0 +1,75 @@
+// Products by lanes: a vector of partial sums for every (row, weight row), along K; the panels are plain rows.
+// Included by each path_*.cpp after its vec_*.h.
+#pragma once
+
+#include "tiles.h"
+
+namespace kernels {
+namespace {
+
+int64_t plain_width(int64_t K, int) { return K; }
+
+template <class Kind>
+ENTRY void multiply(const typename Kind::scalar* panel, int rows, const typename Kind::scalar* w, int columns, int64_t K,
+                    int groups, Ahead ahead, float* sums) {
+    const typename Kind::scalar *xs[CALL_ROWS], *ws[COLUMNS];
+    for (int r = 0; r < rows; r++) xs[r] = panel + r * K;
+    for (int n = 0; n < columns; n++) ws[n] = w + n * K;
+    all_dots<Kind>(xs, rows, ws, columns, K, groups, ahead, sums, COLUMNS);
+}
+
+template <class Kind>
+ENTRY void gate_up(const typename Kind::scalar* panel, int rows, const typename Kind::scalar* gate,
+                   const typename Kind::scalar* up, int columns, int64_t K, Ahead ahead, typename Kind::scalar* inner,
+                   int64_t I, int64_t at, int) {
+    using T = typename Kind::scalar;
+    const T *xs[CALL_ROWS], *ws[COLUMNS];
+    float sums[CALL_ROWS * COLUMNS];
+    for (int r = 0; r < rows; r++) xs[r] = panel + r * K;
+    for (int n = 0; n < columns; n++) {
+        ws[n] = gate + n * K;
+        ws[columns + n] = up + n * K;
+    }
+    all_dots<Kind>(xs, rows, ws, 2 * columns, K, 1, ahead, sums, COLUMNS);
+    for (int r = 0; r < rows; r++) {
+        const float *g = sums + r * COLUMNS, *u = g + columns;
+        T* to = inner + r * I + at;
+        for (int n = 0; n < columns; n++) store(to + n, rounded<T>(silu(rounded<T>(g[n]))) * rounded<T>(u[n]));
+    }
+}
+
+template <class T>
+ENTRY void finish(const float* sums, const T* bias, int n, T* out) {
+    if (bias == nullptr)
+        for (int i = 0; i < n; i++) store(out + i, sums[i]);
+    else
+        for (int i = 0; i < n; i++) store(out + i, sums[i] + load(bias + i));
+}
+
+template <class T>
+ENTRY void mix(const float* y, const float* weights, int64_t K, int64_t C, bool round, T* out) {
+    constexpr int64_t COLUMNS_AT_ONCE = 256;
+    for (int64_t first = 0; first < C; first += COLUMNS_AT_ONCE) {
+        int64_t count = C - first < COLUMNS_AT_ONCE ? C - first : COLUMNS_AT_ONCE;
+        float total[COLUMNS_AT_ONCE] = {};
+        for (int64_t k = 0; k < K; k++) {
+            const float* from = y + k * C + first;
+            float weight = weights[k];
+            if (round)
+                for (int64_t c = 0; c < count; c++) total[c] += rounded<T>(from[c]) * weight;
+            else
+                for (int64_t c = 0; c < count; c++) total[c] += from[c] * weight;
+        }
+        for (int64_t c = 0; c < count; c++) store(out + first + c, total[c]);
+    }
+}
+
+template <class Kind>
+const Matmul<typename Kind::scalar>* lane_matmul() {
+    static const Matmul<typename Kind::scalar> matmul = {COLUMNS,         plain_width, nullptr, multiply<Kind>,
+                                                         gate_up<Kind>, nullptr,     nullptr};
+    return &matmul;
+}
+
+}  // namespace
+}  // namespace kernels

@@ -1,0 +1,98 @@
+// Products of rows of x with rows of a weight matrix, as the instruction sets make them, and what their callers share:
+// tickets that spread tasks over threads, and scratch memory.
+//
+// A caller packs rows of x once, cuts the weight rows into tasks, and gives each call the address of the weights that
+// the thread will read next, so that memory works while the thread computes.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace kernels {
+
+// Rows of x that are packed together: a panel of `rows` rows holds them rounded up to a multiple of it.
+constexpr int BLOCK = 16;
+// Rows of x that a call takes at most.
+constexpr int CALL_ROWS = 64;
+
+// Weights that a later call will read, fetched into the second-level cache on the way: `bytes` from `at` on and, unless
+// it is 0, as many `second` bytes behind.
+struct Ahead {
+    const char* at;
+    int64_t bytes;
+    int64_t second;
+};
+
+template <class T>
+struct Matmul {
+    // Weight rows that a call takes at most, an even number; a sum's rows are COLUMNS apart.
+    int columns;
+    // Elements of a packed row of K; rows r .. r + 15 of a panel begin at r * packed_width, r a multiple of BLOCK.
+    int64_t (*packed_width)(int64_t K, int groups);
+    // Packs up to BLOCK rows; null where a panel is the rows of K elements under one another.
+    void (*pack)(Rows<T> x, int rows, int64_t K, int groups, T* to);
+    // sums[r * COLUMNS + n] = x[r] . w[n] over K, in `groups` parts that are added as a balanced tree; w's rows lie K
+    // apart.
+    void (*multiply)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Ahead ahead, float* sums);
+    // Writes silu(x[r] . gate[n]) * (x[r] . up[n]) for up to columns / 2 of n into columns [at, at + columns) of a panel
+    // of rows of I, packed in `groups` for the product that follows.
+    void (*gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Ahead ahead, T* inner,
+                    int64_t I, int64_t at, int groups);
+    // Around the calls of a thread; null where there is nothing to set up.
+    void (*enter)();
+    void (*leave)();
+};
+
+template <class T>
+struct MatmulSession {
+    const Matmul<T>& matmul;
+    explicit MatmulSession(const Matmul<T>& used) : matmul(used) {
+        if (matmul.enter != nullptr) matmul.enter();
+    }
+    ~MatmulSession() {
+        if (matmul.leave != nullptr) matmul.leave();
+    }
+    MatmulSession(const MatmulSession&) = delete;
+    MatmulSession& operator=(const MatmulSession&) = delete;
+};
+
+// Hands out tasks 0 .. count - 1 in order. A thread draws its next ticket before it does the one in hand: then it knows
+// which weights to fetch ahead.
+class Tickets {
+  public:
+    explicit Tickets(int64_t count) : count_(count) {}
+    // work(task, next): next is -1 behind the last one.
+    template <class Work>
+    void share(const Work& work) {
+        int64_t task = draw();
+        while (task >= 0) {
+            int64_t next = draw();
+            work(task, next);
+            task = next;
+        }
+    }
+
+  private:
+    int64_t draw() {
+        int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
+        return ticket < count_ ? ticket : -1;
+    }
+    int64_t count_;
+    std::atomic<int64_t> next_{0};
+};
+
+// Memory of the calling thread, kept from call to call: fresh memory would be faulted in page by page each time.
+// Valid until the thread's next call; 64-byte aligned.
+char* scratch(size_t bytes);
+
+static inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+static inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Rounding up of a panel's rows.
+static inline int64_t panel_rows(int64_t rows) { return blocks_of(rows, BLOCK) * BLOCK; }
+
+const Matmul<bf16>* amx_matmul();
+
+}  // namespace kernels

@@ -1,0 +1,98 @@
+"""Linear layers and experts of the compiled library: check, allocate, pass addresses.
+
+T tokens of the step, C inputs, N outputs, E experts held here, K experts per token, I expert width.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shards.kernels.check import check_tensor, check_tensors
+
+MAX_GROUPS = 1 << 15
+
+_int, _long, _address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+MATMUL_SIGNATURES: dict[str, list[type]] = {
+    "kernels_linear": [_int] * 3 + [_address] * 4 + [_int] + [_long] * 3 + [_int],
+    "kernels_experts": [_int] * 3 + [_address] * 6 + [_int] + [_long] * 5 + [_int],
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeMatmul:
+    """Calls of one instruction set. Every method raises ValueError for tensors that the library does not take."""
+
+    library: ctypes.CDLL
+    path: int
+
+    def linear(self, x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None, *, groups: int, wide: bool) -> Tensor:
+        """x @ weight.T (+ bias) -> [T, N]."""
+        (T, C), N = x_TC.shape, weight_NC.shape[0]
+        code = check_tensors(x_TC, x=(x_TC, (T, C)), weight=(weight_NC, (N, C)))
+        if bias_N is not None:
+            check_tensors(x_TC, bias=(bias_N, (N,)))
+        _check_groups(groups, C)
+        y_TN = x_TC.new_empty((T, N), dtype=torch.float32 if wide else x_TC.dtype)
+        bias = None if bias_N is None else bias_N.data_ptr()
+        self.library.kernels_linear(
+            self.path, torch.get_num_threads(), code, x_TC.data_ptr(), weight_NC.data_ptr(), bias, y_TN.data_ptr(),
+            wide, T, N, C, groups,
+        )  # fmt: skip
+        return y_TN
+
+    def experts(
+        self, x_TC: Tensor, ids_TK: Tensor, gate_up_E2IC: Tensor, down_ECI: Tensor, *, groups: int, wide: bool
+    ) -> Tensor:
+        """Each token through each of its experts -> [T, K, C]."""
+        y_TKC = x_TC.new_empty((*ids_TK.shape, x_TC.shape[1]), dtype=torch.float32 if wide else x_TC.dtype)
+        self._experts(x_TC, ids_TK, None, gate_up_E2IC, down_ECI, y_TKC, groups=groups, wide=wide)
+        return y_TKC
+
+    def weighted_experts(
+        self,
+        x_TC: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        gate_up_E2IC: Tensor,
+        down_ECI: Tensor,
+        *,
+        groups: int,
+        wide: bool,
+    ) -> Tensor:
+        """The weighted sum over K of what `experts` gives -> [T, C]."""
+        check_tensor("weights", weights_TK, torch.float32, tuple(ids_TK.shape))
+        y_TC = torch.empty_like(x_TC)
+        self._experts(x_TC, ids_TK, weights_TK, gate_up_E2IC, down_ECI, y_TC, groups=groups, wide=wide)
+        return y_TC
+
+    def _experts(
+        self,
+        x_TC: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor | None,
+        gate_up_E2IC: Tensor,
+        down_ECI: Tensor,
+        out: Tensor,
+        *,
+        groups: int,
+        wide: bool,
+    ) -> None:
+        (T, C), K, (E, _, width) = x_TC.shape, ids_TK.shape[1], down_ECI.shape
+        gate_up, down = (gate_up_E2IC, (E, 2 * width, C)), (down_ECI, (E, C, width))
+        code = check_tensors(x_TC, x=(x_TC, (T, C)), gate_up=gate_up, down=down)
+        check_tensor("ids", ids_TK, torch.int64, (T, K))
+        _check_groups(groups, width)
+        weights = None if weights_TK is None else weights_TK.data_ptr()
+        failed = self.library.kernels_experts(
+            self.path, torch.get_num_threads(), code, x_TC.data_ptr(), ids_TK.data_ptr(), weights,
+            gate_up_E2IC.data_ptr(), down_ECI.data_ptr(), out.data_ptr(), wide, T, K, E, C, width, groups,
+        )  # fmt: skip
+        if failed:
+            raise ValueError(f"experts: ids reach {int(ids_TK.max())}, but only {E} experts are held here")
+
+
+def _check_groups(groups: int, width: int) -> None:
+    if not 1 <= groups <= MAX_GROUPS or groups & (groups - 1) or width % groups:
+        raise ValueError(f"groups={groups} must be a power of two that divides {width}")
