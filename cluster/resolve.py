@@ -18,7 +18,7 @@ from shards.host_memory import available_memory
 from shards.kernels.select import select_kernels
 from shards.mesh import Place
 from shards.rank import RankConfig, resolve_deterministic, torch_dtype
-from shards.weights import LATER_PREFIX, CheckpointReader
+from shards.weights import MTP_PREFIX, CheckpointReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ def weight_bytes(config: EngineConfig) -> int:
     """Weights of the whole model in the engine's dtype, from the headers of the files' tensors that are loaded."""
     reader = CheckpointReader(config.model)
     itemsize = torch_dtype(config.dtype).itemsize
-    loaded = (name for name in reader.names() if not name.startswith(LATER_PREFIX))
+    loaded = (name for name in reader.names() if not name.startswith(MTP_PREFIX))
     return sum(math.prod(reader.shape(name)) * itemsize for name in loaded)
 
 

@@ -54,6 +54,12 @@ class StepBatch:
     Row i of the step computes positions first_S[i] .. first_S[i] + counts_S[i] - 1 of row rows_S[i]. Where
     samples_S[i] is 1 the rank samples the token behind the last computed position and stores it in the row, so that
     the next step can be planned before the token is known. A row whose first_S is 0 starts from zero recurrent state.
+
+    With speculation the last verifies_S[i] of a row's positions hold drafts. The token behind each position is drawn,
+    from that of the last position before the drafts on; drafts are accepted up to the first that differs from what
+    was drawn in its place, and the row goes on behind the accepted ones only. Then the rank drafts drafts_S[i] tokens
+    behind the last token of a sampled row; blocks for all but the last of them, behind the row's positions, are in
+    its table, and the row has room for all of them. Both columns are empty where no row has any.
     """
 
     starts: tuple[RowStart, ...] = ()
@@ -64,6 +70,8 @@ class StepBatch:
     first_S: list[int] = field(default_factory=list)
     counts_S: list[int] = field(default_factory=list)
     samples_S: list[int] = field(default_factory=list)
+    verifies_S: list[int] = field(default_factory=list)
+    drafts_S: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +88,17 @@ class LogprobColumns:
 class LaneOutput:
     """What a lane's first TP rank answers to one StepBatch.
 
-    tokens_N belongs to the sampled rows in the batch's order; NO_TOKEN where a row's logits were not finite, so that
-    there is nothing to choose from. `logprobs` has as many entries as sampled rows when any
-    of the sampled rows asked for log probabilities. prompt_logprobs holds, by row, those of the prompt positions
-    computed in this step, first position first (position p's entry is the log probability of token p + 1).
+    rows_N are the sampled rows in the batch's order. tokens_N are their tokens, one each, but with drafts counts_N[i]
+    (accepted drafts and one more); counts_N is empty where every row has one. NO_TOKEN stands where logits were not
+    finite, so that there is nothing to choose from: no token of the row follows it. `logprobs` has as many entries as
+    tokens when any of the sampled rows asked for log probabilities. prompt_logprobs holds, by row, those of the
+    prompt positions computed in this step, first position first (position p's entry is the log probability of token
+    p + 1).
     """
 
     rows_N: list[int] = field(default_factory=list)
     tokens_N: list[int] = field(default_factory=list)
+    counts_N: list[int] = field(default_factory=list)
     logprobs: LogprobColumns | None = None
     prompt_logprobs: dict[int, LogprobColumns] = field(default_factory=dict)
     compute_s: float = 0.0

@@ -47,7 +47,7 @@ class CacheShape:
     """
 
     k_pools: tuple[Pool, ...]
-    """[N, H, P, D] by attention layer."""
+    """[N, H, P, D] by attention layer; last, where it is used, the multi-token prediction layer's."""
     v_pools: tuple[Pool, ...]
     conv_states: tuple[Pool, ...]
     """[M, C, W - 1] in the model's dtype, by delta layer."""
@@ -97,8 +97,8 @@ def cache_shape(
     kv_shape = (num_blocks, len(kv_heads), block_size, model.head_dim)
     conv_shape, delta_shape = _state_shapes(model, len(key_heads), num_slots)
     layouter = _Layouter()
-    k_pools = tuple(layouter.place(kv_shape, dtype) for _ in model.attention_layers)
-    v_pools = tuple(layouter.place(kv_shape, dtype) for _ in model.attention_layers)
+    k_pools = tuple(layouter.place(kv_shape, dtype) for _ in range(model.num_kv_layers))
+    v_pools = tuple(layouter.place(kv_shape, dtype) for _ in range(model.num_kv_layers))
     conv_states = tuple(layouter.place(conv_shape, dtype) for _ in model.delta_layers)
     delta_states = tuple(layouter.place(delta_shape, torch.float32) for _ in model.delta_layers)
     return CacheShape(
@@ -141,7 +141,7 @@ def fit(
         ValueError: the memory holds no block (or no slot).
     """
     unit = cache_shape(model, tp, 0, num_blocks=1, block_size=block_size, num_slots=1, dtype=dtype)
-    usable = memory_bytes - ALIGNMENT_BYTES * (2 * len(model.attention_layers) + 2 * len(model.delta_layers))
+    usable = memory_bytes - ALIGNMENT_BYTES * (2 * model.num_kv_layers + 2 * len(model.delta_layers))
     num_slots = min(max_rows, usable // 2 // unit.bytes_per_slot) if unit.bytes_per_slot else 0
     num_blocks = max_rows * -(-model.max_position_embeddings // block_size)
     if unit.bytes_per_block:

@@ -9,6 +9,8 @@ from typing import Literal
 from shards.rope_config import RopeConfig
 
 LayerType = Literal["full_attention", "linear_attention"]
+MTP_FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
+"""Families whose checkpoints may hold a multi-token prediction head, under `mtp.`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     num_nextn_predict_layers: int = 0
-    """Multi-token prediction layers in the checkpoint."""
+    """Multi-token prediction layers: in a checkpoint's config those it says to hold, in a served model's those used."""
     unused_tensors: tuple[str, ...] = ()
     """Prefixes of tensors that the checkpoint may hold and text needs none of."""
 
@@ -72,6 +74,29 @@ class ModelConfig:
     def delta_layers(self) -> tuple[int, ...]:
         """Indices of the layers with a recurrent state."""
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == "linear_attention")
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers with paged KV: those of `attention_layers`, then the multi-token prediction layer where it is used."""
+        return len(self.attention_layers) + self.num_nextn_predict_layers
+
+    def with_drafts(self, draft_tokens: int) -> "ModelConfig":
+        """The config of a served model that drafts up to `draft_tokens` tokens a step; 0: none.
+
+        Raises:
+            ValueError: the architecture has no multi-token prediction head, or the checkpoint one of several layers.
+        """
+        if draft_tokens and self.architecture not in MTP_FAMILIES:
+            raise ValueError(
+                f"draft_tokens={draft_tokens} needs a multi-token prediction head, which {self.architecture} has not; "
+                "use draft_tokens=0"
+            )
+        if draft_tokens and self.num_nextn_predict_layers > 1:
+            raise ValueError(
+                f"draft_tokens={draft_tokens}: num_nextn_predict_layers={self.num_nextn_predict_layers} is not "
+                "supported, only a head of one layer is; use draft_tokens=0"
+            )
+        return dataclasses.replace(self, num_nextn_predict_layers=int(draft_tokens > 0))
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer `index` has experts rather than a dense MLP."""

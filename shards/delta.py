@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shards.linear import RowLinear, Runtime
 from shards.loading import Loader, as_slice
-from shards.rows import StepTensors
+from shards.rows import DeltaInputs, StepTensors
+from shards.verify import Replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,25 +64,53 @@ class Delta:
     ) -> Tensor:
         """Advances the states of the step's slots -> [T, C] on every rank of the lane."""
         kernels, T = runtime.kernels, x_TC.shape[0]
-        keys, values = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
+        values = self.num_value_heads * self.value_dim
         projected = kernels.linear(x_TC, self.in_proj_NC)
-        qkv, z, b, a = projected.split((2 * keys + values, values, self.num_value_heads, self.num_value_heads), dim=1)
+        channels = projected.shape[1] - values - 2 * self.num_value_heads
+        qkv, z, b, a = projected.split((channels, values, self.num_value_heads, self.num_value_heads), dim=1)
+        if step.verified_U is not None:
+            u = step.verified_U
+            step.delta_inputs.append(DeltaInputs(qkv_UQ=qkv[u], b_UV=b[u], a_UV=a[u]))
+        inputs = DeltaInputs(qkv_UQ=qkv.contiguous(), b_UV=b.contiguous(), a_UV=a.contiguous())
         where = (step.state_slots_S, step.query_start_S1, step.fresh_S)
-        qkv = kernels.causal_conv(qkv.contiguous(), self.conv1d_QW, conv_state_MQW, *where)
-        q, k, v = qkv.split((keys, keys, values), dim=1)
-        beta_TV, g_TV = kernels.delta_gates(b.contiguous(), a.contiguous(), self.a_log_V, self.dt_bias_V)
-        out_TVD = kernels.delta_rule(
-            q.contiguous().view(T, -1, self.key_dim),
-            k.contiguous().view(T, -1, self.key_dim),
-            v.contiguous().view(T, -1, self.value_dim),
-            beta_TV,
-            g_TV,
-            state_MVDD,
-            *where,
-        )
+        out_TVD = self._recur(runtime, inputs, where, step.advance_S, conv_state_MQW, state_MVDD)
         z_TVD = z.contiguous().view(T, -1, self.value_dim)
         out_TVD = kernels.gated_rms_norm(out_TVD, z_TVD, self.norm_D, self.eps)
         return self.out_proj.forward(runtime, runtime.comms.tp, out_TVD.reshape(T, -1))
+
+    def replay(
+        self, runtime: Runtime, inputs: DeltaInputs, replay: Replay, conv_state_MQW: Tensor, state_MVDD: Tensor
+    ) -> None:
+        """Advance the states of rows that verified drafts over their accepted tokens: `forward`'s bits."""
+        kept = replay.kept_K
+        inputs = DeltaInputs(qkv_UQ=inputs.qkv_UQ[kept], b_UV=inputs.b_UV[kept], a_UV=inputs.a_UV[kept])
+        where = (replay.state_slots_S, replay.query_start_S1, torch.zeros_like(replay.state_slots_S, dtype=torch.bool))
+        self._recur(runtime, inputs, where, None, conv_state_MQW, state_MVDD)
+
+    def _recur(
+        self,
+        runtime: Runtime,
+        inputs: DeltaInputs,
+        where: tuple[Tensor, Tensor, Tensor],
+        advance_S: Tensor | None,
+        conv_state_MQW: Tensor,
+        state_MVDD: Tensor,
+    ) -> Tensor:
+        """Convolution and rule over sequences `where` (slots, query starts, fresh) -> [U, V, Dv]."""
+        kernels, U, keys = runtime.kernels, inputs.qkv_UQ.shape[0], self.num_key_heads * self.key_dim
+        qkv = kernels.causal_conv(inputs.qkv_UQ, self.conv1d_QW, conv_state_MQW, *where, advance_S)
+        q, k, v = qkv.split((keys, keys, qkv.shape[1] - 2 * keys), dim=1)
+        beta_UV, g_UV = kernels.delta_gates(inputs.b_UV, inputs.a_UV, self.a_log_V, self.dt_bias_V)
+        return kernels.delta_rule(
+            q.contiguous().view(U, -1, self.key_dim),
+            k.contiguous().view(U, -1, self.key_dim),
+            v.contiguous().view(U, -1, self.value_dim),
+            beta_UV,
+            g_UV,
+            state_MVDD,
+            *where,
+            advance_S,
+        )
 
 
 def _load_in_proj(loader: Loader, prefix: str) -> Tensor:

@@ -15,7 +15,9 @@ from shards.embedding import VocabShard
 from shards.linear import DenseMlp, Runtime
 from shards.loading import Loader
 from shards.moe import Moe
+from shards.mtp import Mtp
 from shards.rows import StepTensors
+from shards.verify import Replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class Model:
         layers: list[DecoderLayer],
         norm_C: Tensor,
         lm_head: VocabShard,
+        mtp: Mtp | None,
         eps: float,
         zero_centred: bool,
     ) -> None:
@@ -47,6 +50,7 @@ class Model:
         self.layers = layers
         self.norm_C = norm_C
         self.lm_head = lm_head
+        self.mtp = mtp
         self._eps = eps
         self._zero_centred = zero_centred
 
@@ -74,7 +78,17 @@ class Model:
 
     def logits(self, runtime: Runtime, hidden_NC: Tensor) -> Tensor:
         """Chosen rows of `forward`'s result -> float32 [N, V] on every rank of the lane."""
-        return self.lm_head.logits(runtime, self._norm(runtime, hidden_NC, self.norm_C))
+        return self.lm_head.logits(runtime, self.normed(runtime, hidden_NC))
+
+    def normed(self, runtime: Runtime, hidden_TC: Tensor) -> Tensor:
+        """`forward`'s result after the final norm: what the multi-token prediction head takes."""
+        return self._norm(runtime, hidden_TC, self.norm_C)
+
+    def replay(self, runtime: Runtime, step: StepTensors, replay: Replay, cache: KvCache) -> None:
+        """Advance the recurrent states of rows that verified drafts over the accepted tokens."""
+        deltas = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Delta)]
+        for i, (delta, inputs) in enumerate(zip(deltas, step.delta_inputs, strict=True)):
+            delta.replay(runtime, inputs, replay, cache.conv_states[i], cache.delta_states[i])
 
     def _norm(self, runtime: Runtime, x: Tensor, weight_C: Tensor) -> Tensor:
         return runtime.kernels.rms_norm(x, weight_C, self._eps, zero_centred=self._zero_centred)
@@ -121,6 +135,7 @@ def load_model(loader: Loader) -> Model:
         layers=layers,
         norm_C=loader.tensor(f"{root}.norm.weight", (config.hidden_size,)),
         lm_head=embed_tokens if head_name == embed_name else VocabShard.load(loader, head_name),
+        mtp=Mtp.load(loader) if config.num_nextn_predict_layers else None,
         eps=config.rms_norm_eps,
         zero_centred=config.zero_centred_norm,
     )

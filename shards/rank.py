@@ -3,6 +3,7 @@
 N rows sampled in a step, V vocabulary, T tokens of the step.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +18,19 @@ from shards.cache import KvCache, cache_shape
 from shards.comm import Comms
 from shards.config import ModelConfig
 from shards.cuts import check_layout, make_cuts
+from shards.drafting import Drafter
 from shards.families import load_model_config
 from shards.kernels.select import select_kernels
 from shards.linear import Runtime
 from shards.loading import Loader
 from shards.mesh import Place
 from shards.model import Model, load_model
+from shards.mtp import Mtp
 from shards.rope import rotary_tables
 from shards.rows import PromptSpan, Rows
 from shards.sampler import Sampler
-from shards.weights import LATER_PREFIX, CheckpointReader
+from shards.verify import Draws, Replay, pick
+from shards.weights import MTP_PREFIX, CheckpointReader
 
 KernelsName = Literal["auto", "native", "torch"]
 DeterministicMode = Literal["auto", "on", "off"]
@@ -52,6 +56,8 @@ class RankConfig:
     num_slots: int
     max_rows: int
     max_model_len: int
+    draft_tokens: int = 0
+    """Most tokens drafted behind a row in a step; 0: the multi-token prediction head is not loaded."""
     threads: int | None = None
     """CPU threads of this rank; None leaves torch's own choice."""
 
@@ -78,7 +84,7 @@ def resolve_deterministic(mode: DeterministicMode, kernels: KernelsName, device:
 
 def _tensors_without_use(model: ModelConfig, root: str) -> list[str]:
     """Prefixes of tensors that a checkpoint may hold and the model has no use for."""
-    unused = [LATER_PREFIX, *model.unused_tensors]
+    unused = [*model.unused_tensors, *(() if model.num_nextn_predict_layers else (MTP_PREFIX,))]
     if not model.shared_expert_intermediate_size:
         # transformers saves empty ones.
         unused += [f"{root}.layers.{i}.mlp.shared_expert" for i in range(model.num_hidden_layers)]
@@ -94,7 +100,7 @@ class Rank:
 
     def __init__(self, config: RankConfig, comms: Comms) -> None:
         self.config = config
-        self.model_config = load_model_config(config.model)
+        self.model_config = load_model_config(config.model).with_drafts(config.draft_tokens)
         self._device = torch.device(config.device)
         exact = resolve_deterministic(config.deterministic, config.kernels, config.device)
         check_layout(self.model_config, config.place.layout, deterministic=exact, groups=config.reduction_groups)
@@ -149,49 +155,72 @@ class Rank:
         started = time.monotonic()
         with torch.inference_mode():
             self._rows.update(batch)
-            lane_tokens = self._lane_tokens(sum(batch.counts_S))
-            output = self._compute(self._model, batch, lane_tokens) if any(lane_tokens) else LaneOutput()
+            lane_tokens, *lane_drafts = self._lane_counts(batch)
+            output = self._compute(self._model, batch, lane_tokens, lane_drafts) if any(lane_tokens) else LaneOutput()
         if not self.config.place.is_lane_leader:
             return None
-        return LaneOutput(
-            rows_N=output.rows_N,
-            tokens_N=output.tokens_N,
-            logprobs=output.logprobs,
-            prompt_logprobs=output.prompt_logprobs,
-            compute_s=time.monotonic() - started,
-        )
+        return dataclasses.replace(output, compute_s=time.monotonic() - started)
 
     def close(self) -> None:
         """Let go of cache and weights."""
         self._model = None
         self.cache.close()
 
-    def _lane_tokens(self, num_tokens: int) -> tuple[int, ...]:
-        """Every lane's number of tokens in this step."""
+    def _lane_counts(self, batch: StepBatch) -> list[tuple[int, ...]]:
+        """Every lane's number of tokens in this step, then for each depth its number of rows that draft that far."""
         dp = self._runtime.comms.dp
+        depths = range(self.config.draft_tokens)
+        counts = [sum(batch.counts_S), *(sum(drafts > depth for drafts in batch.drafts_S) for depth in depths)]
         if dp.size == 1:
-            return (num_tokens,)
-        return tuple(dp.all_gather(torch.tensor([num_tokens], dtype=torch.int64, device=self._device)).tolist())
+            return [(count,) for count in counts]
+        lanes = dp.all_gather(torch.tensor([counts], dtype=torch.int64, device=self._device))
+        return [tuple(column) for column in lanes.T.tolist()]
 
-    def _compute(self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...]) -> LaneOutput:
+    def _compute(
+        self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...], lane_drafts: list[tuple[int, ...]]
+    ) -> LaneOutput:
         step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
         hidden_TC = model.forward(self._runtime, step, self.cache)
         prompt_logprobs: dict[int, LogprobColumns] = {}
         for span in self._rows.prompt_spans(batch):
             prompt_logprobs[span.row] = self._prompt_logprobs(model, hidden_TC, span)
-        last_S = (step.query_start_S1[1:] - 1)[torch.tensor(batch.samples_S, dtype=torch.bool, device=self._device)]
-        rows_N = [row for row, wanted in zip(batch.rows_S, batch.samples_S, strict=True) if wanted]
-        if not rows_N:
-            return LaneOutput(prompt_logprobs=prompt_logprobs)
-        positions_N = [
-            first + count
-            for first, count, wanted in zip(batch.first_S, batch.counts_S, batch.samples_S, strict=True)
-            if wanted
-        ]
-        logits_NV = model.logits(self._runtime, hidden_TC[last_S])
-        tokens_N, logprobs = self._sample(logits_NV, rows_N, positions_N)
-        self._rows.store(rows_N, positions_N, tokens_N)
-        return LaneOutput(rows_N=rows_N, tokens_N=tokens_N.tolist(), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        draws = Draws.of(batch)
+        kept, output = self._draw(model, hidden_TC, draws) if draws.rows else ([], LaneOutput())
+        if step.advance_S is not None and step.delta_inputs:
+            replay = Replay.of(draws, kept, step.advance_S, step.state_slots_S)
+            model.replay(self._runtime, step, replay, self.cache)
+        if model.mtp is not None:
+            self._drafter(model, model.mtp).run(step, hidden_TC, draws, kept, lane_drafts)
+        return dataclasses.replace(output, prompt_logprobs=prompt_logprobs)
+
+    def _draw(self, model: Model, hidden_TC: Tensor, draws: Draws) -> tuple[list[int], LaneOutput]:
+        """Choose the sampled rows' tokens -> how many stay of each row's draws, and these as the lane's answer."""
+        logits_NV = model.logits(self._runtime, hidden_TC[torch.tensor(draws.tokens_N, device=self._device)])
+        tokens_N, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
+        drafted_N = self._rows.tokens_at(draws.rows_N, draws.positions_N)
+        self._rows.store(draws.rows_N, draws.positions_N, tokens_N)
+        drawn_N = tokens_N.tolist()
+        if len(drawn_N) == len(draws.rows):
+            return draws.counts, LaneOutput(rows_N=draws.rows, tokens_N=drawn_N, logprobs=logprobs)
+        kept = draws.accept(drawn_N, drafted_N.tolist())
+        stay = draws.kept_draws(kept)
+        return kept, LaneOutput(
+            rows_N=draws.rows,
+            tokens_N=[drawn_N[i] for i in stay],
+            counts_N=kept,
+            logprobs=None if logprobs is None else pick(logprobs, stay),
+        )
+
+    def _drafter(self, model: Model, mtp: Mtp) -> Drafter:
+        return Drafter(
+            runtime=self._runtime,
+            model=model,
+            mtp=mtp,
+            rows=self._rows,
+            cache=self.cache,
+            cos_LR=self._cos_LR,
+            sin_LR=self._sin_LR,
+        )
 
     def _sample(
         self, logits_NV: Tensor, rows_N: list[int], positions_N: list[int]

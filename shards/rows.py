@@ -4,7 +4,7 @@ R rows, L positions a row can hold, B blocks a row can hold, S rows and T tokens
 R in cos_TR is the rotary dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,11 +17,24 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaInputs:
+    """What a delta layer was given for the tokens of rows that verify drafts (U tokens, one row after the other)."""
+
+    qkv_UQ: Tensor
+    b_UV: Tensor
+    a_UV: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepTensors:
     """What the layers need to know of a step."""
 
     tokens_T: Tensor
     """int64 token ids, the rows' tokens one after the other."""
+    rows_T: Tensor
+    """int64 row of each token."""
+    positions_T: Tensor
+    """int64 position of each token in its sequence."""
     cos_TR: Tensor
     sin_TR: Tensor
     slots_T: Tensor
@@ -38,6 +51,12 @@ class StepTensors:
     """bool: the row starts from zero state."""
     lane_tokens: tuple[int, ...]
     """T of every lane."""
+    advance_S: Tensor | None = None
+    """bool: the row's recurrent state advances; rows that verify drafts leave theirs as it is. None: all advance."""
+    verified_U: Tensor | None = None
+    """int64: which of the step's tokens are of rows that verify drafts. None: no row does."""
+    delta_inputs: list[DeltaInputs] = field(default_factory=list)
+    """Of those tokens; delta layers append theirs, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +111,16 @@ class Rows:
         blocks_T = self._tables_RB[rows_T, positions_T // self.block_size].astype(np.int64)
         context_S = first_S + counts_S
         width = -(-int(context_S.max(initial=0)) // self.block_size)
-        positions = self._send(positions_T)
+        rows, positions = self._send(rows_T), self._send(positions_T)
+        advance_S = verified_U = None
+        if any(batch.verifies_S):
+            verifying_S = _ints(batch.verifies_S) > 0
+            advance_S = torch.from_numpy(~verifying_S).to(self.device)
+            verified_U = self._send(np.repeat(verifying_S, counts_S).nonzero()[0])
         return StepTensors(
-            tokens_T=self.tokens_RL[self._send(rows_T), positions],
+            tokens_T=self.tokens_RL[rows, positions],
+            rows_T=rows,
+            positions_T=positions,
             cos_TR=cos_LR[positions],
             sin_TR=sin_LR[positions],
             slots_T=self._send(blocks_T * self.block_size + positions_T % self.block_size),
@@ -104,7 +130,17 @@ class Rows:
             state_slots_S=self._send(self._state_slots_R[rows_S]),
             fresh_S=self._send(first_S) == 0,
             lane_tokens=lane_tokens,
+            advance_S=advance_S,
+            verified_U=verified_U,
         )
+
+    def next_tokens(self, step: StepTensors) -> Tensor:
+        """The token behind each of the step's positions, int64 [T]; all of them are known or drawn."""
+        return self.tokens_RL[step.rows_T, step.positions_T + 1]
+
+    def tokens_at(self, rows_N: list[int], positions_N: list[int]) -> Tensor:
+        """Token ids int64 [N]."""
+        return self.tokens_RL[self._send(_ints(rows_N)), self._send(_ints(positions_N))]
 
     def store(self, rows_N: list[int], positions_N: list[int], tokens_N: Tensor) -> None:
         """Write sampled tokens behind the rows' last positions; for NO_TOKEN one that can be embedded."""

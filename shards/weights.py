@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
-LATER_PREFIX = "mtp."
-"""Multi-token prediction: known, and not read yet."""
+MTP_PREFIX = "mtp."
+"""Multi-token prediction: read only where drafts are asked for."""
 _REPORTS = 200
 _NAMES_SHOWN = 8
 
@@ -45,7 +45,7 @@ class CheckpointReader:
         self._files: dict[Path, safe_open] = {}
         self._stack = ExitStack()
         self._used: set[str] = set()
-        self._stored_bytes = sum(t.num_bytes for name, t in self._tensors.items() if not name.startswith(LATER_PREFIX))
+        self._stored_bytes = sum(t.num_bytes for name, t in self._tensors.items() if not name.startswith(MTP_PREFIX))
         self._seen_bytes = 0
         self._done_bytes = 0
         self._told_bytes = 0
@@ -123,7 +123,7 @@ class CheckpointReader:
             return self._read_fused(prefix, experts, columns, expect)
         return self._read_one_by_one(prefix, experts, columns, expect)
 
-    def finish(self, ignored_prefixes: tuple[str, ...] = (LATER_PREFIX,)) -> None:
+    def finish(self, ignored_prefixes: tuple[str, ...] = (MTP_PREFIX,)) -> None:
         """Close the files; raise ValueError when a tensor was never used, but for the ignored prefixes."""
         self.close()
         unused = sorted(self.names() - self._used)
@@ -135,7 +135,7 @@ class CheckpointReader:
                 "use the config and weights of one model"
             )
         if unused:
-            logger.info("%s: %d tensors of %s are not used yet", self._path, len(unused), ", ".join(ignored_prefixes))
+            logger.info("%s: %d tensors of %s are not used", self._path, len(unused), ", ".join(ignored_prefixes))
         if self._progress is not None:
             self._progress(self._done_bytes, self._done_bytes)
 

@@ -39,7 +39,7 @@ def lane_batches(work: Work, lane: int, num_lanes: int) -> list[StepBatch]:
     mine = list(range(lane, len(work.prompts), num_lanes))
     done = [0] * len(mine)
     batches: list[StepBatch] = []
-    starts = tuple(_start(work, index, row) for row, index in enumerate(mine))
+    starts = lane_starts(work, lane, num_lanes)
     lengths = [len(work.prompts[index]) for index in mine]
     while any(done[row] < lengths[row] + work.new_tokens - 1 for row in range(len(mine))):
         batch = StepBatch(starts=starts)
@@ -55,6 +55,12 @@ def lane_batches(work: Work, lane: int, num_lanes: int) -> list[StepBatch]:
             batch.samples_S.append(int(done[row] >= length))
         batches.append(batch)
     return batches
+
+
+def lane_starts(work: Work, lane: int, num_lanes: int) -> tuple[RowStart, ...]:
+    """The rows of one lane."""
+    mine = range(lane, len(work.prompts), num_lanes)
+    return tuple(_start(work, index, row) for row, index in enumerate(mine))
 
 
 def _start(work: Work, index: int, row: int) -> RowStart:
@@ -79,6 +85,7 @@ def make_rank(
     kernels: KernelsName = "torch",
     deterministic: DeterministicMode = "auto",
     dtype: str = "float32",
+    draft_tokens: int = 0,
 ) -> Rank:
     """A loaded rank with room for `max_rows` rows of MAX_LEN tokens."""
     config = RankConfig(
@@ -92,6 +99,7 @@ def make_rank(
         num_slots=max_rows,
         max_rows=max_rows,
         max_model_len=MAX_LEN,
+        draft_tokens=draft_tokens,
     )
     rank = Rank(config, comms)
     rank.load()
