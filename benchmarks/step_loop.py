@@ -57,7 +57,40 @@ class InstantRanks:
 
 def step_seconds(rows: int) -> list[float]:
     """CPU seconds of each step in which `rows` sequences decode."""
-    ended = threading.Event()
+    ranks, ended = InstantRanks(), threading.Event()
+    engine = Engine(limits_for(rows), ranks, make_outlets(rows, ended))
+    for index in range(rows):
+        prompt = tuple(range(index * PROMPT, (index + 1) * PROMPT))
+        sampling = SamplingParams(max_tokens=NEW, temperature=0.0)
+        engine.submit(Request(id=RequestId(str(index)), prompt_ids=prompt, sampling=sampling))
+    engine.start()
+    ended.wait()
+    engine.stop()
+    full = [at for count, at in ranks.launches if count == rows]
+    # The first step's are the prompts.
+    return [after - before for before, after in pairwise(full[1:])]
+
+
+def limits_for(rows: int) -> SchedulerConfig:
+    """Room for all rows at once."""
+    return SchedulerConfig(
+        lanes=1,
+        num_blocks=rows * (PROMPT + NEW) // 16 + rows,
+        num_slots=0,
+        block_size=16,
+        max_rows=rows,
+        max_step_tokens=max(rows * PROMPT, 64),
+        chunk_tokens=PROMPT,
+        max_model_len=PROMPT + NEW,
+        vocab_size=1 << 16,
+        prefix_cache=True,
+        lease_s=10.0,
+        max_waiting=rows,
+    )
+
+
+def make_outlets(rows: int, ended: threading.Event) -> EngineOutlets:
+    """Outlets that only look for the last event of every request."""
     open_requests = rows
 
     def take(events: list[EngineEvent]) -> None:
@@ -72,35 +105,7 @@ def step_seconds(rows: int) -> list[float]:
     def no_failure(error: MoefleetError) -> None:
         raise AssertionError from error
 
-    ranks = InstantRanks()
-    limits = SchedulerConfig(
-        lanes=1,
-        num_blocks=rows * (PROMPT + NEW) // 16 + rows,
-        num_slots=0,
-        block_size=16,
-        max_rows=rows,
-        max_step_tokens=max(rows * PROMPT, 64),
-        chunk_tokens=PROMPT,
-        max_model_len=PROMPT + NEW,
-        vocab_size=1 << 16,
-        prefix_cache=True,
-        lease_s=10.0,
-        max_waiting=rows,
-    )
-    engine = Engine(limits, ranks, EngineOutlets(on_events=take, make_ticket=no_ticket, on_failure=no_failure))
-    for index in range(rows):
-        prompt = tuple(range(index * PROMPT, (index + 1) * PROMPT))
-        engine.submit(
-            Request(
-                id=RequestId(str(index)), prompt_ids=prompt, sampling=SamplingParams(max_tokens=NEW, temperature=0.0)
-            )
-        )
-    engine.start()
-    ended.wait()
-    engine.stop()
-    full = [at for count, at in ranks.launches if count == rows]
-    # The first step's are the prompts.
-    return [after - before for before, after in pairwise(full[1:])]
+    return EngineOutlets(on_events=take, make_ticket=no_ticket, on_failure=no_failure)
 
 
 def main() -> None:

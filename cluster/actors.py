@@ -109,7 +109,14 @@ class RankHost:
             on_failure=lambda error: self._fail(service, error),
         )
         limits = self._resolved.scheduler_config()
-        self._engine = Engine(limits, ranks, outlets, member_id=start.member_id, role=start.role)
+        self._engine = Engine(
+            limits,
+            ranks,
+            outlets,
+            member_id=start.member_id,
+            role=start.role,
+            step_timeout_s=start.engine.step_timeout_s,
+        )
         self._service = service
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="member-service", daemon=True).start()

@@ -113,6 +113,8 @@ class Engine:
         limits: rows, blocks and lengths.
         ranks: the loaded ranks; closed by `stop`.
         outlets: where events go.
+        step_timeout_s: an engine that has work but does nothing for this long, and the lease that a pull may last,
+            counts as lost.
         clock: unix seconds.
     """
 
@@ -124,8 +126,12 @@ class Engine:
         *,
         member_id: MemberId = _LOCAL,
         role: Role = "mixed",
+        step_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._stall_s = step_timeout_s + limits.lease_s
+        self._active_at = time.monotonic()
+        """When something was last done or came in."""
         self._scheduler = Scheduler(limits)
         self._ranks = ranks
         self._outlets = outlets
@@ -217,7 +223,10 @@ class Engine:
             self._take_commands()
             plan, pending = self._step(pending)
             self._flush()
-            if plan is None and pending is None:
+            if plan is not None or pending is not None:
+                self._active_at = time.monotonic()
+            else:
+                self._check_stall()
                 self._sleep()
         if pending is not None:
             self._ranks.result()
@@ -281,6 +290,17 @@ class Engine:
         self._load = replace(load, draining=self._draining)
         self._load_at = now
 
+    def _check_stall(self) -> None:
+        """Nothing runs: fail when there is work and nothing has happened for too long.
+
+        Raises:
+            MemberLostError: such as when a rank lost a pull; the log has the scheduler's state.
+        """
+        idle_s = time.monotonic() - self._active_at
+        if self._scheduler.has_work and idle_s > self._stall_s:
+            logger.error("engine stalls: %s", self._scheduler.describe())
+            raise MemberLostError(f"the engine has work and did nothing for {idle_s:.3g} s; its log has the state")
+
     def _sleep(self) -> None:
         """Nothing runs: wait for a command, a pull, a lost rank, or the next lease or deadline."""
         for event in self._scheduler.expire(self._clock()):
@@ -300,6 +320,7 @@ class Engine:
                 command = self._commands.get_nowait()
             except Empty:
                 return
+            self._active_at = time.monotonic()
             match command:
                 case _Submit():
                     self._take_in(command)

@@ -144,6 +144,10 @@ class Puller:
             except (HandoffError, CorruptDataError, OSError) as problem:
                 error = str(problem)
                 logger.warning("ticket %s: pull failed: %s", order.ticket.id, error)
+            except Exception as problem:
+                # A pull that is never told of would hold its sequence for ever.
+                error = f"{type(problem).__name__}: {problem}"
+                logger.exception("ticket %s: pull failed", order.ticket.id)
             self._done.put(
                 PullDone(
                     pull_id=order.pull_id,

@@ -274,6 +274,13 @@ class Lane:
         if slot >= 0:
             self._free_slots.append(slot)
 
+    def describe(self) -> str:
+        """What is free here, and who holds or waits for the rest."""
+        return (
+            f"lane {self.index}: {len(self.active)} active, {len(self.waiting)} waiting, "
+            f"{self.blocks.num_free} blocks, {len(self._free_rows)} rows and {len(self._free_slots)} slots free"
+        )
+
     def check_integrity(self, pinned: list[Pinned]) -> None:
         """Raise AssertionError unless blocks, rows and slots are each free or owned as often as they should be."""
         self.blocks.check_integrity([*(seq.blocks for seq in self.active), *(pin.blocks for pin in pinned)])

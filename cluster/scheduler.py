@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 from cluster.lane import Lane, Pinned, Work
 from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
@@ -17,6 +17,8 @@ from shards.batch import NO_TOKEN, LaneOutput
 
 _DIGEST_HASHES = 4096
 _RETRY_AFTER_S = 1.0
+_DESCRIBED = 8
+"""Sequences that `describe` names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         """True when no sequence, pull, ticket or given-out plan is left."""
         return not (self._sequences or self._pulls or self._pinned or self._uncommitted)
+
+    @property
+    def has_work(self) -> bool:
+        """True when a sequence, pull or given-out plan is left; tickets may wait for others."""
+        return bool(self._sequences or self._pulls or self._uncommitted)
 
     @property
     def num_uncommitted(self) -> int:
@@ -268,6 +275,15 @@ class Scheduler:
             prefix_cache=self.config.prefix_cache,
             handoff_requests=sum(pinned.expires_unix_s > now for pinned in self._pinned.values()),
             prefix_digest=frozenset(value for hashes in newest for value in hashes),
+        )
+
+    def describe(self) -> str:
+        """Who holds or waits for what, in a line, for the log of an engine that does not get on."""
+        sequences = ", ".join(str(seq) for seq in islice(self._sequences.values(), _DESCRIBED))
+        rooms = "; ".join(lane.describe() for lane in self._lanes)
+        return (
+            f"{len(self._sequences)} sequences [{sequences}], pulls {sorted(self._pulls)}, "
+            f"{len(self._pinned)} tickets, {len(self._uncommitted)} plans given out; {rooms}"
         )
 
     def check_integrity(self) -> None:

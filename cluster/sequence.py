@@ -43,6 +43,12 @@ class Sequence:
         new_tokens = 1 if mode == "prefill" else request.sampling.max_tokens - len(request.output_ids)
         self._last_len = len(self.tokens) + new_tokens
 
+    def __str__(self) -> str:
+        return (
+            f"{self.request.id} {self.phase}: {len(self.tokens)} tokens, {self.pending} pending, "
+            f"{self.computed} computed, {self.settled} settled"
+        )
+
     @property
     def num_output(self) -> int:
         """Tokens generated and known, by whichever member."""

@@ -51,6 +51,8 @@ class EngineOptions:
     """Reuse KV of equal prefixes; models with recurrent state do without."""
     lease_s: Seconds = 30.0
     """A prefilled sequence waits this long to be fetched."""
+    step_timeout_s: Seconds = 60.0
+    """A step that takes longer counts as hung, and its member as lost; more than the slowest step takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_CLOSED)
@@ -297,6 +299,7 @@ def engine_config(config: ServeConfig, role: Role) -> EngineConfig:
             prefix_cache=options.prefix_cache,
             threads=pool.threads,
             lease_s=options.lease_s,
+            step_timeout_s=options.step_timeout_s,
         )
     except ConfigError as error:
         raise ConfigError(f"pools.{role}: {error}") from error

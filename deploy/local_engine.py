@@ -29,7 +29,8 @@ def stream_all(engine: ResolvedEngine, ranks: Ranks, requests: Sequence[Request]
         make_ticket=ticket_maker(_MEMBER, engine.kv_layout(), lambda _: ()),
         on_failure=lambda error: logger.error("%s", error),
     )
-    runner = Engine(engine.scheduler_config(), ranks, outlets, member_id=_MEMBER)
+    timeout_s = engine.config.step_timeout_s
+    runner = Engine(engine.scheduler_config(), ranks, outlets, member_id=_MEMBER, step_timeout_s=timeout_s)
     for request in requests:
         runner.submit(request)
     runner.start()

@@ -27,6 +27,7 @@ LONG_FUNCTIONS = {
 
 BROAD_EXCEPTS = {
     "cluster/engine.py Engine._run": "outermost loop of the engine's thread: ends its requests and the engine",
+    "cluster/handoff.py Puller._work": "outermost loop of a pull thread: the scheduler hears of every failed pull",
     "cluster/rank_process.py RankRunner.run": "outermost loop of a rank: tells rank 0 why it ends",
 }
 

@@ -1,7 +1,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
 import pytest
@@ -62,14 +62,16 @@ class Running:
 
 
 @contextmanager
-def running(limits: SchedulerConfig | None = None, ranks: CountingRanks | None = None) -> Iterator[Running]:
+def running(
+    limits: SchedulerConfig | None = None, ranks: CountingRanks | None = None, *, step_timeout_s: float = 60.0
+) -> Iterator[Running]:
     limits = limits or make_limits()
     ranks = ranks or CountingRanks(limits.lanes)
     events: SimpleQueue[list[EngineEvent]] = SimpleQueue()
     failures: list[MoefleetError] = []
     make_ticket = ticket_maker(MemberId("p0"), LAYOUT, lambda _: ())
     outlets = EngineOutlets(on_events=events.put, make_ticket=make_ticket, on_failure=failures.append)
-    engine = Engine(limits, ranks, outlets, member_id=MemberId("p0"))
+    engine = Engine(limits, ranks, outlets, member_id=MemberId("p0"), step_timeout_s=step_timeout_s)
     engine.start()
     try:
         yield Running(engine, ranks, events, failures)
@@ -193,6 +195,29 @@ def test_draining_engine_finishes_what_runs_and_refuses_the_rest() -> None:
         assert isinstance(refused, Rejected)
         assert isinstance(refused.error, OverloadedError)
         assert run.engine.load().draining
+
+
+def test_engine_that_has_work_but_does_nothing_is_lost_and_logs_its_state(caplog: pytest.LogCaptureFixture) -> None:
+    with running(replace(make_limits(), lease_s=0.1), step_timeout_s=0.1) as run:
+        run.ranks.pulls_end = False
+        request = make_request("r", output_ids=tuple(continued((5, 11, 2), 1)))
+        run.engine.submit_handoff(request, make_ticket(3))
+        last = run.until_end()[-1]
+        assert isinstance(last, TokenEvent)
+        assert last.finish == "error"
+        assert "has work and did nothing" in last.error
+        assert isinstance(run.engine.failure, MemberLostError)
+    assert "engine stalls: 1 sequences [r pulling: 4 tokens" in caplog.text
+    assert "pulls [0]" in caplog.text
+
+
+def test_kv_that_waits_to_be_fetched_is_no_stall() -> None:
+    with running(replace(make_limits(), lease_s=0.01), step_timeout_s=0.01) as run:
+        run.engine.submit(make_request("r"), mode="prefill")
+        _, ready = run.until_end()
+        time.sleep(0.2)
+        assert run.engine.failure is None
+        assert isinstance(ready, TicketReady)
 
 
 def test_lost_rank_ends_every_request_with_an_error_and_rejects_later_ones() -> None:

@@ -147,6 +147,20 @@ def test_a_dead_source_of_another_host_fails_the_pull() -> None:
         assert "cannot be reached" in done[0].error
 
 
+def test_a_pull_that_fails_in_an_unforeseen_way_is_told_and_the_next_one_works() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        (cache,) = make_lane(source.model, Geometry(tp=1))
+        puller = Puller(cache, source.model, Geometry(tp=1).layout(source.model), tp_rank=0, token=TOKEN)
+        order = make_order(source.ticket)
+        outside = dataclasses.replace(order, pull_id=6, dst_blocks=tuple(10**6 for _ in order.dst_blocks))
+        # More than there are threads.
+        for broken in (outside, outside, outside, order):
+            puller.start(broken)
+        done = wait_for(puller, 4)
+        puller.close()
+        assert sorted((each.pull_id, bool(each.error)) for each in done) == [(5, False), *[(6, True)] * 3]
+
+
 @pytest.mark.parametrize("same_host", [True, False], ids=["shm", "tcp"])
 def test_an_expired_ticket_is_not_pulled(same_host: bool) -> None:
     with sourcing(make_moe_config(), Geometry(tp=1), lease_s=-1) as source:

@@ -274,3 +274,15 @@ def test_a_request_whose_logits_are_not_finite_ends_with_an_error_and_others_go_
     bench.add(make_request("a", 8))
     assert bench.plan().lanes[0].first_S == [0]
     assert bench.free_blocks() == CONFIG.num_blocks - 2
+
+
+def test_description_names_who_waits_and_what_is_free() -> None:
+    bench = Bench()
+    assert not bench.scheduler.has_work
+    bench.add(make_request("a", 4))
+    bench.plan()
+    assert bench.scheduler.has_work
+    assert bench.scheduler.describe() == (
+        "1 sequences [a running: 4 tokens, 1 pending, 4 computed, 0 settled], pulls [], 0 tickets, 1 plans given out; "
+        "lane 0: 1 active, 0 waiting, 15 blocks, 3 rows and 0 slots free"
+    )

@@ -30,13 +30,14 @@ class _Row:
 
 
 class CountingRanks:
-    """`Ranks` of one thread. `fail` makes the next result fail; pulls end at the next poll."""
+    """`Ranks` of one thread. `fail` makes the next result fail; pulls end at the next poll, or never."""
 
     def __init__(self, lanes: int = 1) -> None:
         self.launched = 0
         self.most_in_flight = 0
         self.fail: MemberLostError | None = None
         self.pull_error = ""
+        self.pulls_end = True
         self.closed = False
         self._rows: list[dict[int, _Row]] = [{} for _ in range(lanes)]
         self._outputs: deque[StepOutput] = deque()
@@ -45,7 +46,8 @@ class CountingRanks:
 
     def launch(self, plan: StepPlan) -> None:
         self.launched += 1
-        self._pulls += [PullDone(pull_id=order.pull_id, error=self.pull_error) for order in plan.pulls]
+        if self.pulls_end:
+            self._pulls += [PullDone(pull_id=order.pull_id, error=self.pull_error) for order in plan.pulls]
         lanes = tuple(self._lane(rows, batch) for rows, batch in zip(self._rows, plan.lanes, strict=True))
         if plan.has_rows:
             self._outputs.append(StepOutput(step=plan.step, lanes=lanes))
