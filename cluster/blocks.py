@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 
 class BlockPool:
@@ -19,6 +18,7 @@ class BlockPool:
         self._cached: dict[int, None] = {}
         self._hash_of: dict[int, int] = {}
         self._block_of: dict[int, int] = {}
+        self._changes: dict[int, bool] = {}
 
     @property
     def num_free(self) -> int:
@@ -38,7 +38,9 @@ class BlockPool:
         """Forget the cached block that was freed longest ago."""
         block = next(iter(self._cached))
         del self._cached[block]
-        del self._block_of[self._hash_of.pop(block)]
+        value = self._hash_of.pop(block)
+        del self._block_of[value]
+        self._changes[value] = False
         return block
 
     def find(self, hashes: Iterable[int]) -> list[int]:
@@ -75,10 +77,13 @@ class BlockPool:
         if value not in self._block_of:
             self._block_of[value] = block
             self._hash_of[block] = value
+            self._changes[value] = True
 
-    def newest_hashes(self, limit: int) -> list[int]:
-        """Up to `limit` findable hashes, last registered or shared first."""
-        return list(islice(reversed(self._block_of), limit))
+    def take_changes(self) -> dict[int, bool]:
+        """Hashes that became findable (True) or were forgotten (False) since the last call."""
+        changes = self._changes
+        self._changes = {}
+        return changes
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless every block is blank, cached or held as often as `tables` say."""

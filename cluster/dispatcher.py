@@ -25,7 +25,7 @@ from router.errors import (
     NoMemberError,
     OverloadedError,
 )
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, TokenEvent
 from router.router import Router
 
@@ -124,7 +124,11 @@ class Dispatcher:
 
         def on_load(load: MemberLoad) -> None:
             if is_current():
-                self._router.update(load)
+                self._router.update(load, self._clock())
+
+        def on_cache(events: CacheEvents) -> bool:
+            # What a client that is being replaced still says is nobody's.
+            return self._router.take_events(info.member_id, events) if is_current() else True
 
         def on_lost(member_id: MemberId) -> None:
             if is_current():
@@ -134,6 +138,7 @@ class Dispatcher:
             info,
             self._token,
             on_load=on_load,
+            on_cache=on_cache,
             on_lost=on_lost,
             limits=self._config.streams,
             credentials=self._credentials,
@@ -172,7 +177,7 @@ class Dispatcher:
                 self._on_trace(journey.trace())
 
     async def _serve(self, journey: Journey) -> AsyncGenerator[TokenEvent, None]:
-        route = self._router.route(journey.request, self._clock())
+        route = self._router.route(journey.prompt, self._clock())
         journey.routed(route)
         if route.prefill is None:
             journey.decode = self._client(route.decode).submit(journey.request, mode="full")
@@ -254,7 +259,7 @@ class Dispatcher:
         """Where to go after a refusal: any other member that decodes, or the same again."""
         taken = {load.member_id for load in self._router.loads if load.role == "prefill"} | {journey.decode_member}
         try:
-            return self._router.route(journey.onward, self._clock(), exclude=frozenset(taken)).decode
+            return self._router.route(journey.prompt, self._clock(), exclude=frozenset(taken)).decode
         except NoMemberError:
             return journey.decode_member
 

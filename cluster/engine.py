@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Final, Literal
 
+from cluster.cache_log import CacheLog
 from cluster.executor import Ranks
 from cluster.plan import HandoffReady, KvTicket, StepPlan
 from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode
 from router.errors import MemberLostError, MoefleetError, OverloadedError
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ class Engine:
         self._stats = EngineStats()
         self._load = self._scheduler.load(clock(), member_id, role)
         self._load_at = 0.0
+        self._cache_log = CacheLog()
         self._failure: MoefleetError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         ranks.wake_on(self._wake.set)
@@ -164,6 +166,10 @@ class Engine:
     def load(self) -> MemberLoad:
         """The latest load report, at most 50 ms old while there is work."""
         return self._load
+
+    def cache_events(self, after: int | None) -> list[CacheEvents]:
+        """What brings somebody up to date who knows the prefix cache up to `after`, or not at all."""
+        return self._cache_log.since(after)
 
     def start(self) -> None:
         """Begin to serve."""
@@ -277,6 +283,7 @@ class Engine:
 
     def _flush(self) -> None:
         """Give out what happened, and refresh the load report."""
+        self._cache_log.record(self._scheduler.take_cache_changes())
         if self._events:
             events = self._events
             self._events = []

@@ -24,7 +24,8 @@ class GatewayConnection:
         """Given out on this stream and not released."""
         self.closed = False
         self.error: tuple[grpc.StatusCode, str] | None = None
-        self.digest_at_s = 0.0
+        self.cache_sequence: int | None = None
+        """Cache events sent so far; None: the gateway needs a snapshot."""
         self._max_messages = max_messages
         self._outbox: deque[pb.MemberMessage] = deque()
         self._wake = asyncio.Event()

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 from cluster.member_client import MemberStream
 from cluster.plan import KvTicket
 from router.errors import CorruptDataError, DeadlineExceededError
+from router.prompt import prompt_of
 from router.request import MemberId, Request, RequestId, TokenEvent
 from router.router import Route
 
@@ -49,6 +50,8 @@ class Journey:
 
     def __init__(self, request: Request, clock: Callable[[], float]) -> None:
         self.request = request
+        self.prompt = prompt_of(request)
+        """As the router sees it: hashed once."""
         self.onward = request
         """The request as the decode member gets it: with the tokens emitted before."""
         self.prefill: MemberStream | None = None

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
+from cluster.load_codec import read_cache, read_load
 from cluster.member_codec import (
     MemberHello,
     SubmitMode,
     read_hello,
-    read_load,
     read_rejection,
     read_step,
     read_ticket,
@@ -28,7 +28,7 @@ from cluster.protos import member_pb2 as pb
 from cluster.protos.member_pb2_grpc import MemberStub
 from cluster.security import check_token, token_metadata
 from router.errors import CorruptDataError, MemberLostError, MoefleetError, OverloadedError
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,7 @@ class MemberClient:
         info: the member, as the directory lists it; another that answers at its address is not taken for it.
         token: the cluster token.
         on_load: called with each load report.
+        on_cache: called with changes of its prefix cache; answers False where earlier ones are missing.
         on_lost: called when the stream has ended, before its requests learn of it.
         credentials: TLS; without, the token crosses the network in clear.
     """
@@ -162,6 +163,7 @@ class MemberClient:
         token: str,
         *,
         on_load: Callable[[MemberLoad], None],
+        on_cache: Callable[[CacheEvents], bool],
         on_lost: Callable[[MemberId], None],
         limits: ClientLimits | None = None,
         credentials: grpc.ChannelCredentials | None = None,
@@ -169,11 +171,12 @@ class MemberClient:
         self.info = info
         self._token = check_token(token)
         self._on_load = on_load
+        self._on_cache = on_cache
         self._on_lost = on_lost
         self._limits = limits or ClientLimits()
         self._credentials = credentials
         self._hello: MemberHello | None = None
-        self._digest: frozenset[int] = frozenset()
+        self._resyncing = False
         self._outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
         self._streams: dict[int, MemberStream] = {}
         self._request_ids: dict[int, RequestId] = {}
@@ -308,7 +311,7 @@ class MemberClient:
                 f"{self.info.address} is member {hello.member_id} generation {hello.generation}, expected "
                 f"{self.info.member_id} generation {self.info.generation}; the directory will tell"
             )
-        self._digest = frozenset()
+        self._resyncing = False
         self._hello = hello
         logger.info("%s: connected at %s", self.info.member_id, self.info.address)
 
@@ -317,13 +320,22 @@ class MemberClient:
             case "step":
                 self._take_step(message.step)
             case "load":
-                load = read_load(message.load, member_id=self.info.member_id, digest=self._digest)
-                self._digest = load.prefix_digest
-                self._on_load(load)
+                self._on_load(read_load(message.load, member_id=self.info.member_id))
+            case "cache":
+                self._take_cache(read_cache(message.cache))
             case "rejected":
                 self._finish(message.rejected.handle, read_rejection(message.rejected))
             case _:
                 raise CorruptDataError(f"unknown message from {self.info.member_id}; run one release everywhere")
+
+    def _take_cache(self, events: CacheEvents) -> None:
+        """Pass changes on; when some were lost, ask for a snapshot, once."""
+        if self._on_cache(events):
+            self._resyncing = False
+        elif not self._resyncing:
+            self._resyncing = True
+            logger.info("%s: cache events are missing before %s", self.info.member_id, events.sequence)
+            self._outbox.put_nowait(pb.GatewayMessage(resync=pb.Resync()))
 
     def _take_step(self, step: pb.StepEvents) -> None:
         for handle, event in read_step(step, self._request_ids):

@@ -1,13 +1,19 @@
-"""Requests, events, tickets and loads to and from the messages of the member stream."""
+"""Requests, events and tickets to and from the messages of the member stream."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from cluster.load_codec import read_role
 from cluster.plan import KvLayout, KvTicket, SourceRank
 from cluster.protos import member_pb2 as pb
-from router.errors import CorruptDataError, HandoffError, InvalidRequestError, MoefleetError, OverloadedError
-from router.load import MemberLoad
+from router.errors import (
+    CorruptDataError,
+    HandoffError,
+    InvalidRequestError,
+    MoefleetError,
+    OverloadedError,
+)
 from router.request import (
     FinishReason,
     MemberId,
@@ -27,7 +33,6 @@ _MODES: dict[SubmitMode, "pb.Mode.ValueType"] = {
     "decode": pb.MODE_DECODE,
 }
 _FINISHES: tuple[FinishReason | None, ...] = (None, "stop", "length", "abort", "error")
-_ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,63 +216,9 @@ def read_hello(message: pb.Hello) -> MemberHello:
     """
     return MemberHello(
         member_id=MemberId(message.member_id),
-        role=_read_role(message.role),
+        role=read_role(message.role),
         generation=message.generation,
         layout=read_layout(message.layout),
-    )
-
-
-def _read_role(text: str) -> Role:
-    if text not in _ROLES:
-        raise CorruptDataError(
-            f"member stream: role {text!r} is none of {', '.join(_ROLES)}; run one release everywhere"
-        )
-    return _ROLES[text]
-
-
-def load_message(load: MemberLoad, *, with_digest: bool) -> pb.MemberMessage:
-    """A load report; the digest of cached prefixes is long and goes along only when wanted."""
-    digest = pb.PrefixDigest(hashes=load.prefix_digest) if with_digest else None
-    return pb.MemberMessage(
-        load=pb.Load(
-            sequence=load.sequence,
-            role=load.role,
-            waiting_requests=load.waiting_requests,
-            waiting_tokens=load.waiting_tokens,
-            running_requests=load.running_requests,
-            max_requests=load.max_requests,
-            free_blocks=load.free_blocks,
-            total_blocks=load.total_blocks,
-            block_size=load.block_size,
-            free_state_slots=load.free_state_slots,
-            total_state_slots=load.total_state_slots,
-            prefix_cache=load.prefix_cache,
-            handoff_requests=load.handoff_requests,
-            draining=load.draining,
-            prefix_digest=digest,
-        )
-    )
-
-
-def read_load(message: pb.Load, *, member_id: MemberId, digest: frozenset[int]) -> MemberLoad:
-    """A load report; `digest` stands in where the message has none."""
-    return MemberLoad(
-        member_id=member_id,
-        role=_read_role(message.role),
-        sequence=message.sequence,
-        waiting_requests=message.waiting_requests,
-        waiting_tokens=message.waiting_tokens,
-        running_requests=message.running_requests,
-        max_requests=message.max_requests,
-        free_blocks=message.free_blocks,
-        total_blocks=message.total_blocks,
-        block_size=message.block_size,
-        free_state_slots=message.free_state_slots,
-        total_state_slots=message.total_state_slots,
-        prefix_cache=message.prefix_cache,
-        handoff_requests=message.handoff_requests,
-        prefix_digest=frozenset(message.prefix_digest.hashes) if message.HasField("prefix_digest") else digest,
-        draining=message.draining,
     )
 
 

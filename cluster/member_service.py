@@ -16,13 +16,14 @@ import grpc.aio
 
 from cluster.engine import EngineEvent, TicketReady
 from cluster.gateway_connection import GatewayConnection, StepColumns
-from cluster.member_codec import MemberHello, hello_message, load_message, read_submit, rejection_message
+from cluster.load_codec import cache_message, load_message
+from cluster.member_codec import MemberHello, hello_message, read_submit, rejection_message
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
 from cluster.protos.member_pb2_grpc import MemberServicer, add_MemberServicer_to_server
 from cluster.security import check_token, metadata_has_token
 from router.errors import CorruptDataError, InvalidRequestError, MoefleetError
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import Request, RequestId, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,10 @@ class MemberEngine(Protocol):
         """The latest load."""
         ...
 
+    def cache_events(self, after: int | None) -> list[CacheEvents]:
+        """What brings a gateway up to date that knows the prefix cache up to `after`, or not at all."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLimits:
@@ -68,8 +73,6 @@ class ServiceLimits:
     """Between two load reports at rest."""
     min_load_gap_s: float = 0.05
     """Between two load reports that go with steps."""
-    digest_period_s: float = 1.0
-    """Between two reports that carry the digest of cached prefixes."""
     orphan_ticket_s: float = 1.0
     """Tickets of a gateway that is gone are released this much later: their readers have ended by then."""
 
@@ -219,6 +222,8 @@ class MemberService(MemberServicer):
             case "release_ticket":
                 connection.tickets.discard(message.release_ticket.ticket_id)
                 self._engine.release_ticket(message.release_ticket.ticket_id)
+            case "resync":
+                connection.cache_sequence = None
             case _:
                 raise CorruptDataError("unknown message from a gateway; run one release everywhere")
 
@@ -320,10 +325,10 @@ class MemberService(MemberServicer):
         self._reported_s = now
         if connection.num_queued > self._limits.max_queued_messages // 2:
             return
-        with_digest = now - connection.digest_at_s >= self._limits.digest_period_s
-        if with_digest:
-            connection.digest_at_s = now
-        connection.send(load_message(self._engine.load(), with_digest=with_digest))
+        connection.send(load_message(self._engine.load()))
+        for events in self._engine.cache_events(connection.cache_sequence):
+            connection.send(cache_message(events))
+            connection.cache_sequence = events.sequence
 
 
 def _is_last(event: EngineEvent) -> bool:

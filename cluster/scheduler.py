@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 
+from cluster.cache_log import CacheChanges
 from cluster.lane import Lane, Pinned, Work
 from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
 from cluster.request_check import check_request
@@ -15,7 +16,6 @@ from router.load import MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent
 from shards.batch import NO_TOKEN, LaneOutput
 
-_DIGEST_HASHES = 4096
 _RETRY_AFTER_S = 1.0
 _DESCRIBED = 8
 """Sequences that `describe` names."""
@@ -258,7 +258,6 @@ class Scheduler:
         """This member's state for the router; `draining` is for the caller to set."""
         sequences = self._sequences.values()
         lanes = self._lanes
-        newest = [lane.blocks.newest_hashes(_DIGEST_HASHES // len(lanes)) for lane in lanes]
         return MemberLoad(
             member_id=member_id,
             role=role,
@@ -266,7 +265,9 @@ class Scheduler:
             waiting_requests=sum(len(lane.waiting) for lane in lanes),
             waiting_tokens=sum(seq.uncomputed_tokens for seq in sequences),
             running_requests=sum(len(lane.active) for lane in lanes),
+            context_tokens=sum(seq.computed for lane in lanes for seq in lane.active),
             max_requests=self.config.max_rows * len(lanes),
+            step_tokens=self.config.max_step_tokens * len(lanes),
             free_blocks=sum(lane.blocks.num_free for lane in lanes),
             total_blocks=self.config.num_blocks * len(lanes),
             block_size=self.config.block_size,
@@ -274,7 +275,6 @@ class Scheduler:
             total_state_slots=self.config.num_slots * len(lanes),
             prefix_cache=self.config.prefix_cache,
             handoff_requests=sum(pinned.expires_unix_s > now for pinned in self._pinned.values()),
-            prefix_digest=frozenset(value for hashes in newest for value in hashes),
         )
 
     def describe(self) -> str:
@@ -285,6 +285,10 @@ class Scheduler:
             f"{len(self._sequences)} sequences [{sequences}], pulls {sorted(self._pulls)}, "
             f"{len(self._pinned)} tickets, {len(self._uncommitted)} plans given out; {rooms}"
         )
+
+    def take_cache_changes(self) -> list[CacheChanges]:
+        """What each lane's prefix cache took in and let go since the last call."""
+        return [CacheChanges(kv=lane.blocks.take_changes()) for lane in self._lanes]
 
     def check_integrity(self) -> None:
         """Raise AssertionError naming what is off, unless all room is free or owned exactly as it should be."""

@@ -73,13 +73,8 @@ def fetch_statuses(*, address: str, namespace: str) -> "tuple[MemberStatus, ...]
 
 
 def status_values(status: "MemberStatus") -> dict[str, object]:
-    """A member as JSON values; its load without the hashes of cached blocks."""
-    values: dict[str, object] = dict(dataclasses.asdict(status))
-    if status.load is not None:
-        load: dict[str, object] = dict(dataclasses.asdict(status.load))
-        del load["prefix_digest"]
-        values["load"] = load
-    return values
+    """A member as JSON values."""
+    return dict(dataclasses.asdict(status))
 
 
 def member_table(statuses: Sequence["MemberStatus"], *, now: float) -> Table:

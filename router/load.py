@@ -1,8 +1,9 @@
-"""One member's report of its load: what the router decides on."""
+"""One member's reports: its load, and what its prefix cache took in and let go. What the router decides on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.request import MemberId, Role
+from router.step_time import StepTime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,17 +18,45 @@ class MemberLoad:
     waiting_tokens: int = 0
     """Prompt tokens not yet computed, of waiting and running requests."""
     running_requests: int = 0
+    context_tokens: int = 0
+    """Tokens whose KV running requests hold."""
     max_requests: int = 1
     """Rows: sequences that can run at once."""
+    step_tokens: int = 2048
+    """Tokens that one step computes at most."""
+    step_time: StepTime = field(default_factory=StepTime)
+    """What its steps take, as measured by itself."""
     free_blocks: int = 0
     total_blocks: int = 1
     block_size: int = 16
+    token_bytes: int = 0
+    """KV of one token, that a hand-off moves."""
+    state_bytes: int = 0
+    """Recurrent state of one sequence, that a hand-off moves; 0: the model has none."""
     free_state_slots: int = 0
     total_state_slots: int = 0
     prefix_cache: bool = True
     """Whether KV of equal prefixes is reused."""
     handoff_requests: int = 0
     """Prefilled sequences whose KV waits to be fetched."""
-    prefix_digest: frozenset[int] = frozenset()
-    """64-bit hashes (router.prefix) of cached blocks, most recent first kept, bounded."""
     draining: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheEvents:
+    """How a member's prefix cache changed: 64-bit hashes (router.prefix) of blocks, in no order.
+
+    They take whoever knows the cache as of `after` to `sequence`. A snapshot (`cleared`) begins anew at any time.
+    """
+
+    after: int
+    """The sequence number that the receiver must be at; without meaning where `cleared`."""
+    sequence: int
+    cleared: bool = False
+    """Nothing else than what is stored here is in the cache."""
+    stored: tuple[int, ...] = ()
+    """Blocks whose KV can be found now."""
+    removed: tuple[int, ...] = ()
+    stored_states: tuple[int, ...] = ()
+    """Blocks behind whose last token a recurrent state can be found now."""
+    removed_states: tuple[int, ...] = ()

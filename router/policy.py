@@ -1,4 +1,8 @@
-"""What a request would cost on a member: predicted seconds, from its load report. Pure functions."""
+"""What a request would cost on a member: predicted seconds, from its load report and its step times. Pure functions.
+
+A cost is linear in what the request brings, so that a member's part is computed once a report and not once a request:
+seconds = base + new tokens x token price + output tokens x output price.
+"""
 
 from dataclasses import dataclass
 
@@ -8,37 +12,24 @@ from router.load import MemberLoad
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
-    """Rates that turn counts into seconds. The defaults suit a small model on CPU; measure them for your members.
+    """What members cannot report of themselves."""
 
-    Only ratios decide: all rates off by one factor give the same routes.
-    """
-
-    prefill_tokens_per_s: float = 2000.0
-    """Prompt tokens a member computes a second."""
-    pull_tokens_per_s: float = 100_000.0
-    """Tokens a second whose KV a decode member fetches from a prefill member."""
-    decode_row_s: float = 0.001
-    """Seconds that each further running sequence adds to a decode step."""
-    decode_steps: float = 128.0
-    """Decode steps of a typical request: how often it pays `decode_row_s`."""
-    row_wait_s: float = 2.0
-    """Seconds until one of a full member's rows is free, divided by the requests that wait for it first."""
-    pressure_s: float = 0.05
-    """Cost of KV (or state slots) half full; it grows as used / free, so 1.9 times that at 65 %, 19 times at 95 %."""
-    pressure_limit: float = 0.99
-    """Used share at which the pressure stops growing."""
+    transfer_bytes_per_s: float = 1e9
+    """Bandwidth of a hand-off between two members."""
+    output_tokens: float = 256.0
+    """Tokens that a request is expected to produce, if it may; limits that clients set are far above what they use."""
+    others_weight: float = 1.0
+    """How much a second that others wait for this request counts against a second that it waits itself."""
     tie_s: float = 0.0005
     """Costs this close count as equal."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_tokens_per_s", "pull_tokens_per_s", "decode_steps"):
+        for name in ("transfer_bytes_per_s", "output_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"policy.{name} must be positive, got {getattr(self, name)}")
-        for name in ("decode_row_s", "row_wait_s", "pressure_s", "tie_s"):
+        for name in ("others_weight", "tie_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy.{name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.pressure_limit < 1:
-            raise ConfigError(f"policy.pressure_limit must be between 0 and 1, got {self.pressure_limit}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,50 +42,73 @@ class Extra:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """What the request to place needs on one member."""
+class Price:
+    """What a member asks of any request, in seconds."""
 
-    num_tokens: int
-    """Tokens whose KV must be there before the next one can be sampled."""
-    cached_tokens: int
-    """Of these, those whose KV the member holds."""
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens to compute or to fetch."""
-        return self.num_tokens - self.cached_tokens
+    base_s: float
+    """The wait before it."""
+    token_s: float
+    """A token that the member does not hold yet."""
+    output_s: float
+    """A token to produce, as far as this depends on the member."""
 
 
-def prefill_cost_s(load: MemberLoad, extra: Extra, ask: Ask, config: PolicyConfig) -> float:
-    """Seconds until a member has computed the prompt behind all it has to do first."""
-    tokens = load.waiting_tokens + extra.tokens + ask.new_tokens
-    return tokens / config.prefill_tokens_per_s + _room_cost_s(load, extra, ask, config)
+def prefill_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
+    """Of computing the prompt behind all that the member has to do first."""
+    token_s = load.step_time.prefill_s_per_token(
+        step_tokens=load.step_tokens, decode_rows=load.running_requests, context_tokens=load.context_tokens
+    )
+    queue_s = (load.waiting_tokens + extra.tokens) * token_s
+    # Whoever comes behind waits for these tokens too: as long as there is a queue, somebody does.
+    behind = load.waiting_requests + extra.requests
+    shared_s = token_s * (1.0 + config.others_weight * behind)
+    return Price(base_s=queue_s + _room_s(load, extra, config), token_s=shared_s, output_s=0.0)
 
 
-def decode_cost_s(load: MemberLoad, extra: Extra, ask: Ask, config: PolicyConfig) -> float:
-    """Seconds that fetching the KV and sharing each step with the member's sequences add to a request."""
-    fetch = (extra.tokens + ask.new_tokens) / config.pull_tokens_per_s
-    return fetch + _sharing_cost_s(load, extra, config) + _room_cost_s(load, extra, ask, config)
+def decode_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
+    """Of fetching KV and state, and of sharing each step with the member's sequences."""
+    state_s = load.state_bytes / config.transfer_bytes_per_s
+    token_s = load.token_bytes / config.transfer_bytes_per_s
+    base_s = state_s + extra.tokens * token_s + _room_s(load, extra, config)
+    return Price(base_s=base_s, token_s=token_s, output_s=_sharing_s(load, extra, config))
 
 
-def mixed_cost_s(load: MemberLoad, extra: Extra, ask: Ask, config: PolicyConfig) -> float:
-    """Seconds of both phases on one member."""
-    return prefill_cost_s(load, extra, ask, config) + _sharing_cost_s(load, extra, config)
+def mixed_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
+    """Of both phases on one member: nothing is moved."""
+    prefill = prefill_price(load, extra, config)
+    stall_s = config.others_weight * load.step_time.prefill_token_s * _rows(load, extra)
+    return Price(
+        base_s=prefill.base_s,
+        token_s=prefill.token_s + stall_s,
+        output_s=_sharing_s(load, extra, config),
+    )
 
 
-def _sharing_cost_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:
-    others = min(load.running_requests + load.waiting_requests + extra.requests, load.max_requests)
-    return others * config.decode_row_s * config.decode_steps
+def _rows(load: MemberLoad, extra: Extra) -> int:
+    """Sequences that a new one will share steps with."""
+    return min(load.running_requests + load.waiting_requests + extra.requests, load.max_requests)
 
 
-def _room_cost_s(load: MemberLoad, extra: Extra, ask: Ask, config: PolicyConfig) -> float:
-    """Waiting for a row, and the risk of preemption where KV or state slots run short."""
-    queued = load.running_requests + load.waiting_requests + extra.requests + 1 - load.max_requests
-    wait_s = max(queued, 0) * config.row_wait_s
-    used = 1.0 - load.free_blocks / load.total_blocks
-    used += (extra.tokens + ask.new_tokens) / (load.block_size * load.total_blocks)
+def _sharing_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:
+    """Seconds a decode step takes longer for the others in it, and they for the new row."""
+    step, rows = load.step_time, _rows(load, extra)
+    others_s = rows * step.decode_row_s + load.context_tokens * step.context_token_s
+    return others_s + config.others_weight * rows * step.decode_row_s
+
+
+def _room_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:
+    """Seconds until enough sequences have ended to make room: rows, blocks and state slots come back with them."""
+    running = max(load.running_requests, 1)
+    queued = load.waiting_requests + extra.requests + 1
+    short = (load.running_requests + queued - load.max_requests) / running
+    used = load.total_blocks - load.free_blocks
+    if used:
+        needed = (load.waiting_tokens + extra.tokens) / load.block_size
+        short = max(short, (needed - load.free_blocks) / used)
     if load.total_state_slots:
-        free_slots = load.free_state_slots - extra.requests - 1
-        used = max(used, 1.0 - free_slots / load.total_state_slots)
-    used = min(used, config.pressure_limit)
-    return wait_s + config.pressure_s * used / (1.0 - used)
+        held = max(load.total_state_slots - load.free_state_slots, 1)
+        short = max(short, (queued - load.free_state_slots) / held)
+    step_s = load.step_time.step_s(
+        prefill_tokens=0, decode_rows=load.running_requests, context_tokens=load.context_tokens
+    )
+    return max(short, 0.0) * config.output_tokens * step_s

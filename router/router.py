@@ -1,17 +1,22 @@
-"""Chooses the members that serve a request, from their load reports and from what was routed since."""
+"""Chooses the members that serve a request, from their reports and from what was routed since."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from zlib import crc32
+from typing import Final
 
 from router.errors import ConfigError, NoMemberError
-from router.load import MemberLoad
-from router.policy import Ask, Extra, PolicyConfig, decode_cost_s, mixed_cost_s, prefill_cost_s
-from router.prefix import block_hashes
-from router.request import MemberId, Request
+from router.load import CacheEvents, MemberLoad
+from router.policy import Extra, PolicyConfig
+from router.pool import Offer, Part, Pool
+from router.prompt import Prompt
+from router.request import MemberId, Role
 
-_Cost = Callable[[MemberLoad, Extra, Ask, PolicyConfig], float]
+_PARTS: Final[dict[Role, tuple[Part, ...]]] = {
+    "prefill": ("prefill",),
+    "decode": ("decode", "both"),
+    "mixed": ("decode", "both"),
+}
+_PoolKey = tuple[Role, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +26,13 @@ class RouterConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     recent_s: float = 2.0
     """A routed request counts on top of its member's report for this long, or until the second report after it."""
-    learned_s: float = 30.0
-    """A routed prompt counts as cached on its member for this long, or until a report says so."""
-    max_learned: int = 16_384
-    """Block hashes remembered that way, per member; the oldest are forgotten first."""
+    expected_s: float = 30.0
+    """A routed prompt counts as cached on its member for this long; then only the member's word counts."""
+    max_expected: int = 262_144
+    """Block hashes remembered that way; the oldest are forgotten first."""
 
     def __post_init__(self) -> None:
-        for name in ("recent_s", "learned_s", "max_learned"):
+        for name in ("recent_s", "expected_s", "max_expected"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"router.{name} must be positive, got {getattr(self, name)}")
 
@@ -41,66 +46,41 @@ class Route:
     decode: MemberId
     cached_tokens: int
     """Prompt tokens expected in the prefix cache of the member that computes the prompt."""
+    cost_s: float
+    """What the router predicts it to cost; comparable between requests of one size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Routed:
-    at_s: float
+    member_id: MemberId
+    until_s: float
     report: int
-    """Reports seen from the member by then."""
+    """The member's report after which it must be in its numbers."""
     tokens: int
 
 
 class _Member:
     """What the router knows of one member."""
 
-    def __init__(self, load: MemberLoad) -> None:
+    def __init__(self, load: MemberLoad, pool: Pool) -> None:
         self.load = load
+        self.pool = pool
+        self.slot = pool.add(load)
         self.reports = 0
-        self._routed: deque[_Routed] = deque()
-        self._learned: dict[int, float] = {}
+        self.routed: deque[_Routed] = deque()
+        self.sequence: int | None = None
+        """Of the cache events that were taken in; None: a snapshot is due."""
 
-    def update(self, load: MemberLoad) -> None:
-        """Take a report. What the digest confirms need not be remembered."""
-        self.load = load
-        self.reports += 1
-        for value in self._learned.keys() & load.prefix_digest:
-            del self._learned[value]
+    def reprice(self) -> None:
+        tokens = sum(entry.tokens for entry in self.routed)
+        self.pool.update(self.slot, self.load, Extra(requests=len(self.routed), tokens=tokens))
 
-    def extra(self, now: float, recent_s: float) -> Extra:
-        """What was routed here lately. A request may cross the first report on the way, not the second."""
-        while self._routed:
-            oldest = self._routed[0]
-            if oldest.report + 2 > self.reports and oldest.at_s + recent_s > now:
-                break
-            self._routed.popleft()
-        return Extra(requests=len(self._routed), tokens=sum(entry.tokens for entry in self._routed))
-
-    def cached_blocks(self, hashes: list[int], now: float) -> int:
-        """Leading blocks that are, or will soon be, in this member's prefix cache."""
-        if not self.load.prefix_cache:
-            return 0
-        digest, learned = self.load.prefix_digest, self._learned
-        for index, value in enumerate(hashes):
-            if value not in digest and learned.get(value, now) <= now:
-                return index
-        return len(hashes)
-
-    def note(self, hashes: list[int], tokens: int, now: float, config: RouterConfig) -> None:
-        """Remember a request that goes here."""
-        self._routed.append(_Routed(at_s=now, report=self.reports, tokens=tokens))
-        for value in hashes:
-            if value not in self.load.prefix_digest:
-                self._learned.pop(value, None)
-                self._learned[value] = now + config.learned_s
-        while len(self._learned) > config.max_learned:
-            del self._learned[next(iter(self._learned))]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    member: _Member
-    ask: Ask
+    def settle(self, now: float) -> None:
+        """Forget what was routed long enough ago. A request may cross the first report on the way, not the second."""
+        routed = self.routed
+        while routed and (routed[0].report <= self.reports or routed[0].until_s <= now):
+            routed.popleft()
+        self.reprice()
 
 
 class Router:
@@ -109,96 +89,123 @@ class Router:
     def __init__(self, config: RouterConfig | None = None) -> None:
         self._config = config or RouterConfig()
         self._members: dict[MemberId, _Member] = {}
+        self._pools: dict[_PoolKey, Pool] = {}
+        self._recent: deque[_Routed] = deque()
 
     @property
     def loads(self) -> tuple[MemberLoad, ...]:
         """The latest report of each member."""
         return tuple(member.load for member in self._members.values())
 
-    def update(self, load: MemberLoad) -> None:
+    def update(self, load: MemberLoad, now: float) -> None:
         """Take a member's report; its first one makes it known."""
         member = self._members.get(load.member_id)
+        if member is not None and (member.load.role, member.load.block_size) != (load.role, load.block_size):
+            self.remove(load.member_id)
+            member = None
         if member is None:
-            self._members[load.member_id] = _Member(load)
+            self._members[load.member_id] = _Member(load, self._pool(load))
         else:
-            member.update(load)
+            member.load = load
+            member.reports += 1
+            member.settle(now)
+
+    def take_events(self, member_id: MemberId, events: CacheEvents) -> bool:
+        """Take what happened in a known member's prefix cache.
+
+        Returns:
+            False where events are missing before these: nothing was taken in, a snapshot is needed.
+        """
+        member = self._members.get(member_id)
+        if member is None or not (events.cleared or events.after == member.sequence):
+            return False
+        member.pool.take_events(member.slot, events)
+        member.sequence = events.sequence
+        return True
 
     def remove(self, member_id: MemberId) -> None:
         """Forget a member that left or died; unknown ids are no error."""
-        self._members.pop(member_id, None)
+        member = self._members.pop(member_id, None)
+        if member is not None:
+            member.pool.leave(member.slot)
 
-    def route(self, request: Request, now: float, *, exclude: frozenset[MemberId] = frozenset()) -> Route:
+    def route(self, prompt: Prompt, now: float, *, exclude: frozenset[MemberId] = frozenset()) -> Route:
         """Choose members and remember the choice.
 
-        With a prefill and a decode pool up, one of each. Without a prefill pool a mixed member serves both phases,
-        or a decode member does where there is no mixed one. Draining members and those in `exclude` get nothing.
+        With a prefill pool up, one of it and one that decodes, unless a mixed member does both for less. Without, a
+        mixed member, or a decode member where there is no mixed one. Draining members and those in `exclude` get
+        nothing.
 
         Raises:
             NoMemberError: nobody can decode.
         """
-        members = [
-            member
-            for member_id, member in self._members.items()
-            if not member.load.draining and member_id not in exclude
-        ]
-        prefill = [member for member in members if member.load.role == "prefill"]
-        mixed = [member for member in members if member.load.role == "mixed"]
-        decode = [member for member in members if member.load.role == "decode"]
-        if not mixed and not decode:
+        self._forget_old(now)
+        pair = self._pair(prompt, now, exclude)
+        alone = self._best("mixed", "both", prompt, now, exclude)
+        if pair is None and alone is None:
+            alone = self._best("decode", "both", prompt, now, exclude)
+        if pair is not None and (alone is None or pair[0].cost_s + pair[1].cost_s <= alone.cost_s):
+            for offer in pair:
+                self._note(offer, prompt, now)
+            return _route(pair[0], pair[1])
+        if alone is None:
             raise NoMemberError(
                 f"no decode or mixed member is up of {len(self._members)} known; wait for the pool to heal"
             )
-        hashes = _Hashes(request)
-        if not prefill:
-            alone = self._choose(mixed or decode, mixed_cost_s, hashes, now)
-            self._note(alone, hashes, now)
-            return Route(prefill=None, decode=alone.member.load.member_id, cached_tokens=alone.ask.cached_tokens)
-        first = self._choose(prefill, prefill_cost_s, hashes, now)
-        second = self._choose(decode or mixed, decode_cost_s, hashes, now)
-        self._note(first, hashes, now)
-        self._note(second, hashes, now)
-        return Route(
-            prefill=first.member.load.member_id,
-            decode=second.member.load.member_id,
-            cached_tokens=first.ask.cached_tokens,
+        self._note(alone, prompt, now)
+        return _route(None, alone)
+
+    def _pair(self, prompt: Prompt, now: float, exclude: frozenset[MemberId]) -> tuple[Offer, Offer] | None:
+        first = self._best("prefill", "prefill", prompt, now, exclude)
+        if first is None:
+            return None
+        second = self._best("decode", "decode", prompt, now, exclude)
+        second = second or self._best("mixed", "decode", prompt, now, exclude)
+        return None if second is None else (first, second)
+
+    def _best(self, role: Role, part: Part, prompt: Prompt, now: float, exclude: frozenset[MemberId]) -> Offer | None:
+        found: Offer | None = None
+        for (pool_role, _), pool in self._pools.items():
+            offer = pool.best(part, prompt, now, exclude) if pool_role == role else None
+            if offer is not None and (found is None or offer.cost_s < found.cost_s):
+                found = offer
+        return found
+
+    def _note(self, offer: Offer, prompt: Prompt, now: float) -> None:
+        """Remember a request that goes to a member: until its reports tell of it."""
+        member = self._members[offer.member_id]
+        entry = _Routed(
+            member_id=offer.member_id,
+            until_s=now + self._config.recent_s,
+            report=member.reports + 2,
+            tokens=offer.new_tokens,
         )
+        member.routed.append(entry)
+        self._recent.append(entry)
+        member.reprice()
+        member.pool.expect(offer, prompt, now + self._config.expected_s)
 
-    def _choose(self, members: Iterable[_Member], cost: _Cost, hashes: "_Hashes", now: float) -> _Choice:
-        """The cheapest member; among equals one that the request's id picks."""
-        policy = self._config.policy
-        priced = []
-        for member in members:
-            size = member.load.block_size
-            cached = member.cached_blocks(hashes.of(size), now) * size
-            choice = _Choice(member=member, ask=Ask(num_tokens=hashes.num_tokens, cached_tokens=cached))
-            priced.append((cost(member.load, member.extra(now, self._config.recent_s), choice.ask, policy), choice))
-        limit = min(price for price, _ in priced) + policy.tie_s
-        equal = [choice for price, choice in priced if price <= limit]
-        return min(equal, key=lambda choice: hashes.tie(choice.member.load.member_id))
+    def _forget_old(self, now: float) -> None:
+        """Price members anew that have not reported for long after something was routed to them."""
+        while self._recent and self._recent[0].until_s <= now:
+            member = self._members.get(self._recent.popleft().member_id)
+            if member is not None:
+                member.settle(now)
 
-    def _note(self, choice: _Choice, hashes: "_Hashes", now: float) -> None:
-        load = choice.member.load
-        known = hashes.of(load.block_size) if load.prefix_cache else []
-        choice.member.note(known, choice.ask.new_tokens, now, self._config)
+    def _pool(self, load: MemberLoad) -> Pool:
+        key = (load.role, load.block_size)
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = Pool(_PARTS[load.role], load.block_size, self._config.policy, max_expected=self._config.max_expected)
+            self._pools[key] = pool
+        return pool
 
 
-class _Hashes:
-    """A request's block hashes, made once for each block size in use."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._tokens = request.prompt_ids + request.output_ids
-        self._by_size: dict[int, list[int]] = {}
-        self.num_tokens = len(self._tokens)
-
-    def of(self, block_size: int) -> list[int]:
-        """Hashes of the full blocks that can be found: never the one with the last token."""
-        hashes = self._by_size.get(block_size)
-        if hashes is None:
-            hashes = block_hashes(self._tokens[:-1], block_size, self._request.cache_salt)
-            self._by_size[block_size] = hashes
-        return hashes
-
-    def tie(self, member_id: MemberId) -> int:
-        """Where the request's id puts a member among equals."""
-        return crc32(f"{self._request.id}|{member_id}".encode())
+def _route(prefill: Offer | None, decode: Offer) -> Route:
+    computes = prefill or decode
+    return Route(
+        prefill=None if prefill is None else prefill.member_id,
+        decode=decode.member_id,
+        cached_tokens=computes.cached_tokens,
+        cost_s=decode.cost_s + (0.0 if prefill is None else prefill.cost_s),
+    )

@@ -54,24 +54,28 @@ class GatewayMessage(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     RELEASE_TICKET_FIELD_NUMBER: _builtins.int
+    RESYNC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___Submit: ...
     @_builtins.property
     def abort(self) -> Global___Abort: ...
     @_builtins.property
     def release_ticket(self) -> Global___ReleaseTicket: ...
+    @_builtins.property
+    def resync(self) -> Global___Resync: ...
     def __init__(
         self,
         *,
         submit: Global___Submit | None = ...,
         abort: Global___Abort | None = ...,
         release_ticket: Global___ReleaseTicket | None = ...,
+        resync: Global___Resync | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "kind", b"kind", "release_ticket", b"release_ticket", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "kind", b"kind", "release_ticket", b"release_ticket", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "kind", b"kind", "release_ticket", b"release_ticket", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "kind", b"kind", "release_ticket", b"release_ticket", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["submit", "abort", "release_ticket"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["submit", "abort", "release_ticket", "resync"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -85,6 +89,7 @@ class MemberMessage(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -93,6 +98,8 @@ class MemberMessage(_message.Message):
     def step(self) -> Global___StepEvents: ...
     @_builtins.property
     def rejected(self) -> Global___Rejected: ...
+    @_builtins.property
+    def cache(self) -> Global___CacheEvents: ...
     def __init__(
         self,
         *,
@@ -100,12 +107,13 @@ class MemberMessage(_message.Message):
         load: Global___Load | None = ...,
         step: Global___StepEvents | None = ...,
         rejected: Global___Rejected | None = ...,
+        cache: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "load", "step", "rejected"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "load", "step", "rejected", "cache"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -206,6 +214,23 @@ class ReleaseTicket(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseTicket: _TypeAlias = ReleaseTicket  # noqa: Y015
+
+@_typing.final
+class Resync(_message.Message):
+    """Cache events are missing: the member answers with a snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resync: _TypeAlias = Resync  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
@@ -435,8 +460,12 @@ class Load(_message.Message):
     TOTAL_STATE_SLOTS_FIELD_NUMBER: _builtins.int
     HANDOFF_REQUESTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
-    PREFIX_DIGEST_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    STEP_TIME_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     role: _builtins.str
     waiting_requests: _builtins.int
@@ -450,12 +479,14 @@ class Load(_message.Message):
     total_state_slots: _builtins.int
     handoff_requests: _builtins.int
     draining: _builtins.bool
+    step_tokens: _builtins.int
     prefix_cache: _builtins.bool
     """Whether KV of equal prefixes is reused."""
+    context_tokens: _builtins.int
+    token_bytes: _builtins.int
+    state_bytes: _builtins.int
     @_builtins.property
-    def prefix_digest(self) -> Global___PrefixDigest:
-        """Absent: unchanged since the last report that had it."""
-
+    def step_time(self) -> Global___StepTime: ...
     def __init__(
         self,
         *,
@@ -472,36 +503,93 @@ class Load(_message.Message):
         total_state_slots: _builtins.int = ...,
         handoff_requests: _builtins.int = ...,
         draining: _builtins.bool = ...,
-        prefix_digest: Global___PrefixDigest | None = ...,
+        step_tokens: _builtins.int = ...,
         prefix_cache: _builtins.bool = ...,
+        step_time: Global___StepTime | None = ...,
+        context_tokens: _builtins.int = ...,
+        token_bytes: _builtins.int = ...,
+        state_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix_digest", b"prefix_digest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "draining", b"draining", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_cache", b"prefix_cache", "prefix_digest", b"prefix_digest", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_tokens", b"context_tokens", "draining", b"draining", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_cache", b"prefix_cache", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "state_bytes", b"state_bytes", "step_time", b"step_time", "step_tokens", b"step_tokens", "token_bytes", b"token_bytes", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
-class PrefixDigest(_message.Message):
+class StepTime(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    HASHES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    BASE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKEN_S_FIELD_NUMBER: _builtins.int
+    DECODE_ROW_S_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_S_FIELD_NUMBER: _builtins.int
+    base_s: _builtins.float
+    prefill_token_s: _builtins.float
+    decode_row_s: _builtins.float
+    context_token_s: _builtins.float
     def __init__(
         self,
         *,
-        hashes: _abc.Iterable[_builtins.int] | None = ...,
+        base_s: _builtins.float = ...,
+        prefill_token_s: _builtins.float = ...,
+        decode_row_s: _builtins.float = ...,
+        context_token_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "context_token_s", b"context_token_s", "decode_row_s", b"decode_row_s", "prefill_token_s", b"prefill_token_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PrefixDigest: _TypeAlias = PrefixDigest  # noqa: Y015
+Global___StepTime: _TypeAlias = StepTime  # noqa: Y015
+
+@_typing.final
+class CacheEvents(_message.Message):
+    """Changes of the prefix cache, by block hash, from sequence number `after` to `sequence`; if cleared, from nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    STORED_STATES_FIELD_NUMBER: _builtins.int
+    REMOVED_STATES_FIELD_NUMBER: _builtins.int
+    after: _builtins.int
+    sequence: _builtins.int
+    cleared: _builtins.bool
+    @_builtins.property
+    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def stored_states(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks behind which a recurrent state is kept."""
+
+    @_builtins.property
+    def removed_states(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        after: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        cleared: _builtins.bool = ...,
+        stored: _abc.Iterable[_builtins.int] | None = ...,
+        removed: _abc.Iterable[_builtins.int] | None = ...,
+        stored_states: _abc.Iterable[_builtins.int] | None = ...,
+        removed_states: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "cleared", b"cleared", "removed", b"removed", "removed_states", b"removed_states", "sequence", b"sequence", "stored", b"stored", "stored_states", b"stored_states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
 
 @_typing.final
 class StepEvents(_message.Message):

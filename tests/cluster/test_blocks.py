@@ -83,11 +83,13 @@ def test_a_second_block_of_the_same_content_stays_unnamed() -> None:
     pool.check_integrity([first])
 
 
-def test_newest_hashes_come_first_and_sharing_makes_new() -> None:
-    pool = BlockPool(4)
-    filled(pool, 10, 11, 12)
-    pool.share(pool.find([10]))
-    assert pool.newest_hashes(2) == [10, 12]
+def test_what_became_findable_or_was_forgotten_is_told_once() -> None:
+    pool = BlockPool(3)
+    pool.release(filled(pool, 10, 11, 12))
+    assert pool.take_changes() == {10: True, 11: True, 12: True}
+    take(pool, 1)
+    assert pool.take_changes() == {12: False}
+    assert pool.take_changes() == {}
 
 
 def test_integrity_names_a_block_that_is_held_by_nobody() -> None:

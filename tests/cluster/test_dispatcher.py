@@ -347,7 +347,7 @@ async def test_a_member_lost_between_routing_and_sending_is_retryable() -> None:
     router = Router()
     dispatcher = Dispatcher(router, Admission(), TOKEN)
     member = ScriptedMember("gone")
-    router.update(member.engine.load())
+    router.update(member.engine.load(), 0.0)
     with pytest.raises(MoefleetError, match="has left"):
         await collect(dispatcher.generate(make_request()))
     assert member.member_id == MemberId("gone")

@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from cluster.cache_log import CacheChanges
 from cluster.member_client import ClientLimits, MemberClient, MemberStream
 from cluster.member_service import ServiceLimits
 from cluster.members import MemberInfo
 from cluster.plan import KvTicket
 from cluster.security import new_token
 from router.errors import InvalidRequestError, MemberLostError, OverloadedError
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, TokenEvent
 from tests.support.fleet import TOKEN, ScriptedMember, make_request, until
 from tests.support.scripted_engine import expected_tokens
@@ -34,7 +35,15 @@ class Gateway:
     def __init__(self, info: MemberInfo, *, token: str = TOKEN, limits: ClientLimits | None = None) -> None:
         self.loads: list[MemberLoad] = []
         self.lost: list[MemberId] = []
-        self.client = MemberClient(info, token, on_load=self.loads.append, on_lost=self.lost.append, limits=limits)
+        self.events: list[CacheEvents] = []
+        self.missing = False
+        self.client = MemberClient(
+            info, token, on_load=self.loads.append, on_cache=self.take, on_lost=self.lost.append, limits=limits
+        )
+
+    def take(self, events: CacheEvents) -> bool:
+        self.events.append(events)
+        return not self.missing
 
 
 @asynccontextmanager
@@ -211,13 +220,19 @@ async def test_requests_are_refused_while_too_much_waits_to_be_sent() -> None:
             gateway.client.submit(make_request("more"), mode="full")
 
 
-async def test_load_reports_without_digest_keep_the_last_one() -> None:
+async def test_cache_events_behind_a_gap_bring_one_call_for_a_snapshot() -> None:
     member = ScriptedMember("m1", limits=ServiceLimits(load_period_s=0.01))
-    report = member.engine.load
-    member.engine.load = lambda: dataclasses.replace(report(), prefix_digest=frozenset({2**64 - 1}))  # type: ignore[method-assign]
     async with connected(member) as gateway:
-        await until(lambda: len(gateway.loads) > 5)
-        assert {load.prefix_digest for load in gateway.loads} == {frozenset({2**64 - 1})}
+        await until(lambda: bool(gateway.events))
+        gateway.missing = True
+        for value in (5, 6, 7):
+            member.engine.cache_log.record([CacheChanges(kv={value: True})])
+            await until(lambda value=value: any(value in events.stored for events in gateway.events))
+        await until(lambda: sum(events.cleared for events in gateway.events) == 2)
+        gateway.missing = False
+        member.engine.cache_log.record([CacheChanges(kv={8: True})])
+        await until(lambda: gateway.events[-1].stored == (8,))
+        assert sum(events.cleared for events in gateway.events) == 2
 
 
 async def test_ended_tells_when_the_member_stays_silent() -> None:

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.load_codec import cache_message, load_message, read_cache, read_load
 from cluster.member_codec import (
     MemberHello,
     hello_message,
-    load_message,
     read_hello,
-    read_load,
     read_rejection,
     read_step,
     read_submit,
@@ -28,8 +27,9 @@ from router.errors import (
     NoMemberError,
     OverloadedError,
 )
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent, TokenLogprob
+from router.step_time import StepTime
 
 LAYOUT = KvLayout(fingerprint="f00d", tp=2, block_size=16, num_blocks=64, num_slots=4, dtype="float32")
 
@@ -133,20 +133,38 @@ def test_damaged_step_columns_are_refused() -> None:
         read_step(pb.StepEvents(handles=[1], indices=[0], token_ids=[1], finishes=[9]), {1: RequestId("a")})
 
 
-def test_a_load_report_without_digest_keeps_the_last_one() -> None:
+def test_a_load_report_comes_back_whole() -> None:
     load = MemberLoad(
         member_id=MemberId("m"),
         role="decode",
         sequence=4,
         waiting_tokens=77,
+        context_tokens=1234,
+        step_tokens=512,
+        step_time=StepTime(base_s=0.1, prefill_token_s=0.2, decode_row_s=0.3, context_token_s=0.4),
+        token_bytes=9,
+        state_bytes=8,
         prefix_cache=False,
-        prefix_digest=frozenset({2**63}),
         draining=True,
     )
-    full = from_member(load_message(load, with_digest=True)).load
-    assert read_load(full, member_id=MemberId("m"), digest=frozenset()) == load
-    short = from_member(load_message(load, with_digest=False)).load
-    assert read_load(short, member_id=MemberId("m"), digest=frozenset({2**63})) == load
+    message = from_member(load_message(load)).load
+    assert read_load(message, member_id=MemberId("m")) == load
+    message.step_time.base_s = -1.0
+    with pytest.raises(CorruptDataError, match="base_s"):
+        read_load(message, member_id=MemberId("m"))
+
+
+def test_cache_events_come_back_whole() -> None:
+    events = CacheEvents(
+        after=3,
+        sequence=5,
+        cleared=True,
+        stored=(2**64 - 1, 2),
+        removed=(3,),
+        stored_states=(4,),
+        removed_states=(5, 6),
+    )
+    assert read_cache(from_member(cache_message(events)).cache) == events
 
 
 def test_hello_names_the_member_and_its_cache_layout() -> None:

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from cluster.cache_log import CacheChanges
 from cluster.gateway_connection import GatewayConnection
 from cluster.member_codec import read_step, submit_message
 from cluster.member_service import MemberService, ServiceLimits
@@ -23,7 +24,7 @@ from tests.support.scripted_engine import expected_tokens
 
 pytestmark = pytest.mark.anyio
 Call = grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.MemberMessage]
-Kind = Literal["hello", "load", "step", "rejected"]
+Kind = Literal["hello", "load", "cache", "step", "rejected"]
 
 
 @pytest.fixture
@@ -77,14 +78,28 @@ async def read_tokens(call: Call, handles: Iterable[int]) -> dict[int, list[int]
     return tokens
 
 
-async def test_a_stream_begins_with_hello_and_a_load_report_with_digest() -> None:
+async def test_a_stream_begins_with_hello_and_a_load_report_and_a_snapshot_of_the_cache() -> None:
     async with serving(ScriptedMember("m1", "decode")) as member, connected(member) as call:
         first, second = await read(call), await read(call)
         assert first.hello.member_id == "m1"
         assert first.hello.role == "decode"
         assert first.hello.layout.fingerprint == "scripted"
-        assert second.load.HasField("prefix_digest")
+        third = await read_kind(call, "cache")
+        assert third.cache.cleared
         assert (await read_kind(call, "load")).load.sequence > second.load.sequence
+
+
+async def test_cache_events_go_along_with_reports_and_a_snapshot_answers_a_resync() -> None:
+    limits = ServiceLimits(load_period_s=0.01)
+    async with serving(ScriptedMember("m1", limits=limits)) as member, connected(member) as call:
+        assert (await read_kind(call, "cache")).cache.cleared
+        member.engine.cache_log.record([CacheChanges(kv={5: True, 7: True})])
+        told = (await read_kind(call, "cache")).cache
+        assert (told.after, told.sequence, list(told.stored)) == (0, 1, [5, 7])
+        await call.write(pb.GatewayMessage(resync=pb.Resync()))
+        assert (await read_kind(call, "cache")).cache.cleared
+        told = (await read_kind(call, "cache")).cache
+        assert (told.after, told.sequence, set(told.stored)) == (1, 1, {5, 7})
 
 
 async def test_tokens_of_several_requests_share_one_message_a_step() -> None:

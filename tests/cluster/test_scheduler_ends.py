@@ -8,6 +8,7 @@ import pytest
 from cluster.plan import StepOutput
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import ConfigError, InvalidRequestError, OverloadedError
+from router.prefix import block_hashes
 from router.request import MemberId, Request, RequestId, TokenEvent
 from shards.batch import LaneOutput
 from tests.support.scheduler_bench import CONFIG, Bench, make_request, make_ticket
@@ -131,11 +132,10 @@ def test_load_counts_what_waits_and_what_runs() -> None:
     assert bench.scheduler.load(0.0, MemberId("m"), "mixed").sequence == 1
 
 
-def test_the_digest_holds_the_newest_cached_blocks_up_to_a_bound() -> None:
-    config = replace(
-        CONFIG, num_blocks=5000, max_step_tokens=20_000, chunk_tokens=20_000, max_model_len=20_000, prefix_cache=True
-    )
-    bench = Bench(config)
-    bench.add(make_request("a", tuple(range(17_000)), max_tokens=1))
+def test_changes_of_the_prefix_cache_are_told_lane_by_lane() -> None:
+    bench = Bench(replace(CONFIG, lanes=2, prefix_cache=True))
+    bench.add(make_request("a", tuple(range(9)), max_tokens=1))
     bench.drain()
-    assert len(bench.scheduler.load(0.0, MemberId("m"), "mixed").prefix_digest) == 4096
+    told = bench.scheduler.take_cache_changes()
+    assert [set(changes.kv) for changes in told] == [set(block_hashes(range(9), 4)), set()]
+    assert not any(changes.kv for changes in bench.scheduler.take_cache_changes())

@@ -1,83 +1,82 @@
-"""Costs grow with what makes a request wait."""
+"""Prices grow with what makes a request wait, in the seconds that the member's step times say."""
 
-from itertools import pairwise
+from dataclasses import replace
 
 import pytest
 
 from router.errors import ConfigError
 from router.load import MemberLoad
-from router.policy import Ask, Extra, PolicyConfig, decode_cost_s, mixed_cost_s, prefill_cost_s
+from router.policy import Extra, PolicyConfig, decode_price, mixed_price, prefill_price
 from router.request import MemberId
+from router.step_time import StepTime
 
 NOTHING = Extra()
-ASK = Ask(num_tokens=100, cached_tokens=0)
-POLICY = PolicyConfig()
+ALONE = PolicyConfig(others_weight=0.0)
+LOAD = MemberLoad(
+    member_id=MemberId("m"),
+    role="mixed",
+    max_requests=8,
+    step_tokens=100,
+    step_time=StepTime(base_s=0.1, prefill_token_s=0.01, decode_row_s=0.02, context_token_s=0.001),
+    free_blocks=100,
+    total_blocks=100,
+)
 
 
-def make_load(
-    *,
-    waiting_tokens: int = 0,
-    waiting: int = 0,
-    running: int = 0,
-    free_blocks: int = 100,
-    slots: tuple[int, int] = (0, 0),
-) -> MemberLoad:
-    return MemberLoad(
-        member_id=MemberId("m"),
-        role="mixed",
-        waiting_tokens=waiting_tokens,
-        waiting_requests=waiting,
-        running_requests=running,
-        max_requests=8,
-        free_blocks=free_blocks,
-        total_blocks=100,
-        free_state_slots=slots[0],
-        total_state_slots=slots[1],
-    )
+def test_a_prompt_waits_for_the_queue_and_for_what_was_routed_since() -> None:
+    price = prefill_price(replace(LOAD, waiting_tokens=300), Extra(requests=1, tokens=100), ALONE)
+    # A full step of 100 tokens takes 1.1 s.
+    assert price.base_s == pytest.approx(4.4)
+    assert price.token_s == pytest.approx(0.011)
+    assert price.output_s == 0
 
 
-def test_prefill_cost_is_the_queue_and_the_uncached_prompt_over_the_rate() -> None:
-    policy = PolicyConfig(prefill_tokens_per_s=100.0, pressure_s=0.0)
-    load = make_load(waiting_tokens=300)
-    assert prefill_cost_s(load, NOTHING, ASK, policy) == pytest.approx(4.0)
-    assert prefill_cost_s(load, NOTHING, Ask(num_tokens=100, cached_tokens=50), policy) == pytest.approx(3.5)
-    assert prefill_cost_s(load, Extra(requests=1, tokens=100), ASK, policy) == pytest.approx(5.0)
+def test_decode_rows_slow_a_prompt_down() -> None:
+    busy = replace(LOAD, running_requests=5, context_tokens=400)
+    assert prefill_price(busy, NOTHING, ALONE).token_s == pytest.approx((0.1 + 0.95 + 0.1 + 0.4) / 95)
 
 
-def test_decode_cost_grows_with_running_sequences_up_to_a_full_member_and_then_with_the_wait() -> None:
-    policy = PolicyConfig(pressure_s=0.0, decode_row_s=0.001, decode_steps=100.0, row_wait_s=3.0)
-    costs = [decode_cost_s(make_load(running=n), NOTHING, ASK, policy) for n in (0, 7)]
-    assert costs[1] - costs[0] == pytest.approx(0.7)
-    full = decode_cost_s(make_load(running=8, waiting=1), NOTHING, ASK, policy)
-    assert full - costs[1] == pytest.approx(0.1 + 2 * 3.0)
+def test_computing_costs_more_where_others_wait_behind_it() -> None:
+    queued = replace(LOAD, waiting_requests=3)
+    weighed = prefill_price(queued, Extra(requests=1), PolicyConfig(others_weight=1.0)).token_s
+    assert weighed == pytest.approx(5 * prefill_price(queued, Extra(requests=1), ALONE).token_s)
 
 
-def test_a_mixed_member_pays_for_both_phases() -> None:
-    load = make_load(running=4, waiting_tokens=50)
-    assert mixed_cost_s(load, NOTHING, ASK, POLICY) > prefill_cost_s(load, NOTHING, ASK, POLICY)
+def test_a_hand_off_pays_for_its_bytes_and_a_step_for_its_rows() -> None:
+    config = PolicyConfig(others_weight=0.0, transfer_bytes_per_s=1000.0)
+    load = replace(LOAD, token_bytes=10, state_bytes=500, running_requests=4, context_tokens=100)
+    price = decode_price(load, Extra(requests=1, tokens=50), config)
+    assert price.base_s == pytest.approx(0.5 + 0.5)
+    assert price.token_s == pytest.approx(0.01)
+    assert price.output_s == pytest.approx(5 * 0.02 + 0.1)
+    weighed = decode_price(load, Extra(requests=1, tokens=50), replace(config, others_weight=1.0))
+    assert weighed.output_s == pytest.approx(price.output_s + 5 * 0.02)
 
 
-def test_kv_pressure_is_steep_near_full_and_bounded() -> None:
-    costs = [prefill_cost_s(make_load(free_blocks=free), NOTHING, ASK, POLICY) for free in (90, 50, 10, 0)]
-    gaps = [b - a for a, b in pairwise(costs)]
-    assert gaps == sorted(gaps)
-    assert gaps[-1] > 10 * gaps[0]
-    assert costs[-1] < 100 * POLICY.pressure_s + 1
+def test_a_mixed_member_pays_for_both_phases_and_moves_nothing() -> None:
+    load = replace(LOAD, token_bytes=10**6, state_bytes=10**9, running_requests=2)
+    price = mixed_price(load, NOTHING, PolicyConfig(others_weight=1.0))
+    assert price.base_s == prefill_price(load, NOTHING, PolicyConfig()).base_s
+    assert price.token_s == pytest.approx(prefill_price(load, NOTHING, PolicyConfig()).token_s + 2 * 0.01)
+    assert price.output_s == pytest.approx(2 * 2 * 0.02)
 
 
-def test_short_state_slots_press_like_short_kv() -> None:
-    roomy = decode_cost_s(make_load(slots=(10, 10)), NOTHING, ASK, POLICY)
-    assert decode_cost_s(make_load(slots=(1, 10)), NOTHING, ASK, POLICY) > roomy
+def test_a_full_member_makes_wait_until_rows_blocks_or_slots_come_back() -> None:
+    config = PolicyConfig(others_weight=0.0, output_tokens=10.0)
+    decode_s = 10 * (0.1 + 8 * 0.02)
+    rows = replace(LOAD, running_requests=8, waiting_requests=1)
+    assert decode_price(rows, NOTHING, config).base_s == pytest.approx(decode_s * 2 / 8)
+    blocks = replace(LOAD, running_requests=7, free_blocks=10, waiting_tokens=16 * 55)
+    decode_s = 10 * (0.1 + 7 * 0.02)
+    assert decode_price(blocks, NOTHING, config).base_s == pytest.approx(decode_s * 45 / 90)
+    slots = replace(LOAD, running_requests=7, waiting_requests=0, free_state_slots=0, total_state_slots=10)
+    assert decode_price(slots, NOTHING, config).base_s == pytest.approx(decode_s * 1 / 10)
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [
-        ({"prefill_tokens_per_s": 0.0}, "prefill_tokens_per_s"),
-        ({"tie_s": -1.0}, "tie_s"),
-        ({"pressure_limit": 1.0}, "pressure_limit"),
-    ],
+    [({"transfer_bytes_per_s": 0.0}, "transfer_bytes_per_s"), ({"tie_s": -1.0}, "tie_s")],
 )
-def test_rates_that_cannot_work_are_refused_by_name(values: dict[str, float], named: str) -> None:
+def test_values_that_cannot_work_are_refused_by_name(values: dict[str, float], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         PolicyConfig(**values)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Literal
 
+from cluster.cache_log import CacheLog
 from cluster.engine import EngineEvent, Rejected, TicketReady
 from cluster.member_service import MemberService
 from cluster.plan import KvLayout, KvTicket
 from router.errors import MoefleetError
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent, TokenLogprob
 
 LAYOUT = KvLayout(fingerprint="scripted", tp=1, block_size=16, num_blocks=64, num_slots=0, dtype="float32")
@@ -62,6 +63,7 @@ class ScriptedEngine:
         self.modes: list[str] = []
         self.skip_index: int | None = None
         self.num_running = 0
+        self.cache_log = CacheLog()
         self._member_id = member_id
         self._role: Role = role
         self._step_s = step_s
@@ -110,6 +112,9 @@ class ScriptedEngine:
             total_blocks=64,
             handoff_requests=len(self.pinned),
         )
+
+    def cache_events(self, after: int | None) -> list[CacheEvents]:
+        return self.cache_log.since(after)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

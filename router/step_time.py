@@ -1,0 +1,39 @@
+"""How long one step of a member takes: a linear model of what is in it, and the rates that follow from it."""
+
+from dataclasses import dataclass, fields
+
+from router.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of a step = base + prompt tokens, decode rows and decode context, each times its price.
+
+    Attention over the context is the only part of a decode row that grows; what a prompt token attends to is in its
+    price on average. The defaults suit a small model on CPU; members report what they measure of themselves.
+    """
+
+    base_s: float = 0.002
+    prefill_token_s: float = 0.0005
+    decode_row_s: float = 0.001
+    context_token_s: float = 0.0
+    """For each token that the step's decode rows attend to."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"step_time.{field.name} must be finite and not negative, got {value}")
+        if self.prefill_token_s == 0:
+            raise ConfigError("step_time.prefill_token_s must be positive, got 0; measure a step with a prompt in it")
+
+    def step_s(self, *, prefill_tokens: float, decode_rows: float, context_tokens: float) -> float:
+        """Seconds of one step."""
+        decode_s = decode_rows * self.decode_row_s + context_tokens * self.context_token_s
+        return self.base_s + prefill_tokens * self.prefill_token_s + decode_s
+
+    def prefill_s_per_token(self, *, step_tokens: int, decode_rows: float, context_tokens: float) -> float:
+        """Seconds a queued prompt token takes where full steps of `step_tokens` carry the decode rows along."""
+        room = max(step_tokens - decode_rows, 1.0)
+        full_s = self.step_s(prefill_tokens=room, decode_rows=decode_rows, context_tokens=context_tokens)
+        return full_s / room
