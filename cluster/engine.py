@@ -71,6 +71,12 @@ class EngineStats:
     pulled_bytes: int = 0
     refetched_frames: int = 0
     """Damaged on their way and asked for again."""
+    schedule_s: float = 0.0
+    """Seconds that steps were decided in."""
+    launch_s: float = 0.0
+    """Seconds that plans were handed to ranks in."""
+    commit_s: float = 0.0
+    """Seconds that results were taken in and made events of."""
     compute_s: float = 0.0
     """Seconds that ranks computed (the slowest lane of each step)."""
     wait_s: float = 0.0
@@ -251,9 +257,13 @@ class Engine:
                 self._stats.failed_pulls += 1
                 logger.warning("pull %s failed, computing its tokens here: %s", done.pull_id, done.error)
             self._scheduler.pull_done(done, now)
+        began = time.monotonic()
         plan = self._scheduler.schedule(now)
+        decided = time.monotonic()
+        self._stats.schedule_s += decided - began
         if plan is not None:
             self._ranks.launch(plan)
+            self._stats.launch_s += time.monotonic() - decided
             self._stats.steps += plan.has_rows
             self._stats.computed_tokens += sum(sum(lane.counts_S) for lane in plan.lanes)
             self._stats.admissions += sum(len(lane.starts) for lane in plan.lanes)
@@ -265,11 +275,13 @@ class Engine:
     def _take_result(self) -> None:
         waited_from = time.monotonic()
         output = self._ranks.result()
-        self._stats.wait_s += time.monotonic() - waited_from
+        came_at = time.monotonic()
+        self._stats.wait_s += came_at - waited_from
         self._stats.compute_s += max(lane.compute_s for lane in output.lanes)
         self._stats.sampled_tokens += sum(len(lane.tokens_N) for lane in output.lanes)
         for event in self._scheduler.commit(output, self._clock()):
             self._emit(event)
+        self._stats.commit_s += time.monotonic() - came_at
 
     def _emit(self, event: TokenEvent | HandoffReady) -> None:
         if isinstance(event, HandoffReady):

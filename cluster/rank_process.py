@@ -26,6 +26,7 @@ from shards.collectives import TIMEOUT_S, make_comms
 from shards.comm import Comms
 from shards.mesh import Place
 from shards.rank import Rank
+from shards.step_profile import StepProfile, part
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +94,20 @@ def _checked(begin: Callable[[T], R], argument: T) -> R:
 class RankRunner:
     """One rank: `run` in one thread, `inbox` and `free` for others."""
 
-    def __init__(self, config: RankProcessConfig, store: Store, report: Callable[[Report], None]) -> None:
+    def __init__(
+        self,
+        config: RankProcessConfig,
+        store: Store,
+        report: Callable[[Report], None],
+        profile: StepProfile | None = None,
+    ) -> None:
         self.inbox: SimpleQueue[RankWork | None] = SimpleQueue()
         """Work in order; None ends the rank."""
         self.done = threading.Event()
         self._config = config
         self._store = store
         self._report = report
+        self._profile = profile
         self._comms: Comms | None = None
         self._last_progress = 0.0
 
@@ -136,7 +144,8 @@ class RankRunner:
             # Rank 0's watchdog names the step; operations wait no shorter than it does.
             timeout_s=max(TIMEOUT_S, config.engine.config.step_timeout_s),
         )
-        rank = _checked(lambda comms: Rank(config.engine.rank_config(config.rank, device), comms), self._comms)
+        rank_config = config.engine.rank_config(config.rank, device)
+        rank = _checked(lambda comms: Rank(rank_config, comms, self._profile), self._comms)
         try:
             _checked(rank.load, self._tell_progress)
             self._serve(rank)
@@ -165,7 +174,8 @@ class RankRunner:
         pulling = 0
         while True:
             try:
-                work = self.inbox.get(timeout=_PULL_POLL_S if pulling else None)
+                with part(self._profile, "idle"):
+                    work = self.inbox.get(timeout=_PULL_POLL_S if pulling else None)
             except Empty:
                 work = RankWork.nothing()
             if work is None:
@@ -239,6 +249,7 @@ def start_leader(
     *,
     on_progress: Callable[[LoadProgress], None] | None = None,
     check: Callable[[], None] | None = None,
+    profile: StepProfile | None = None,
 ) -> RankGroup:
     """Start rank 0 in a thread of this process and wait until every rank has loaded.
 
@@ -246,13 +257,14 @@ def start_leader(
         store: from `open_store`; the other ranks connect to it.
         on_progress: told of the weights read so far, by all ranks together.
         check: called a few times a second while waiting; raises when the other ranks' processes are known to be gone.
+        profile: gets the time of each part of rank 0's steps.
 
     Raises:
         CheckpointError: a rank cannot serve this model; the message says what would do.
         MemberLostError: a rank failed or did not come; the message names it and says why.
     """
     group = RankGroup(config.place.layout, step_timeout_s=config.engine.config.step_timeout_s)
-    runner = RankRunner(config, store, lambda report: group.report(0, report))
+    runner = RankRunner(config, store, lambda report: group.report(0, report), profile)
     with listen(config.host) as listener:
         address = f"{config.host} {listener.getsockname()[1]} {_settings_digest(config.engine)}"
         PrefixStore("plan", store).set(str(config.generation), address)

@@ -14,6 +14,7 @@ from cluster.reports import LoadProgress
 from cluster.resolve import ResolvedEngine
 from cluster.security import new_token
 from router.errors import MemberLostError
+from shards.step_profile import StepProfile
 
 _HOST = "127.0.0.1"
 _JOIN_S = 15.0
@@ -28,6 +29,7 @@ class LocalReplica:
         *,
         handoff: bool = False,
         on_progress: Callable[[LoadProgress], None] | None = None,
+        profile: StepProfile | None = None,
     ) -> None:
         self._store = open_store(_HOST)
         leader = RankProcessConfig(
@@ -42,7 +44,9 @@ class LocalReplica:
         self.children: list[BaseProcess] = []
         try:
             self._spawn(leader)
-            self.ranks: RankGroup = start_leader(leader, self._store, on_progress=on_progress, check=self._check)
+            self.ranks: RankGroup = start_leader(
+                leader, self._store, on_progress=on_progress, check=self._check, profile=profile
+            )
         except BaseException:
             self._end_children()
             raise

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
+from cluster.config import EngineConfig
 from cluster.resolve import resolve_engine
 from deploy.bench_engine import DTYPES, BenchEngine, BenchOptions, check_room
+from deploy.bench_profile import ProfileTable, profile_table
 from deploy.bench_scenarios import Scenario
 from deploy.bench_startup import time_startup
 from deploy.process_use import OthersCpu, peak_rss_mb
 from router.errors import ConfigError
+from shards.step_profile import StepProfile
 
 _SEED: Final = 7
 _WARM_TOKENS: Final = 8
@@ -34,6 +37,8 @@ class BenchRun:
     repeat: int
     json: bool
     """One JSON object a scenario and line; else plain text."""
+    profile: bool
+    """Also tell where a step's time goes, by a further run; the timing itself slows every run a little."""
     worker_flags: tuple[str, ...]
     """The same options as words, for workers whose start is timed."""
 
@@ -61,27 +66,56 @@ def run_bench(run: BenchRun, out: TextIO) -> None:
     for scenario in run.scenarios:
         check_room(resolved, [scenario.num_tokens] * scenario.num_prompts)
     vocab_size = resolved.model.vocab_size
-    engine: BenchEngine | None = None
-    try:
+    with _Engines(config, StepProfile() if run.profile else None) as engines:
         for scenario in run.scenarios:
-            rng = random.Random(_SEED)
+            make_prompts = _prompt_maker(scenario, vocab_size)
             with OthersCpu() as others:
                 if scenario.kind == "startup":
-                    figures = _measure_startup(run, scenario, _prompts(rng, scenario, vocab_size)[0])
+                    figures = _measure_startup(run, scenario, make_prompts()[0])
                 else:
-                    engine = engine or BenchEngine(config)
-                    figures = _measure(
-                        engine, scenario, run.repeat, lambda s=scenario, r=rng: _prompts(r, s, vocab_size)
-                    )
+                    figures = _measure(engines.get(), scenario, run.repeat, make_prompts)
                     figures["peak_rss_mb"] = peak_rss_mb(os.getpid())
-            _write(run, scenario, {"others_cpu": others.cpus} | figures, out)
-    finally:
-        if engine is not None:
-            engine.close()
+            profile = None
+            if scenario.kind != "startup" and engines.profile is not None:
+                profile = _profile(engines.get(), engines.profile, scenario, make_prompts())
+            _write(run, scenario, {"others_cpu": others.cpus} | figures, profile, out)
 
 
-def _prompts(rng: random.Random, scenario: Scenario, vocab_size: int) -> Prompts:
-    return [[rng.randrange(vocab_size) for _ in range(scenario.prompt_tokens)] for _ in range(scenario.num_prompts)]
+class _Engines:
+    """The engine of all scenarios, loaded when the first one needs it."""
+
+    def __init__(self, config: EngineConfig, profile: StepProfile | None) -> None:
+        self.profile = profile
+        self._config = config
+        self._engine: BenchEngine | None = None
+
+    def __enter__(self) -> "_Engines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def get(self) -> BenchEngine:
+        if self._engine is None:
+            self._engine = BenchEngine(self._config, self.profile)
+        return self._engine
+
+
+def _prompt_maker(scenario: Scenario, vocab_size: int) -> Callable[[], Prompts]:
+    """Makes other random prompts each time, and the same in each process."""
+    rng = random.Random(_SEED)
+
+    def make() -> Prompts:
+        return [[rng.randrange(vocab_size) for _ in range(scenario.prompt_tokens)] for _ in range(scenario.num_prompts)]
+
+    return make
+
+
+def _profile(engine: BenchEngine, profile: StepProfile, scenario: Scenario, prompts: Prompts) -> ProfileTable | None:
+    profile.reset()
+    engine.generate(prompts, scenario.new_tokens)
+    return profile_table(profile, engine.stats, "prefill" if scenario.kind == "prefill" else "decode")
 
 
 def _measure(
@@ -122,7 +156,9 @@ def _measure_startup(run: BenchRun, scenario: Scenario, prompt: Sequence[int]) -
     }
 
 
-def _write(run: BenchRun, scenario: Scenario, figures: dict[str, object], out: TextIO) -> None:
+def _write(
+    run: BenchRun, scenario: Scenario, figures: dict[str, object], profile: ProfileTable | None, out: TextIO
+) -> None:
     rounded = {name: _round(value) for name, value in figures.items()}
     if run.json:
         line = {
@@ -134,9 +170,12 @@ def _write(run: BenchRun, scenario: Scenario, figures: dict[str, object], out: T
             "repeat": run.repeat,
             **rounded,
         }
+        if profile is not None:
+            line["profile"] = profile.as_json()
         out.write(json.dumps(line) + "\n")
     else:
         out.write(f"{scenario.name:14} {'  '.join(_plain(rounded))}\n")
+        out.writelines(f"{line}\n" for line in (profile.lines() if profile is not None else ()))
     out.flush()
 
 

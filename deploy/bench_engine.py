@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Final
 
 from cluster.config import Dtype, EngineConfig
+from cluster.engine import EngineStats
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
 from deploy.local_engine import stream_all
 from router.errors import ConfigError
 from router.request import Request, RequestId, SamplingParams
 from shards.mesh import Layout
+from shards.step_profile import StepProfile
 
 DTYPES: Final[dict[str, Dtype]] = {"bf16": "bfloat16", "f32": "float32"}
 
@@ -55,14 +57,19 @@ class Generated:
 class BenchEngine:
     """Ranks that are loaded, until the context ends; each `generate` is a batch of its own.
 
+    Args:
+        profile: gets the time of each part of rank 0's steps.
+
     Raises:
         ConfigError, CheckpointError: the config cannot be served, see `resolve_engine`.
         MemberLostError: a rank failed at its start.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, profile: StepProfile | None = None) -> None:
         self._engine = resolve_engine(config)
-        self._replica = LocalReplica(self._engine)
+        self._replica = LocalReplica(self._engine, profile=profile)
+        self.stats = EngineStats()
+        """The engine's counters of the latest `generate`."""
 
     def __enter__(self) -> "BenchEngine":
         return self
@@ -93,7 +100,7 @@ class BenchEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         ttft_s = [0.0] * len(prompts)
         started = time.perf_counter()
-        for events in stream_all(self._engine, self._replica.ranks, requests):
+        for events in stream_all(self._engine, self._replica.ranks, requests, on_end=self._keep_stats):
             now = time.perf_counter() - started
             for event in events:
                 index = int(event.request_id)
@@ -102,6 +109,9 @@ class BenchEngine:
                 if event.token_id is not None:
                     tokens[index].append(event.token_id)
         return Generated(tokens=tokens, wall_s=time.perf_counter() - started, ttft_s=ttft_s)
+
+    def _keep_stats(self, stats: EngineStats) -> None:
+        self.stats = stats
 
 
 def check_room(engine: ResolvedEngine, num_tokens: Sequence[int]) -> None:

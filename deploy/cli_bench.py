@@ -53,6 +53,9 @@ def engine(
     ] = DEFAULT_SCENARIOS,
     dtype: Annotated[Literal["bf16", "f32"], typer.Option(help="Of weights, activations and KV.")] = "bf16",
     repeat: Annotated[int, typer.Option(help="Runs a figure is the median of.")] = 3,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also where a step's time goes; slows all runs a little.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a scenario.")] = False,
     tp: Tp = 1,
     dp: Dp = 1,
@@ -84,6 +87,7 @@ def engine(
             scenarios=parse_scenarios(scenario),
             repeat=repeat,
             json=json,
+            profile=profile,
             worker_flags=(*flags, *([] if threads is None else [f"--threads={threads}"])),
         )
         run_bench(run, sys.stdout)

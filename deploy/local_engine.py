@@ -1,11 +1,11 @@
 """Serves requests with an engine of this process on ranks that are loaded, for commands that need no fleet."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Final
 
-from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected, TicketReady
+from cluster.engine import Engine, EngineEvent, EngineOutlets, EngineStats, Rejected, TicketReady
 from cluster.executor import Ranks
 from cluster.resolve import ResolvedEngine
 from cluster.ticket import ticket_maker
@@ -17,8 +17,17 @@ logger = logging.getLogger(__name__)
 _MEMBER: Final = MemberId("local")
 
 
-def stream_all(engine: ResolvedEngine, ranks: Ranks, requests: Sequence[Request]) -> Iterator[list[TokenEvent]]:
+def stream_all(
+    engine: ResolvedEngine,
+    ranks: Ranks,
+    requests: Sequence[Request],
+    *,
+    on_end: Callable[[EngineStats], None] | None = None,
+) -> Iterator[list[TokenEvent]]:
     """Serve requests together, all there at the first step -> each step's events; the ranks stay up.
+
+    Args:
+        on_end: gets the engine's counters when all is served.
 
     Raises:
         MoefleetError: a request was rejected, or the ranks failed.
@@ -40,6 +49,8 @@ def stream_all(engine: ResolvedEngine, ranks: Ranks, requests: Sequence[Request]
             yield [_token_event(event, open_requests) for event in arrived.get()]
     finally:
         runner.halt()
+        if on_end is not None:
+            on_end(runner.stats())
 
 
 def _token_event(event: EngineEvent, open_requests: set[RequestId]) -> TokenEvent:

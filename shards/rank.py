@@ -29,6 +29,7 @@ from shards.mtp import Mtp
 from shards.rope import rotary_tables
 from shards.rows import PromptSpan, Rows
 from shards.sampler import Sampler
+from shards.step_profile import StepProfile, part
 from shards.verify import Draws, Replay, pick
 from shards.weights import MTP_PREFIX, CheckpointReader
 
@@ -94,17 +95,23 @@ def _tensors_without_use(model: ModelConfig, root: str) -> list[str]:
 class Rank:
     """Not thread-safe: `load` and `step` are called from one thread. `close` ends it.
 
+    Args:
+        profile: gets the time of each part of the steps; None: nothing is timed.
+
     Raises:
         ValueError: the config, the checkpoint's config or the layout cannot be served; names field, value, remedy.
     """
 
-    def __init__(self, config: RankConfig, comms: Comms) -> None:
+    def __init__(self, config: RankConfig, comms: Comms, profile: StepProfile | None = None) -> None:
         self.config = config
+        self._profile = profile
         self.model_config = load_model_config(config.model).with_drafts(config.draft_tokens)
         self._device = torch.device(config.device)
         exact = resolve_deterministic(config.deterministic, config.kernels, config.device)
         check_layout(self.model_config, config.place.layout, deterministic=exact, groups=config.reduction_groups)
         kernels = select_kernels(config.kernels, config.device)
+        if profile is not None:
+            kernels, comms = profile.timed_kernels(kernels), profile.timed_comms(comms)
         self._runtime = Runtime(kernels=kernels, comms=comms, exact=exact)
         self._model: Model | None = None
         shape = cache_shape(
@@ -153,8 +160,11 @@ class Rank:
         """
         assert self._model is not None
         started = time.monotonic()
+        if self._profile is not None:
+            self._profile.begin("prefill" if any(count > 1 for count in batch.counts_S) else "decode")
         with torch.inference_mode():
-            self._rows.update(batch)
+            with part(self._profile, "rows"):
+                self._rows.update(batch)
             lane_tokens, *lane_drafts = self._lane_counts(batch)
             output = self._compute(self._model, batch, lane_tokens, lane_drafts) if any(lane_tokens) else LaneOutput()
         if not self.config.place.is_lane_leader:
@@ -179,7 +189,8 @@ class Rank:
     def _compute(
         self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...], lane_drafts: list[tuple[int, ...]]
     ) -> LaneOutput:
-        step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
+        with part(self._profile, "rows"):
+            step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
         hidden_TC = model.forward(self._runtime, step, self.cache)
         prompt_logprobs: dict[int, LogprobColumns] = {}
         for span in self._rows.prompt_spans(batch):
@@ -190,16 +201,19 @@ class Rank:
             replay = Replay.of(draws, kept, step.advance_S, step.state_slots_S)
             model.replay(self._runtime, step, replay, self.cache)
         if model.mtp is not None:
-            self._drafter(model, model.mtp).run(step, hidden_TC, draws, kept, lane_drafts)
+            with part(self._profile, "drafts"):
+                self._drafter(model, model.mtp).run(step, hidden_TC, draws, kept, lane_drafts)
         return dataclasses.replace(output, prompt_logprobs=prompt_logprobs)
 
     def _draw(self, model: Model, hidden_TC: Tensor, draws: Draws) -> tuple[list[int], LaneOutput]:
         """Choose the sampled rows' tokens -> how many stay of each row's draws, and these as the lane's answer."""
-        logits_NV = model.logits(self._runtime, hidden_TC[torch.tensor(draws.tokens_N, device=self._device)])
-        tokens_N, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
-        drafted_N = self._rows.tokens_at(draws.rows_N, draws.positions_N)
-        self._rows.store(draws.rows_N, draws.positions_N, tokens_N)
-        drawn_N = tokens_N.tolist()
+        with part(self._profile, "head"):
+            logits_NV = model.logits(self._runtime, hidden_TC[torch.tensor(draws.tokens_N, device=self._device)])
+        with part(self._profile, "sampling"):
+            tokens_N, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
+            drafted_N = self._rows.tokens_at(draws.rows_N, draws.positions_N)
+            self._rows.store(draws.rows_N, draws.positions_N, tokens_N)
+            drawn_N = tokens_N.tolist()
         if len(drawn_N) == len(draws.rows):
             return draws.counts, LaneOutput(rows_N=draws.rows, tokens_N=drawn_N, logprobs=logprobs)
         kept = draws.accept(drawn_N, drafted_N.tolist())

@@ -12,7 +12,9 @@ from router.errors import CheckpointError, ConfigError
 from shards.mesh import Layout
 
 
-def make_run(model: Path, scenarios: str, *, json: bool = True, kv_memory_bytes: int = 8 << 20) -> BenchRun:
+def make_run(
+    model: Path, scenarios: str, *, json: bool = True, kv_memory_bytes: int = 8 << 20, profile: bool = False
+) -> BenchRun:
     options = BenchOptions(layout=Layout(), threads=1, kv_memory_bytes=kv_memory_bytes, max_step_tokens=256)
     return BenchRun(
         options=options,
@@ -21,6 +23,7 @@ def make_run(model: Path, scenarios: str, *, json: bool = True, kv_memory_bytes:
         scenarios=parse_scenarios(scenarios),
         repeat=1,
         json=json,
+        profile=profile,
         worker_flags=("--threads=1", "--kv-memory=8MiB"),
     )
 
@@ -46,6 +49,25 @@ def test_plain_output_has_a_line_a_scenario(moe_checkpoint: Path) -> None:
     out = io.StringIO()
     run_bench(make_run(moe_checkpoint, "prefill8", json=False), out)
     assert re.fullmatch(r"prefill8 .*prefill_tok_s \d+.*peak_rss_mb \d+.*\n", out.getvalue())
+
+
+def test_a_profile_tells_where_a_step_s_time_goes(moe_checkpoint: Path) -> None:
+    out = io.StringIO()
+    run_bench(make_run(moe_checkpoint, "batch2,prefill8", profile=True), out)
+    decode, prefill = (json.loads(line)["profile"] for line in out.getvalue().splitlines())
+    assert decode["steps"] == 127
+    assert prefill["steps"] == 1
+    for profile in (decode, prefill):
+        assert {"idle", "rows", "attention", "linear", "head", "sampling", "other"} <= profile["rank_us"].keys()
+        assert profile["engine_us"].keys() == {"scheduling", "plan", "commit", "waiting"}
+        assert profile["step_us"] == pytest.approx(sum(profile["rank_us"].values()), abs=2)
+
+
+def test_a_profile_in_plain_text_has_a_line_a_part(moe_checkpoint: Path) -> None:
+    out = io.StringIO()
+    run_bench(make_run(moe_checkpoint, "prefill8", json=False, profile=True), out)
+    assert re.search(r"\n    rank 0  head +\d+\.\d us +\d+\.\d %\n", out.getvalue())
+    assert re.search(r"\n    engine  scheduling +\d+\.\d us", out.getvalue())
 
 
 def test_sequences_that_do_not_fit_at_once_are_refused_before_anything_is_loaded(moe_checkpoint: Path) -> None:
