@@ -138,6 +138,12 @@ class RankHost:
         """Rank 0's load; None before it leads. That the engine has failed is told by `wait_failed`."""
         return None if self._engine is None else self._engine.load()
 
+    @ray.method(concurrency_group="control")
+    def set_role(self, role: Role) -> None:
+        """Report another role to the gateways."""
+        if self._engine is not None:
+            self._engine.set_role(role)
+
     @ray.method(concurrency_group="watch")
     def wait_failed(self) -> str:
         """Returns when rank 0's engine has ended by itself, with the reason."""

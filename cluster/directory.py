@@ -11,11 +11,13 @@ from ray.actor import ActorProxy
 
 from cluster.members import MemberInfo
 from cluster.security import new_token
+from router.errors import ConfigError
 from router.load import MemberLoad
 from router.request import MemberId, Role
 
 ACTOR_NAME: Final = "moefleet-directory"
 _MAX_WATCH_S: Final = 30.0
+_ROLES_AT_WORK: Final[tuple[Role, ...]] = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,7 @@ class Directory:
         self._clock = clock
         self._members: dict[MemberId, tuple[MemberStatus, float]] = {}
         self._max_model_len: dict[Role, int] = {}
+        self._wanted_roles: dict[MemberId, Role] = {}
         self._version = 0
         self._settled = False
         self._settles_at = clock() + lease_s
@@ -86,13 +89,35 @@ class Directory:
         return self._token
 
     @ray.method
-    async def put(self, status: MemberStatus) -> None:
-        """Enter a member or renew its lease."""
+    async def put(self, status: MemberStatus) -> Role | None:
+        """Enter a member or renew its lease; returns the role it shall have, None where nobody moved it."""
         member_id = status.info.member_id
         known = self._members.get(member_id)
         self._members[member_id] = (status, self._clock() + self._lease_s)
         if known is None or known[0].info != status.info:
             self._change()
+        return self._wanted_roles.get(member_id)
+
+    @ray.method
+    async def set_role(self, member_id: MemberId, role: Role) -> None:
+        """Let a member take another role with its next report; its streams go on.
+
+        Raises:
+            ConfigError: the member is not up, or nobody would prefill or decode any more.
+        """
+        self._expire()
+        if member_id not in self._members:
+            known = ", ".join(sorted(self._members)) or "none"
+            raise ConfigError(f"member {member_id!r} is not up; members are {known}")
+        roles = {each: self._wanted_roles.get(each, status.info.role) for each, (status, _) in self._members.items()}
+        roles[member_id] = role
+        for needed in _ROLES_AT_WORK:
+            if not {needed, "mixed"} & set(roles.values()):
+                raise ConfigError(
+                    f"role {role!r} for member {member_id} would leave no member to {needed}; "
+                    f"give another one the role {needed} or mixed first"
+                )
+        self._wanted_roles[member_id] = role
 
     @ray.method
     async def remove(self, member_id: MemberId) -> None:
@@ -127,6 +152,7 @@ class Directory:
         gone = [member_id for member_id, (_, until) in self._members.items() if until < now]
         for member_id in gone:
             del self._members[member_id]
+        self._wanted_roles = {each: role for each, role in self._wanted_roles.items() if each in self._members}
         settles = not self._settled and now >= self._settles_at
         self._settled |= settles
         if gone or settles:

@@ -110,13 +110,18 @@ class Dispatcher:
         """Connect to members that are new or came back at another address or generation, leave those not listed."""
         listed = {info.member_id: info for info in members}
         for member_id, client in tuple(self._clients.items()):
-            if listed.get(member_id) != client.info:
+            info = listed.get(member_id)
+            if info is None or (info.address, info.generation) != (client.info.address, client.info.generation):
                 del self._clients[member_id]
                 self._router.remove(member_id)
                 self._spawn(client.close())
         for info in listed.values():
-            if info.member_id not in self._clients:
+            client = self._clients.get(info.member_id)
+            if client is None:
                 self._clients[info.member_id] = self._connect(info)
+            else:
+                # Another role does not touch the stream: the member's loads tell the router.
+                client.info = info
 
     def _connect(self, info: MemberInfo) -> MemberClient:
         def is_current() -> bool:

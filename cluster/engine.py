@@ -197,6 +197,11 @@ class Engine:
         """Free the KV of a ticket: it was fetched, or nobody will come."""
         self._command(_Release(ticket_id=ticket_id))
 
+    def set_role(self, role: Role) -> None:
+        """Report another role from now on. Requests that are here go on: an engine serves every kind at any time."""
+        self._role = role
+        self._wake.set()
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests and wait until running ones and unfetched KV are gone; True when they are."""
         self._draining = True

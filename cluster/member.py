@@ -52,6 +52,7 @@ class PoolMemberConfig:
     """After this many in a row the member is unhealthy, for its pool to replace."""
 
 
+T = TypeVar("T")
 Ending: TypeAlias = "asyncio.Future[int] | asyncio.Future[str]"
 
 
@@ -82,6 +83,8 @@ class PoolMember:
         self._failed_starts = 0
         self._last_error = ""
         self._next_number = 0
+        self._role: Role = config.role
+        """What it does now; the pool's role until somebody moves it."""
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -176,7 +179,7 @@ class PoolMember:
             ranks_here=ranks_here,
             rank=0,
             member_id=self._id,
-            role=self._config.role,
+            role=self._role,
             token=await self._directory.token.remote(),
             generation=generation.number,
             host=hosts[0],
@@ -269,7 +272,7 @@ class PoolMember:
         )
         status = MemberStatus(
             info=MemberInfo(
-                member_id=self._id, role=self._config.role, address=generation.address, generation=generation.number
+                member_id=self._id, role=self._role, address=generation.address, generation=generation.number
             ),
             ranks=ranks,
             tp=layout.tp,
@@ -279,22 +282,24 @@ class PoolMember:
             since_unix_s=generation.since_unix_s,
             load=self._load,
         )
-        await self._tell(self._directory.put.remote(status))
+        wanted = await self._tell(self._directory.put.remote(status))
+        if wanted is not None and wanted != self._role:
+            logger.info("%s: role %s becomes %s", self._id, self._role, wanted)
+            self._role = wanted
+            await _answer(generation.actors[0].set_role.remote(wanted))
 
-    async def _tell(self, told: "ObjectRef[None]") -> None:
-        """Wait for the directory; one that is away hears of us with the next report."""
+    async def _tell(self, told: "ObjectRef[T]") -> T | None:
+        """The directory's answer; one that is away hears of us with the next report."""
         with contextlib.suppress(RayError, TimeoutError):
             async with asyncio.timeout(self._config.look_timeout_s):
-                await told
+                return await told
+        return None
 
 
 def _kill_actors(actors: Sequence["ActorProxy[RankHost]"]) -> None:
     for actor in actors:
         # ray.kill is typed for handles alone, .remote() for handle or class.
         ray.kill(cast("ActorHandle[RankHost]", actor))
-
-
-T = TypeVar("T")
 
 
 async def _answer(ref: "ObjectRef[T]") -> T:

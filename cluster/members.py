@@ -11,6 +11,7 @@ class MemberInfo:
 
     member_id: MemberId
     role: Role
+    """What the member does now; moved at run time by `Directory.set_role`."""
     address: str
     """host:port of its member service."""
     generation: int = 0

@@ -124,6 +124,20 @@ def status(
     run_status(address=ray_address, namespace=namespace, as_json=json, out=sys.stdout)
 
 
+@app.command(epilog="Example: moefleet role prefill-1a2b3c4d mixed")
+def role(
+    member: Annotated[str, typer.Argument(help="Its id, as `moefleet status` shows it.")],
+    role: Annotated[Literal["prefill", "decode", "mixed"], typer.Argument(help="What it is to do from now on.")],
+    ray_address: Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one of this machine.")] = "auto",
+    namespace: Annotated[str, typer.Option(help="The fleet's `ray.namespace`.")] = "moefleet",
+) -> None:
+    """Let a member prefill, decode or do both from now on, without restarting it or ending a stream."""
+    # Ray takes a second to import.
+    from deploy.status import run_role
+
+    run_role(member, role, address=ray_address, namespace=namespace, out=sys.stdout)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

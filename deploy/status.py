@@ -1,11 +1,12 @@
-"""`moefleet status`: pools, members, ranks and load of the fleet that runs on a Ray cluster."""
+"""`moefleet status` and `moefleet role`: what the fleet on a Ray cluster does, and what a member is to do."""
 
 import dataclasses
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TextIO
 
 from rich.console import Console
@@ -15,9 +16,12 @@ from deploy.config_check import check_ray_address
 from deploy.serve_command import connect_environment, default_token
 from router.errors import ConfigError
 from router.load import MemberLoad
+from router.request import MemberId, Role
 
 if TYPE_CHECKING:
-    from cluster.directory import MemberStatus
+    from ray.actor import ActorProxy
+
+    from cluster.directory import Directory, MemberStatus
 
 _FILE_WIDTH: Final = 200
 
@@ -49,6 +53,40 @@ def fetch_statuses(*, address: str, namespace: str) -> "tuple[MemberStatus, ...]
     Raises:
         ConfigError: there is no cluster, or no fleet on it.
     """
+    with _connected(address, namespace) as directory:
+        # Imported by _connected, which sets its environment first.
+        import ray
+
+        return ray.get(directory.statuses.remote(), timeout=30)
+
+
+def run_role(member: str, role: Role, *, address: str, namespace: str, out: TextIO) -> None:
+    """Let a member take another role at run time.
+
+    Raises:
+        ConfigError: there is no fleet, no such member, or nobody would prefill or decode any more.
+    """
+    with _connected(address, namespace) as directory:
+        # Imported by _connected, which sets its environment first.
+        import ray
+        from ray.exceptions import RayTaskError
+
+        try:
+            ray.get(directory.set_role.remote(MemberId(member), role), timeout=30)
+        except RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise error.cause from error
+            raise
+    out.write(f"{member} takes the role {role} within a second; its streams go on\n")
+
+
+@contextmanager
+def _connected(address: str, namespace: str) -> "Iterator[ActorProxy[Directory]]":
+    """The directory of a fleet, while connected to its cluster.
+
+    Raises:
+        ConfigError: there is no cluster, or no fleet on it.
+    """
     check_ray_address(address)
     for name, value in connect_environment(default_token()).items():
         os.environ.setdefault(name, value)
@@ -67,7 +105,7 @@ def fetch_statuses(*, address: str, namespace: str) -> "tuple[MemberStatus, ...]
         directory = find_directory(namespace)
         if directory is None:
             raise ConfigError(f"no fleet runs in namespace {namespace!r} of this cluster; start `moefleet serve`")
-        return ray.get(directory.statuses.remote(), timeout=30)
+        yield directory
     finally:
         ray.shutdown()
 

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.directory import Directory, MemberStatus
 from cluster.members import MemberInfo
+from router.errors import ConfigError
 from router.request import MemberId, Role
 
 
@@ -113,3 +114,44 @@ async def test_a_watcher_of_what_does_not_change_is_answered_after_its_time() ->
 @pytest.mark.anyio
 async def test_the_token_is_the_one_it_was_made_with() -> None:
     assert await make_directory().token() == "t" * 32
+
+
+@pytest.mark.anyio
+async def test_a_member_hears_of_its_new_role_with_each_report_until_it_leaves() -> None:
+    directory = make_directory()
+    assert await directory.put(make_status("p", role="prefill")) is None
+    await directory.put(make_status("d", role="decode"))
+    await directory.set_role(MemberId("p"), "mixed")
+    assert await directory.put(make_status("d", role="decode")) is None
+    assert await directory.put(make_status("p", role="prefill")) == "mixed"
+    before = await directory.watch(-1, 0.0)
+    assert await directory.put(make_status("p", role="mixed")) == "mixed"
+    after = await directory.watch(-1, 0.0)
+    assert after.version > before.version
+    assert {each.member_id: each.role for each in after.members} == {"p": "mixed", "d": "decode"}
+    await directory.remove(MemberId("p"))
+    await directory.statuses()
+    assert await directory.put(make_status("p", role="prefill")) is None
+
+
+@pytest.mark.anyio
+async def test_a_role_that_would_leave_nobody_to_prefill_or_decode_is_refused() -> None:
+    directory = make_directory()
+    await directory.put(make_status("p", role="prefill"))
+    await directory.put(make_status("d", role="decode"))
+    with pytest.raises(ConfigError, match="no member to prefill"):
+        await directory.set_role(MemberId("p"), "decode")
+    with pytest.raises(ConfigError, match="no member to decode"):
+        await directory.set_role(MemberId("d"), "prefill")
+    await directory.set_role(MemberId("p"), "mixed")
+    with pytest.raises(ConfigError, match="no member to prefill"):
+        await directory.set_role(MemberId("p"), "decode")
+    await directory.set_role(MemberId("d"), "prefill")
+
+
+@pytest.mark.anyio
+async def test_a_role_for_a_member_that_is_not_up_is_refused_with_those_that_are() -> None:
+    directory = make_directory()
+    await directory.put(make_status("a"))
+    with pytest.raises(ConfigError, match="'b' is not up; members are a"):
+        await directory.set_role(MemberId("b"), "mixed")

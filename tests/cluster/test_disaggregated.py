@@ -1,6 +1,7 @@
 """Prefill and decode members with real engines and ranks, over real streams: the tokens of one mixed member."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
@@ -114,3 +115,30 @@ async def test_a_client_that_leaves_at_any_moment_leaves_every_block_free_within
         # Load reports are up to 50 ms old: look once more when the last one is certain.
         await asyncio.sleep(0.2)
         assert all(member.is_idle for member in members)
+
+
+async def test_members_change_roles_in_the_middle_of_streams_that_go_on_unchanged(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    checkpoint = make_checkpoint("qwen3_next")
+    wanted = await mixed_tokens(checkpoint)
+    members = [EngineMember("p", "prefill", checkpoint), EngineMember("d", "decode", checkpoint)]
+    async with dispatching(members) as dispatcher:
+        running = asyncio.create_task(run_all(dispatcher))
+        await until(lambda: members[1].engine.stats().sampled_tokens > 0)
+        members[0].engine.set_role("decode")
+        members[1].engine.set_role("prefill")
+        dispatcher.update_members(
+            [
+                dataclasses.replace(info, role=member.engine.load().role)
+                for info, member in zip(dispatcher.members, members, strict=True)
+            ]
+        )
+        assert tokens_of(await running) == wanted
+        await until(
+            lambda: {each.member_id: each.role for each in dispatcher.loads()} == {"p": "decode", "d": "prefill"}
+        )
+        pulls = members[0].engine.stats().pulls
+        assert tokens_of(await run_all(dispatcher)) == wanted
+        assert members[0].engine.stats().pulls == pulls + len(LENGTHS)
+        await until(lambda: all(member.is_idle for member in members))

@@ -2,11 +2,13 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from ray.exceptions import RayTaskError
 
 from cluster.config import EngineConfig
 from deploy.generate import GenerateOptions, run_generate
@@ -46,6 +48,11 @@ def generate(checkpoint: Path, prompt: tuple[int, ...], *, max_tokens: int = NEW
     return json.loads(out.getvalue())["token_ids"]
 
 
+def token_ids(event: Mapping[str, Any]) -> list[int]:
+    """Those of one SSE event; the last one may have none."""
+    return event["choices"][0]["token_ids"] if event["choices"] else []
+
+
 def test_tokens_through_http_and_grpc_are_those_of_generate(fleet: RayFleet, checkpoint: Path) -> None:
     for prompt in PROMPTS:
         expected = generate(checkpoint, prompt)
@@ -59,6 +66,22 @@ def test_seeded_tokens_through_http_and_grpc_are_those_of_generate(fleet: RayFle
     reply = fleet.complete(list(prompt), max_tokens=NEW, ignore_eos=True, temperature=1.0, seed=11, top_p=1.0, top_k=0)
     assert list(reply.token_ids) == expected
     assert list(fleet.grpc_tokens(prompt, NEW, seed=11)) == expected
+
+
+def test_a_member_takes_another_role_and_streams_go_on(fleet: RayFleet, checkpoint: Path) -> None:
+    member = fleet.member("decode").info.member_id
+    expected = generate(checkpoint, PROMPTS[1])
+    for role in ("mixed", "decode"):
+        stream = fleet.stream_lines(list(PROMPTS[1]), max_tokens=NEW, ignore_eos=True, return_token_ids=True)
+        tokens = [*token_ids(next(stream))]
+        fleet.set_role(member, role)
+        for event in stream:
+            tokens += token_ids(event)
+        assert tokens == expected
+        until(lambda role=role: fleet.role_of(member) == role, 5.0)
+        assert list(fleet.complete(list(PROMPTS[1]), max_tokens=NEW, ignore_eos=True).token_ids) == expected
+    with pytest.raises(RayTaskError, match="no member to decode"):
+        fleet.set_role(member, "prefill")
 
 
 def test_the_openai_client_streams_a_chat(fleet: RayFleet) -> None:

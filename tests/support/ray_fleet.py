@@ -23,6 +23,7 @@ from deploy.config import config_mapping, parse_config
 from deploy.protos import moefleet_v1_pb2 as pb
 from deploy.protos import moefleet_v1_pb2_grpc as pb_grpc
 from deploy.render import APP_NAME
+from router.request import MemberId, Role
 
 
 def free_port() -> int:
@@ -84,6 +85,16 @@ class RayFleet:
 
     def member(self, role: str) -> MemberStatus:
         return next(each for each in self.members() if each.info.role == role)
+
+    def role_of(self, member_id: MemberId) -> Role | None:
+        """What the directory lists a member as."""
+        return next((each.info.role for each in self.members() if each.info.member_id == member_id), None)
+
+    def set_role(self, member_id: MemberId, role: Role) -> None:
+        """Let a member take another role."""
+        directory = find_directory(self.config.ray.namespace)
+        assert directory is not None
+        ray.get(directory.set_role.remote(member_id, role))
 
     def kill_rank(self, role: str, rank: int) -> None:
         """kill -9 of one rank's process."""
