@@ -1,7 +1,7 @@
 """The KV blocks of one lane: who holds each, and which free ones still hold a prefix worth finding."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockPool:
@@ -9,10 +9,15 @@ class BlockPool:
 
     A held block may be findable as well. Blank blocks are given out first, then cached ones, least recently
     freed first, so that a prefix survives until its room is needed.
+
+    Args:
+        num_blocks: how many there are.
+        on_evict: told the hash of each prefix that had to go.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
         self.num_blocks = num_blocks
+        self._on_evict = on_evict
         self._refs = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._cached: dict[int, None] = {}
@@ -41,6 +46,7 @@ class BlockPool:
         value = self._hash_of.pop(block)
         del self._block_of[value]
         self._changes[value] = False
+        self._on_evict(value)
         return block
 
     def find(self, hashes: Iterable[int]) -> list[int]:

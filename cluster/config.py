@@ -48,7 +48,9 @@ class EngineConfig:
     max_waiting: int = 1024
     """Requests that wait for room; more are refused."""
     prefix_cache: bool = True
-    """Reuse KV of equal prefixes; models with recurrent state do without."""
+    """Reuse KV and recurrent state of equal prefixes."""
+    state_cache_share: float = 0.25
+    """Part of kv_memory_bytes for recurrent states kept for equal prefixes; not used without prefix_cache."""
     threads: int | None = None
     """Compute threads a rank; None: the machine's cores shared by the ranks that run on it."""
     lease_s: float = 30.0
@@ -72,6 +74,11 @@ class EngineConfig:
             raise ConfigError(
                 f"max_step_tokens={self.max_step_tokens} must be at least max_rows={self.max_rows}: each running "
                 "sequence needs a token a step; raise max_step_tokens or lower max_rows"
+            )
+        if not 0 < self.state_cache_share < 1:
+            raise ConfigError(
+                f"state_cache_share must be between 0 and 1, got {self.state_cache_share}; to keep no states, turn "
+                "prefix_cache off"
             )
         for name in ("lease_s", "step_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:

@@ -2,13 +2,15 @@
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from cluster.blocks import BlockPool
+from cluster.checkpoints import checkpoint_ends
 from cluster.plan import PullOrder
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Sequence
+from cluster.states import StatePool
 from router.request import RequestId
 from shards.batch import RowStart, StepBatch
 
@@ -24,6 +26,8 @@ class Work:
     end: int
     """First position behind the computed ones."""
     samples: bool
+    save_to: int = -1
+    """Slot that gets the state behind `end`; -1: it is not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ class LaneDraft:
     pulls: list[tuple[PullOrder, Sequence]] = field(default_factory=list)
     preempted: bool = False
 
-    def add(self, seq: Sequence, count: int) -> None:
+    def add(self, seq: Sequence, count: int, save_to: int) -> None:
         """Compute the next `count` positions of a sequence and sample behind the last one it has."""
         samples = count == seq.remaining
         self.batch.rows_S.append(seq.row)
@@ -59,20 +63,15 @@ class LaneDraft:
         seq.computed += count
         seq.pending += samples
         self.budget -= count
-        self.works.append(Work(seq=seq, row=seq.row, end=seq.computed, samples=samples))
+        self.works.append(Work(seq=seq, row=seq.row, end=seq.computed, samples=samples, save_to=save_to))
+        if save_to >= 0:
+            self.batch.save_rows.append(seq.row)
+            self.batch.save_ends.append(seq.computed)
+            self.batch.save_to.append(save_to)
 
     def finish(self) -> StepBatch:
         """The batch as the ranks get it."""
-        done = self.batch
-        return StepBatch(
-            starts=tuple(self.starts),
-            grown_rows=done.grown_rows,
-            grown_blocks=done.grown_blocks,
-            rows_S=done.rows_S,
-            first_S=done.first_S,
-            counts_S=done.counts_S,
-            samples_S=done.samples_S,
-        )
+        return replace(self.batch, starts=tuple(self.starts))
 
 
 class Lane:
@@ -85,22 +84,19 @@ class Lane:
         self.index = index
         self.waiting: list[Sequence] = []
         self.active: list[Sequence] = []
-        self.blocks = BlockPool(config.num_blocks)
+        self.states = StatePool(config.num_slots)
+        # A state is of use only with all KV before it.
+        self.blocks = BlockPool(config.num_blocks, self.states.forget)
         self.num_preemptions = 0
         """Running sequences that had to give up their room."""
         self._config = config
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
-        self._free_slots = list(range(config.num_slots - 1, -1, -1))
-
-    @property
-    def num_free_slots(self) -> int:
-        """Recurrent-state slots nobody holds."""
-        return len(self._free_slots)
+        self._keeps_states = config.prefix_cache and config.num_slots > 0
 
     def expected_load(self, seq: Sequence) -> int:
         """Tokens held or to be held here by others, less what of `seq` is cached here."""
         others = sum(len(other.tokens) for other in (*self.waiting, *self.active))
-        return others - len(self._cached_blocks(seq)) * self._config.block_size
+        return others - self._usable_blocks(seq, len(self._known_blocks(seq))) * self._config.block_size
 
     def enqueue(self, seq: Sequence) -> None:
         """Let a sequence wait for room."""
@@ -112,19 +108,37 @@ class Lane:
         for seq in tuple(self.active):
             ready = seq.phase == "running" and seq.remaining == 1 and not seq.all_sampled
             if ready and self._grow(seq, draft):
-                draft.add(seq, 1)
+                self._compute(seq, 1, draft)
         for seq in self.active:
             if seq.phase == "running" and seq.remaining > 1:
                 self._add_chunk(seq, draft)
         # Whoever was preempted now is back in the next step at the earliest, when all its earlier work is committed.
         if not draft.preempted:
             self._admit(draft, now, pull_ids)
+        self.states.end_loans()
         return draft
 
     def _add_chunk(self, seq: Sequence, draft: LaneDraft) -> None:
         count = min(seq.remaining, self._config.chunk_tokens, draft.budget)
+        if seq.checkpoint_ends:
+            count = min(count, seq.checkpoint_ends[0] - seq.computed)
         if count:
-            draft.add(seq, count)
+            self._compute(seq, count, draft)
+
+    def _compute(self, seq: Sequence, count: int, draft: LaneDraft) -> None:
+        """Add a sequence's next positions; keep the state behind them where it pays, if there is a slot for it.
+
+        While a sequence decodes that is every block boundary, and the state kept last is given up for the new one.
+        """
+        end, save_to = seq.computed + count, None
+        if seq.checkpoint_ends and end == seq.checkpoint_ends[0]:
+            del seq.checkpoint_ends[0]
+            save_to = self.states.take()
+        elif self._keeps_states and end >= seq.known_len and end % self._config.block_size == 0:
+            if not self.states.num_blank and seq.newest_state is not None:
+                self.states.replace(seq.newest_state)
+            save_to = self.states.take()
+        draft.add(seq, count, -1 if save_to is None else save_to)
 
     def _grow(self, seq: Sequence, draft: LaneDraft) -> bool:
         """Have a block for the next position, by preempting later sequences if need be; False: wait a step."""
@@ -156,7 +170,7 @@ class Lane:
             seq = self.waiting[0]
             if seq.ticket is not None and seq.ticket.expires_unix_s <= now:
                 seq.ticket = None
-            if seq.pending or not self._reserve(seq):
+            if seq.pending or not self._reserve(seq, draft):
                 break
             del self.waiting[0]
             insort(self.active, seq, key=_ORDER)
@@ -168,29 +182,62 @@ class Lane:
                 seq.phase = "pulling"
                 draft.pulls.append((self._pull_order(seq, next(pull_ids)), seq))
 
-    def _reserve(self, seq: Sequence) -> bool:
-        """Take a row, a slot and blocks for all tokens, leaving each active sequence a block to grow."""
-        if not self._free_rows or (self._config.num_slots and not self._free_slots):
+    def _reserve(self, seq: Sequence, draft: LaneDraft) -> bool:
+        """Take a row, a slot and blocks for all tokens, leaving each active sequence a block to grow.
+
+        With recurrent state, KV may be known farther than any state. Then what lies between is computed once more:
+        into the known blocks, as it gives what they hold.
+        """
+        if not self._free_rows or (self._config.num_slots and not self.states.num_ready):
             return False
-        cached = self._cached_blocks(seq)
-        self.blocks.share(cached)
-        need = self._config.blocks_for(len(seq.tokens)) - len(cached)
+        known = self._known_blocks(seq)
+        self.blocks.share(known)
+        need = self._config.blocks_for(len(seq.tokens)) - len(known)
         fresh = self.blocks.allocate(need, keep=len(self.active))
         if fresh is None:
-            self.blocks.release(cached)
+            self.blocks.release(known)
             return False
-        slot = self._free_slots.pop() if self._config.num_slots else -1
-        cached_tokens = len(cached) * self._config.block_size
-        seq.admit(cached + fresh, cached=cached_tokens, row=self._free_rows.pop(), slot=slot)
-        seq.registered = len(cached)
+        usable = self._usable_blocks(seq, len(known))
+        slot = self._slot(seq, usable, draft)
+        cached = usable * self._config.block_size
+        seq.admit(known + fresh, registered=len(known), cached=cached, row=self._free_rows.pop(), slot=slot)
+        if self._keeps_states and seq.ticket is None:
+            shared, length = len(known) * self._config.block_size, len(seq.tokens)
+            seq.checkpoint_ends = checkpoint_ends(self._config, first=cached, shared=shared, length=length)
         return True
 
-    def _cached_blocks(self, seq: Sequence) -> list[int]:
+    def _slot(self, seq: Sequence, usable: int, draft: LaneDraft) -> int:
+        """A recurrent-state slot that holds the state behind `usable` blocks when the step begins; -1: none needed."""
+        if not self._config.num_slots:
+            return -1
+        if usable and seq.ticket is None:
+            value = seq.hashes(usable, self._config.block_size)[-1]
+            if self.states.is_last_ready(value):
+                return self.states.take_over(value)
+            draft.batch.restore_from.append(self.states.lend(value))
+            slot = self.states.take()
+            assert slot is not None, f"{seq.request.id} got no slot although one was ready"
+            draft.batch.restore_to.append(slot)
+            return slot
+        slot = self.states.take()
+        assert slot is not None, f"{seq.request.id} got no slot although one was ready"
+        return slot
+
+    def _known_blocks(self, seq: Sequence) -> list[int]:
         """Blocks found by hash. They never cover the last token: computing it yields the next one."""
         if not self._config.prefix_cache or seq.wants_prompt_logprobs:
             return []
         size = self._config.block_size
         return self.blocks.find(seq.hashes((len(seq.tokens) - 1) // size, size))
+
+    def _usable_blocks(self, seq: Sequence, known: int) -> int:
+        """How many of the `known` first blocks need no step: with recurrent state, up to one whose state is kept.
+
+        A pull brings the state along.
+        """
+        if not self._config.num_slots or seq.ticket is not None:
+            return known
+        return self.states.deepest(seq.hashes(known, self._config.block_size))
 
     def _pull_order(self, seq: Sequence, pull_id: int) -> PullOrder:
         ticket = seq.ticket
@@ -213,10 +260,22 @@ class Lane:
         seq.ticket = None
         self._settle_to(seq, seq.computed)
 
-    def settle(self, work: Work) -> None:
+    def settle(self, work: Work, *, sound: bool) -> None:
         """A plan is committed: what it computed may be found by others, if the sequence still has that room."""
-        if work.seq.phase == "running":
-            self._settle_to(work.seq, work.end)
+        seq, slot = work.seq, work.save_to
+        if not sound or seq.phase != "running":
+            self._give_slot(slot)
+            return
+        self._settle_to(seq, work.end)
+        if slot < 0:
+            return
+        size = self._config.block_size
+        hashes = seq.hashes(work.end // size, size)
+        if work.end >= seq.known_len:
+            if seq.newest_state is not None:
+                self.states.replace(seq.newest_state)
+            seq.newest_state = hashes[-1]
+        self.states.keep(slot, hashes, size)
 
     def _settle_to(self, seq: Sequence, end: int) -> None:
         seq.settled = end
@@ -240,7 +299,7 @@ class Lane:
         self.active.remove(seq)
         self.blocks.release(seq.blocks)
         self._free_rows.append(seq.row)
-        self._free_slot(seq.slot)
+        self._give_slot(seq.slot)
         seq.vacate()
 
     def end(self, seq: Sequence) -> None:
@@ -267,28 +326,28 @@ class Lane:
     def unpin(self, pinned: Pinned) -> None:
         """Free what `pin` kept."""
         self.blocks.release(pinned.blocks)
-        self._free_slot(pinned.slot)
+        self._give_slot(pinned.slot)
 
-    def _free_slot(self, slot: int) -> None:
+    def _give_slot(self, slot: int) -> None:
         """Give a recurrent-state slot back; -1 is none."""
         if slot >= 0:
-            self._free_slots.append(slot)
+            self.states.give(slot)
 
     def describe(self) -> str:
         """What is free here, and who holds or waits for the rest."""
         return (
             f"lane {self.index}: {len(self.active)} active, {len(self.waiting)} waiting, "
-            f"{self.blocks.num_free} blocks, {len(self._free_rows)} rows and {len(self._free_slots)} slots free"
+            f"{self.blocks.num_free} blocks, {len(self._free_rows)} rows and {self.states.num_free} slots free"
         )
 
-    def check_integrity(self, pinned: list[Pinned]) -> None:
+    def check_integrity(self, pinned: list[Pinned], uncommitted: list[Work]) -> None:
         """Raise AssertionError unless blocks, rows and slots are each free or owned as often as they should be."""
         self.blocks.check_integrity([*(seq.blocks for seq in self.active), *(pin.blocks for pin in pinned)])
         rows = sorted([*self._free_rows, *(seq.row for seq in self.active)])
         assert rows == list(range(self._config.max_rows)), f"lane {self.index}: rows free or held: {rows}"
-        held = [seq.slot for seq in self.active] + [pin.slot for pin in pinned]
-        slots = sorted([*self._free_slots, *(slot for slot in held if slot >= 0)])
-        assert slots == list(range(self._config.num_slots)), f"lane {self.index}: slots free or held: {slots}"
+        owners = (self.active, pinned)
+        held = [owner.slot for group in owners for owner in group] + [work.save_to for work in uncommitted]
+        self.states.check_integrity(slot for slot in held if slot >= 0)
         for seq in self.waiting:
             assert seq.phase == "waiting", f"{seq.request.id} is {seq.phase} but in the waiting list"
             assert not seq.blocks, f"{seq.request.id} waits but holds blocks {seq.blocks}"

@@ -66,7 +66,19 @@ def _many(value: object, decode: Callable[[object], T]) -> tuple[T, ...]:
 def encode_work(work: RankWork) -> list[object]:
     """RankWork as a message of kind "work"."""
     batch = work.batch
-    columns = [batch.grown_rows, batch.grown_blocks, batch.rows_S, batch.first_S, batch.counts_S, batch.samples_S]
+    columns = [
+        batch.restore_from,
+        batch.restore_to,
+        batch.grown_rows,
+        batch.grown_blocks,
+        batch.rows_S,
+        batch.first_S,
+        batch.counts_S,
+        batch.samples_S,
+        batch.save_rows,
+        batch.save_ends,
+        batch.save_to,
+    ]
     starts = [_encode_start(start) for start in batch.starts]
     return ["work", work.step, work.answers, starts, columns, [encode_pull_order(order) for order in work.pulls]]
 
@@ -78,20 +90,33 @@ def decode_work(message: object) -> RankWork:
         CorruptDataError: the message is no RankWork.
     """
     _, step, answers, starts, columns, pulls = as_list(message, 6)
-    grown_rows, grown_blocks, rows, first, counts, samples = (_ints(column) for column in as_list(columns, 6))
-    if not len(rows) == len(first) == len(counts) == len(samples) or len(grown_rows) != len(grown_blocks):
+    return RankWork(
+        step=as_typed(step, int),
+        answers=as_typed(answers, bool),
+        batch=_decode_batch(starts, columns),
+        pulls=_many(pulls, decode_pull_order),
+    )
+
+
+def _decode_batch(starts: object, columns: object) -> StepBatch:
+    restore_from, restore_to, grown_rows, grown_blocks, *rest = (_ints(column) for column in as_list(columns, 11))
+    rows, first, counts, samples, save_rows, save_ends, save_to = rest
+    groups = (restore_from, restore_to), (grown_rows, grown_blocks), (rows, first, counts, samples)
+    if any(len({len(column) for column in group}) > 1 for group in (*groups, (save_rows, save_ends, save_to))):
         raise CorruptDataError("columns of a batch differ in length")
-    batch = StepBatch(
+    return StepBatch(
         starts=_many(starts, _decode_start),
+        restore_from=restore_from,
+        restore_to=restore_to,
         grown_rows=grown_rows,
         grown_blocks=grown_blocks,
         rows_S=rows,
         first_S=first,
         counts_S=counts,
         samples_S=samples,
-    )
-    return RankWork(
-        step=as_typed(step, int), answers=as_typed(answers, bool), batch=batch, pulls=_many(pulls, decode_pull_order)
+        save_rows=save_rows,
+        save_ends=save_ends,
+        save_to=save_to,
     )
 
 

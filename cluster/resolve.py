@@ -32,14 +32,9 @@ class ResolvedEngine:
     num_blocks: int
     """KV blocks of a lane."""
     num_slots: int
-    """Recurrent-state slots of a lane; 0 for a model without recurrent state."""
+    """Recurrent-state slots of a lane, running and kept; 0 for a model without recurrent state."""
     max_model_len: int
     threads: int
-
-    @property
-    def prefix_cache(self) -> bool:
-        """Whether equal prefixes are reused: not with recurrent state."""
-        return self.config.prefix_cache and not self.model.delta_layers
 
     def scheduler_config(self) -> SchedulerConfig:
         """Limits for the scheduler."""
@@ -54,7 +49,7 @@ class ResolvedEngine:
             chunk_tokens=config.chunk_tokens or config.max_step_tokens,
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
-            prefix_cache=self.prefix_cache,
+            prefix_cache=config.prefix_cache,
             lease_s=config.lease_s,
             max_waiting=config.max_waiting,
         )
@@ -137,6 +132,7 @@ def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
         block_size=config.block_size,
         dtype=torch_dtype(config.dtype),
         max_rows=config.max_rows,
+        checkpoint_share=config.state_cache_share if config.prefix_cache else 0.0,
     )
 
 

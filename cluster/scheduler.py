@@ -191,13 +191,13 @@ class Scheduler:
         indices = count()
         for work in works:
             index = next(indices) if work.samples else -1
+            sound = not work.samples or output.tokens_N[index] != NO_TOKEN
+            self._lanes[work.seq.lane].settle(work, sound=sound)
             if work.seq.phase == "ended":
                 continue
-            if work.samples and output.tokens_N[index] == NO_TOKEN:
-                # Before its blocks can be found by others.
+            if not sound:
                 yield self._unsound(work.seq)
                 continue
-            self._lanes[work.seq.lane].settle(work)
             if work.row in output.prompt_logprobs:
                 work.seq.collect(output.prompt_logprobs[work.row])
             if work.samples:
@@ -271,7 +271,7 @@ class Scheduler:
             free_blocks=sum(lane.blocks.num_free for lane in lanes),
             total_blocks=self.config.num_blocks * len(lanes),
             block_size=self.config.block_size,
-            free_state_slots=sum(lane.num_free_slots for lane in lanes),
+            free_state_slots=sum(lane.states.num_free for lane in lanes),
             total_state_slots=self.config.num_slots * len(lanes),
             prefix_cache=self.config.prefix_cache,
             handoff_requests=sum(pinned.expires_unix_s > now for pinned in self._pinned.values()),
@@ -293,7 +293,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError naming what is off, unless all room is free or owned exactly as it should be."""
         for lane in self._lanes:
-            lane.check_integrity([pinned for pinned in self._pinned.values() if pinned.lane == lane.index])
+            pinned = [pinned for pinned in self._pinned.values() if pinned.lane == lane.index]
+            lane.check_integrity(pinned, [work for plan in self._uncommitted for work in plan.works[lane.index]])
         here = {seq.request.id for lane in self._lanes for seq in (*lane.waiting, *lane.active)}
         missing = self._sequences.keys() - here
         assert not missing, f"requests without a place in a lane: {sorted(missing)}"

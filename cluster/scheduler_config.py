@@ -14,7 +14,7 @@ class SchedulerConfig:
     num_blocks: int
     """KV blocks of a lane."""
     num_slots: int
-    """Recurrent-state slots of a lane; 0 for a model without recurrent state."""
+    """Recurrent-state slots of a lane, for running sequences and states kept; 0 for a model without such state."""
     block_size: int
     """Tokens a block."""
     max_rows: int
@@ -28,6 +28,8 @@ class SchedulerConfig:
     vocab_size: int
     """Token ids of the model are below this."""
     prefix_cache: bool
+    state_spacing: int = 256
+    """Tokens between two recurrent states that are kept of a prompt for others, at least."""
     lease_s: float = 30.0
     """A prefilled sequence waits this long to be fetched."""
     lease_grace_s: float = 2.0
@@ -46,6 +48,7 @@ class SchedulerConfig:
             "max_model_len",
             "vocab_size",
             "max_waiting",
+            "state_spacing",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -60,10 +63,10 @@ class SchedulerConfig:
                 f"max_step_tokens={self.max_step_tokens} cannot give each of max_rows={self.max_rows} rows a token a "
                 f"step; raise max_step_tokens to {self.max_rows} or lower max_rows"
             )
-        if self.prefix_cache and self.num_slots:
+        if self.prefix_cache and self.num_slots == 1:
             raise ConfigError(
-                f"prefix_cache needs a model without recurrent state, got num_slots={self.num_slots}; "
-                "turn prefix_cache off"
+                "prefix_cache with recurrent state needs a slot to keep a state in besides the running one, got "
+                "num_slots=1; raise num_slots or turn prefix_cache off"
             )
 
     def blocks_for(self, positions: int) -> int:

@@ -33,6 +33,12 @@ class Sequence:
         self.settled = 0
         self.registered = 0
         """Blocks of the table that were offered to the prefix cache."""
+        self.checkpoint_ends: list[int] = []
+        """Positions still to come behind which the recurrent state is kept while known tokens are computed."""
+        self.known_len = 0
+        """Tokens known when it got its room; behind them it decodes."""
+        self.newest_state: int | None = None
+        """Hash of the last state kept while it decoded."""
         self.blocks: list[int] = []
         self.row = -1
         self.slot = -1
@@ -83,10 +89,12 @@ class Sequence:
             extend_hashes(self._hashes, tokens, block_size, self.request.cache_salt)
         return self._hashes[:num_blocks]
 
-    def admit(self, blocks: list[int], *, cached: int, row: int, slot: int) -> None:
-        """Take room. `cached` positions of it are computed already."""
+    def admit(self, blocks: list[int], *, registered: int, cached: int, row: int, slot: int) -> None:
+        """Take room. `registered` blocks of it are known to the prefix cache, `cached` positions need no step."""
         self.blocks, self.row, self.slot = blocks, row, slot
+        self.registered = registered
         self.computed = self.settled = cached
+        self.known_len = len(self.tokens)
         self._prompt_logprobs.clear()
         if self.num_emitted == 0:
             self.cached_tokens = min(cached, self.prompt_len)

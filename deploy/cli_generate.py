@@ -72,7 +72,8 @@ def generate(
         ),
     ] = None,
     no_prefix_cache: Annotated[
-        bool, typer.Option("--no-prefix-cache", help="Never reuse KV of equal prefixes.", rich_help_panel=_ENGINE)
+        bool,
+        typer.Option("--no-prefix-cache", help="Never reuse KV and state of equal prefixes.", rich_help_panel=_ENGINE),
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="New tokens a prompt, at most.", rich_help_panel=_SAMPLING)] = 128,
     min_tokens: Annotated[

@@ -120,7 +120,7 @@ def serve(
         _flag(
             "prefix_cache",
             _ENGINE,
-            "Reuse KV of equal prefixes; models with recurrent state do without.",
+            "Reuse KV and recurrent state of equal prefixes.",
             unset="on",
             names=("--prefix-cache/--no-prefix-cache",),
         ),

@@ -48,7 +48,9 @@ class EngineOptions:
     max_model_len: Count | None = None
     """Prompt and output tokens of one request, at most; None: the model's limit, or what fits in the KV."""
     prefix_cache: Flag = True
-    """Reuse KV of equal prefixes; models with recurrent state do without."""
+    """Reuse KV and recurrent state of equal prefixes."""
+    state_cache_share: float = 0.25
+    """Part of a rank's kv_memory for recurrent states kept for equal prefixes; not used without prefix_cache."""
     lease_s: Seconds = 30.0
     """A prefilled sequence waits this long to be fetched."""
     step_timeout_s: Seconds = 60.0
@@ -297,6 +299,7 @@ def engine_config(config: ServeConfig, role: Role) -> EngineConfig:
             max_model_len=options.max_model_len,
             max_waiting=pool.max_waiting,
             prefix_cache=options.prefix_cache,
+            state_cache_share=options.state_cache_share,
             threads=pool.threads,
             lease_s=options.lease_s,
             step_timeout_s=options.step_timeout_s,

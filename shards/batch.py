@@ -63,6 +63,9 @@ class StepBatch:
     """
 
     starts: tuple[RowStart, ...] = ()
+    restore_from: list[int] = field(default_factory=list)
+    restore_to: list[int] = field(default_factory=list)
+    """State slot restore_from[i] is copied to slot restore_to[i] before anything is computed; no slot is in both."""
     grown_rows: list[int] = field(default_factory=list)
     grown_blocks: list[int] = field(default_factory=list)
     """Block grown_blocks[i] is appended to the table of row grown_rows[i] (after `starts`)."""
@@ -72,6 +75,11 @@ class StepBatch:
     samples_S: list[int] = field(default_factory=list)
     verifies_S: list[int] = field(default_factory=list)
     drafts_S: list[int] = field(default_factory=list)
+    save_rows: list[int] = field(default_factory=list)
+    save_ends: list[int] = field(default_factory=list)
+    save_to: list[int] = field(default_factory=list)
+    """The state of row save_rows[i] behind its first save_ends[i] positions, the last ones of this step among them,
+    is copied to slot save_to[i], which no row of the step has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

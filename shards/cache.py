@@ -130,29 +130,43 @@ def _state_shapes(model: ModelConfig, key_heads: int, num_slots: int) -> tuple[t
 
 
 def fit(
-    model: ModelConfig, tp: int, *, memory_bytes: int, block_size: int, dtype: torch.dtype, max_rows: int
+    model: ModelConfig,
+    tp: int,
+    *,
+    memory_bytes: int,
+    block_size: int,
+    dtype: torch.dtype,
+    max_rows: int,
+    checkpoint_share: float,
 ) -> tuple[int, int]:
     """How many blocks and state slots `memory_bytes` of one rank hold -> (num_blocks, num_slots).
 
-    Models with delta layers get a slot for each of `max_rows` rows, or as many as half of the memory holds; the rest
-    is blocks, no more than `max_rows` sequences of the model's full length need.
+    Models with delta layers get slots for `checkpoint_share` of the memory (if any, at least one) to keep states in,
+    and one for each of `max_rows` rows, or as many as half of the rest holds; what is left is blocks, no more than
+    `max_rows` sequences of the model's full length need. There are no more kept states than blocks.
 
     Raises:
         ValueError: the memory holds no block (or no slot).
     """
     unit = cache_shape(model, tp, 0, num_blocks=1, block_size=block_size, num_slots=1, dtype=dtype)
     usable = memory_bytes - ALIGNMENT_BYTES * (2 * model.num_kv_layers + 2 * len(model.delta_layers))
-    num_slots = min(max_rows, usable // 2 // unit.bytes_per_slot) if unit.bytes_per_slot else 0
     num_blocks = max_rows * -(-model.max_position_embeddings // block_size)
+    kept = running = 0
+    if unit.bytes_per_slot:
+        kept = int(usable * checkpoint_share) // unit.bytes_per_slot
+        kept = min(max(kept, checkpoint_share > 0), num_blocks)
+        running = min(max_rows, (usable - kept * unit.bytes_per_slot) // 2 // unit.bytes_per_slot)
     if unit.bytes_per_block:
-        num_blocks = min(num_blocks, (usable - num_slots * unit.bytes_per_slot) // unit.bytes_per_block)
-    if num_blocks < 1 or (unit.bytes_per_slot and num_slots < 1):
-        needed = 2 * max(unit.bytes_per_slot, unit.bytes_per_block) + memory_bytes - usable
+        num_blocks = min(num_blocks, (usable - (kept + running) * unit.bytes_per_slot) // unit.bytes_per_block)
+    if num_blocks < 1 or (unit.bytes_per_slot and running < 1):
+        needed = 2 * max(unit.bytes_per_slot, unit.bytes_per_block) + kept * unit.bytes_per_slot + memory_bytes - usable
+        advice = ", or turn prefix_cache off, which takes state slots too" if kept else ""
         raise ValueError(
             f"kv_memory_bytes={memory_bytes} holds no KV: a block of {block_size} tokens takes "
-            f"{unit.bytes_per_block} bytes a rank and a state slot {unit.bytes_per_slot}; give at least {needed}"
+            f"{unit.bytes_per_block} bytes a rank and a state slot {unit.bytes_per_slot}; "
+            f"give at least {needed}{advice}"
         )
-    return num_blocks, num_slots
+    return num_blocks, min(kept, num_blocks) + running
 
 
 class KvCache:
@@ -193,6 +207,15 @@ class KvCache:
     def _view(self, pool: Pool) -> Tensor:
         flat = self.buffer[pool.offset_bytes : pool.offset_bytes + pool.num_bytes]
         return flat.view(pool.dtype).view(pool.shape)
+
+    def copy_states(self, sources: list[int], targets: list[int]) -> None:
+        """Copy state slots of all delta layers, source i to target i; no slot is in both."""
+        if not sources:
+            return
+        device = self.buffer.device
+        source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+        for pool in (*self.conv_states, *self.delta_states):
+            pool.index_copy_(0, target, pool.index_select(0, source))
 
     def close(self) -> None:
         """Let go of the memory; views handed out keep it mapped until they are gone."""

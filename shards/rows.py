@@ -102,6 +102,10 @@ class Rows:
         self.prompt_lens[row] = start.prompt_len
         self.samplings[row] = start.sampling
 
+    def state_slots(self, rows: list[int]) -> list[int]:
+        """The recurrent-state slots of these rows."""
+        return self._state_slots_R[rows].tolist()
+
     def tensors(self, batch: StepBatch, cos_LR: Tensor, sin_LR: Tensor, lane_tokens: tuple[int, ...]) -> StepTensors:
         """The step's tensors; `update` has been called with this batch."""
         rows_S, first_S, counts_S = _ints(batch.rows_S), _ints(batch.first_S), _ints(batch.counts_S)

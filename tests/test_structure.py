@@ -41,6 +41,7 @@ MUTABLE_DATACLASSES = {
     "cluster/engine.py EngineStats": "counters of the engine thread alone",
     "cluster/executor.py _Pull": "progress of one pull, written by the leader alone",
     "cluster/lane.py LaneDraft": "a plan while it is being made, of one lane",
+    "cluster/states.py _Checkpoint": "use and neighbours of one kept state, written by its pool alone",
     "cluster/member.py _Generation": "what one generation of ranks has started so far, written by the member alone",
 }
 

@@ -20,20 +20,20 @@ def filled(pool: BlockPool, *hashes: int) -> list[int]:
 
 
 def test_all_blocks_can_be_taken_and_not_one_more() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, list[int]().append)
     assert sorted(take(pool, 3)) == [0, 1, 2]
     assert pool.allocate(1) is None
     assert pool.num_free == 0
 
 
 def test_room_that_must_stay_free_is_not_given_out() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, list[int]().append)
     assert pool.allocate(2, keep=2) is None
     assert len(take(pool, 2, keep=1)) == 2
 
 
 def test_a_freed_prefix_is_found_again_up_to_the_first_unknown_block() -> None:
-    pool = BlockPool(4)
+    pool = BlockPool(4, list[int]().append)
     blocks = filled(pool, 10, 11)
     pool.release(blocks)
     assert pool.num_free == 4
@@ -42,7 +42,7 @@ def test_a_freed_prefix_is_found_again_up_to_the_first_unknown_block() -> None:
 
 
 def test_shared_blocks_are_free_only_when_the_last_owner_lets_go() -> None:
-    pool = BlockPool(2)
+    pool = BlockPool(2, list[int]().append)
     blocks = filled(pool, 10)
     pool.share(blocks)
     pool.release(blocks)
@@ -54,7 +54,7 @@ def test_shared_blocks_are_free_only_when_the_last_owner_lets_go() -> None:
 
 
 def test_blank_blocks_go_first_and_then_the_end_of_the_oldest_prefix() -> None:
-    pool = BlockPool(5)
+    pool = BlockPool(5, list[int]().append)
     old, new = filled(pool, 10, 11), filled(pool, 20, 21)
     pool.release(old)
     pool.release(new)
@@ -66,7 +66,7 @@ def test_blank_blocks_go_first_and_then_the_end_of_the_oldest_prefix() -> None:
 
 
 def test_a_prefix_in_use_is_never_forgotten() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, list[int]().append)
     blocks = filled(pool, 10)
     pool.release(blocks)
     pool.share(blocks)
@@ -76,7 +76,7 @@ def test_a_prefix_in_use_is_never_forgotten() -> None:
 
 
 def test_a_second_block_of_the_same_content_stays_unnamed() -> None:
-    pool = BlockPool(2)
+    pool = BlockPool(2, list[int]().append)
     first, second = filled(pool, 10), filled(pool, 10)
     assert pool.find([10]) == first
     pool.release(second)
@@ -84,7 +84,7 @@ def test_a_second_block_of_the_same_content_stays_unnamed() -> None:
 
 
 def test_what_became_findable_or_was_forgotten_is_told_once() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, list[int]().append)
     pool.release(filled(pool, 10, 11, 12))
     assert pool.take_changes() == {10: True, 11: True, 12: True}
     take(pool, 1)
@@ -93,14 +93,14 @@ def test_what_became_findable_or_was_forgotten_is_told_once() -> None:
 
 
 def test_integrity_names_a_block_that_is_held_by_nobody() -> None:
-    pool = BlockPool(2)
+    pool = BlockPool(2, list[int]().append)
     blocks = take(pool, 1)
     with pytest.raises(AssertionError, match=f"block {blocks[0]}: 1 references, 0 owners"):
         pool.check_integrity([])
 
 
 def test_integrity_names_a_block_that_was_freed_twice() -> None:
-    pool = BlockPool(2)
+    pool = BlockPool(2, list[int]().append)
     blocks = take(pool, 1)
     pool.release(blocks)
     pool.release(blocks)

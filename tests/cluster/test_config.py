@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_engine_options_are_these_and_no_others() -> None:
         "max_model_len",
         "max_waiting",
         "prefix_cache",
+        "state_cache_share",
         "threads",
         "lease_s",
         "step_timeout_s",
@@ -65,15 +67,22 @@ def test_resolved_engine_fills_in_what_the_config_leaves_open(moe_checkpoint: Pa
     assert engine.threads >= 1
     assert engine.num_slots == 0
     assert engine.max_model_len <= engine.num_blocks * 16
-    assert engine.prefix_cache
+    assert engine.scheduler_config().prefix_cache
     assert engine.scheduler_config().chunk_tokens == 2048
     assert engine.rank_config(0, "cpu").num_blocks == engine.num_blocks
 
 
-def test_model_with_recurrent_state_gets_slots_and_no_prefix_cache(next_checkpoint: Path) -> None:
-    engine = resolve_engine(EngineConfig(model=next_checkpoint, kv_memory_bytes=64 << 20, max_rows=8))
-    assert engine.num_slots == 8
-    assert not engine.prefix_cache
+def test_model_with_recurrent_state_gets_slots_for_rows_and_for_states_it_keeps(next_checkpoint: Path) -> None:
+    plain = EngineConfig(model=next_checkpoint, kv_memory_bytes=64 << 20, max_rows=8, prefix_cache=False)
+    assert resolve_engine(plain).num_slots == 8
+    engine = resolve_engine(replace(plain, prefix_cache=True))
+    assert engine.num_slots > 16
+    assert engine.scheduler_config().prefix_cache
+
+
+def test_memory_for_no_state_to_keep_is_refused_with_both_remedies(next_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"give at least \d+, or turn prefix_cache off"):
+        resolve_engine(EngineConfig(model=next_checkpoint, kv_memory_bytes=1 << 10))
 
 
 @pytest.mark.parametrize(

@@ -52,19 +52,20 @@ class Member:
 
 
 def make_config(rng: random.Random) -> SchedulerConfig:
-    recurrent = rng.random() < 0.3
+    recurrent = rng.random() < 0.6
     rows = rng.randint(1, 6)
     return SchedulerConfig(
         lanes=rng.choice([1, 1, 2]),
         num_blocks=rng.randint(13, 22),
-        num_slots=rows + rng.randint(0, 2) if recurrent else 0,
+        num_slots=max(2, rows + rng.randint(0, 6)) if recurrent else 0,
         block_size=BLOCK,
         max_rows=rows,
         max_step_tokens=rng.randint(rows, 24),
         chunk_tokens=rng.choice([1, 3, 8, 64]),
         max_model_len=64,
         vocab_size=1 << 20,
-        prefix_cache=not recurrent and rng.random() < 0.8,
+        prefix_cache=rng.random() < 0.8,
+        state_spacing=rng.choice([1, 4, 11]),
         lease_s=12.0,
         lease_grace_s=1.0,
         max_waiting=12,

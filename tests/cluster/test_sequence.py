@@ -73,15 +73,15 @@ def test_a_prefill_sequence_samples_one_token_only() -> None:
 
 def test_cached_tokens_are_told_once_and_not_over_the_prompt() -> None:
     seq = make_sequence(prompt=(1, 2), output=(3, 4, 5), max_tokens=9)
-    seq.admit([0, 1], cached=4, row=0, slot=-1)
+    seq.admit([0, 1], registered=0, cached=4, row=0, slot=-1)
     assert seq.take(6, None).cached_tokens == 2
-    seq.admit([0, 1], cached=4, row=0, slot=-1)
+    seq.admit([0, 1], registered=0, cached=4, row=0, slot=-1)
     assert seq.take(7, None).cached_tokens == 0
 
 
 def test_prompt_log_probabilities_of_chunks_come_together_on_the_first_event() -> None:
     seq = make_sequence(prompt=(1, 2, 3), prompt_logprobs=1)
-    seq.admit([0], cached=0, row=0, slot=-1)
+    seq.admit([0], registered=0, cached=0, row=0, slot=-1)
     assert seq.start().sampling.prompt_logprobs == 1
     seq.collect(make_columns(2))
     seq.collect(make_columns(3, 99))
@@ -94,16 +94,16 @@ def test_prompt_log_probabilities_of_chunks_come_together_on_the_first_event() -
 
 def test_a_prefill_begun_anew_collects_prompt_log_probabilities_anew() -> None:
     seq = make_sequence(prompt=(1, 2), prompt_logprobs=0)
-    seq.admit([0], cached=0, row=0, slot=-1)
+    seq.admit([0], registered=0, cached=0, row=0, slot=-1)
     seq.collect(make_columns(2))
-    seq.admit([0], cached=0, row=0, slot=-1)
+    seq.admit([0], registered=0, cached=0, row=0, slot=-1)
     seq.collect(make_columns(2))
     assert len(seq.take(7, None).prompt_logprobs) == 2
 
 
 def test_the_ranks_get_tokens_table_and_sampling() -> None:
     seq = make_sequence(output=(8,), stops=(9,), min_tokens=1)
-    seq.admit([4, 5], cached=0, row=3, slot=2)
+    seq.admit([4, 5], registered=0, cached=0, row=3, slot=2)
     start = seq.start()
     assert (start.row, start.token_ids, start.prompt_len) == (3, (1, 2, 3, 8), 3)
     assert (start.blocks, start.state_slot) == ((4, 5), 2)

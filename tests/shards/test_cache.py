@@ -8,6 +8,20 @@ from shards.config import ModelConfig
 from tests.support.model_configs import make_moe_config, make_next_config
 
 
+def fit_float32(
+    config: ModelConfig, *, memory_bytes: int, max_rows: int, tp: int = 1, checkpoint_share: float = 0.0
+) -> tuple[int, int]:
+    return fit(
+        config,
+        tp,
+        memory_bytes=memory_bytes,
+        block_size=16,
+        dtype=torch.float32,
+        max_rows=max_rows,
+        checkpoint_share=checkpoint_share,
+    )
+
+
 def test_every_array_has_its_own_aligned_place_in_the_buffer() -> None:
     shape = cache_shape(make_next_config(), 2, 1, num_blocks=5, block_size=16, num_slots=3, dtype=torch.bfloat16)
 
@@ -62,7 +76,9 @@ def test_a_cache_larger_than_the_host_is_refused() -> None:
 @pytest.mark.parametrize("config", [make_moe_config(), make_next_config()])
 def test_what_fit_answers_fits_and_one_block_more_does_not(config: ModelConfig) -> None:
     memory = 1 << 18
-    blocks, slots = fit(config, 2, memory_bytes=memory, block_size=16, dtype=torch.float32, max_rows=8)
+    blocks, slots = fit(
+        config, 2, memory_bytes=memory, block_size=16, dtype=torch.float32, max_rows=8, checkpoint_share=0
+    )
 
     def total(num_blocks: int) -> int:
         return cache_shape(
@@ -74,18 +90,71 @@ def test_what_fit_answers_fits_and_one_block_more_does_not(config: ModelConfig) 
 
 
 def test_fit_gives_slots_at_most_half_of_the_memory() -> None:
-    blocks, slots = fit(make_next_config(), 1, memory_bytes=90_000, block_size=16, dtype=torch.float32, max_rows=64)
+    blocks, slots = fit_float32(make_next_config(), memory_bytes=90_000, max_rows=64)
 
     assert 0 < slots < 64
     assert blocks > 1
 
 
 def test_fit_asks_for_no_more_blocks_than_the_rows_can_use() -> None:
-    blocks, _ = fit(make_moe_config(), 1, memory_bytes=1 << 40, block_size=16, dtype=torch.float32, max_rows=2)
+    blocks, _ = fit(
+        make_moe_config(),
+        1,
+        memory_bytes=1 << 40,
+        block_size=16,
+        dtype=torch.float32,
+        max_rows=2,
+        checkpoint_share=0.25,
+    )
 
     assert blocks == 2 * 256 // 16
 
 
 def test_memory_too_small_for_one_block_is_refused_with_what_would_do() -> None:
     with pytest.raises(ValueError, match=r"kv_memory_bytes=1000 .* give at least \d+"):
-        fit(make_moe_config(), 1, memory_bytes=1000, block_size=16, dtype=torch.float32, max_rows=2)
+        fit(
+            make_moe_config(),
+            1,
+            memory_bytes=1000,
+            block_size=16,
+            dtype=torch.float32,
+            max_rows=2,
+            checkpoint_share=0.25,
+        )
+
+
+def test_a_share_of_the_memory_holds_states_that_are_kept() -> None:
+    config, memory = make_next_config(), 1 << 20
+    slot = cache_shape(config, 1, 0, num_blocks=1, block_size=16, num_slots=1, dtype=torch.float32).bytes_per_slot
+
+    blocks, slots = fit_float32(config, memory_bytes=memory, max_rows=8, checkpoint_share=0.25)
+
+    assert 8 + memory // 4 // slot - 1 <= slots <= 8 + memory // 4 // slot
+    assert fit_float32(make_moe_config(), memory_bytes=memory, max_rows=8, checkpoint_share=0.25)[1] == 0
+    # The least that works has one state to keep, one to run, and one block.
+    least = next(size for size in range(0, memory, 64) if _fits(config, size))
+    assert fit_float32(config, memory_bytes=least, max_rows=8, checkpoint_share=0.01)[1] == 2
+    assert blocks > 1
+
+
+def _fits(config: ModelConfig, memory_bytes: int) -> bool:
+    try:
+        fit_float32(config, memory_bytes=memory_bytes, max_rows=8, checkpoint_share=0.01)
+    except ValueError as error:
+        assert "prefix_cache off" in str(error)  # noqa: PT017 (any size too small must say so)
+        return False
+    return True
+
+
+def test_states_are_copied_whole_from_slot_to_slot() -> None:
+    shape = cache_shape(make_next_config(), 1, 0, num_blocks=1, block_size=16, num_slots=4, dtype=torch.bfloat16)
+    cache = KvCache(shape, "cpu")
+    pools = [*cache.conv_states, *cache.delta_states]
+    for pool in pools:
+        pool.copy_(torch.arange(4.0).view(-1, *[1] * (pool.dim() - 1)).expand(pool.shape))
+
+    cache.copy_states([], [])
+    cache.copy_states([0, 2], [3, 1])
+
+    assert [pool.flatten(1).unique(dim=1).flatten().tolist() for pool in pools] == [[0.0, 2.0, 2.0, 0.0]] * len(pools)
+    cache.close()

@@ -46,6 +46,9 @@ class FakeLane:
                 start.sampling.prompt_logprobs is not None,
                 start.sampling.logprobs is not None,
             )
+        for source, target in zip(batch.restore_from, batch.restore_to, strict=True):
+            assert target not in batch.restore_from
+            self.states[target] = self.states[source]
         for row, block in zip(batch.grown_rows, batch.grown_blocks, strict=True):
             self.rows[row].blocks.append(block)
         output = LaneOutput()
@@ -61,9 +64,18 @@ class FakeLane:
                 held.tokens.append(token)
                 output.rows_N.append(row)
                 output.tokens_N.append(token)
+        self._save(batch)
         if any(self.rows[row].wants_logprobs for row in output.rows_N):
             output = replace(output, logprobs=columns(output.tokens_N))
         return output
+
+    def _save(self, batch: StepBatch) -> None:
+        ends = {row: first + n for row, first, n in zip(batch.rows_S, batch.first_S, batch.counts_S, strict=True)}
+        slots = {self.rows[row].slot for row in batch.rows_S}
+        for row, end, target in zip(batch.save_rows, batch.save_ends, batch.save_to, strict=True):
+            assert end == ends[row]
+            assert target not in slots
+            self.states[target] = self.states[self.rows[row].slot]
 
     def _compute(self, row: int, first: int, count: int, output: LaneOutput) -> None:
         held = self.rows[row]

@@ -275,7 +275,7 @@ def _note(case: Case, served: Served, engine: ResolvedEngine) -> str:
     if case.num_blocks is not None:
         return f"{served.stats.preemptions} preemptions"
     if case.repeat:
-        return f"{served.stats.cached_tokens} cached tokens" if engine.prefix_cache else "no prefix cache"
+        return f"{served.stats.cached_tokens} cached tokens" if engine.config.prefix_cache else "no prefix cache"
     return ""
 
 

@@ -1,0 +1,36 @@
+"""Where a prompt's recurrent state is kept on the way, so that later prompts can go on from there. Pure."""
+
+from cluster.scheduler_config import SchedulerConfig
+
+
+def checkpoint_ends(config: SchedulerConfig, *, first: int, shared: int, length: int) -> list[int]:
+    """Block-aligned positions behind which to keep the state while a prompt is computed, in order.
+
+    The end of the prompt (the last token is always computed anew, so not behind it), the end of what an earlier
+    prompt shares with this one, and a grid the same for all prompts: as far apart as they are from the start, between
+    `state_spacing` and what lets one prompt of full length fill half of the checkpoint slots. Whatever prefix of a
+    prompt comes again, at least half of it, and all but a spacing of a long one, is found the second time.
+
+    Args:
+        first: positions computed already.
+        shared: positions whose KV is known; an earlier prompt went on differently, or ended, there.
+        length: tokens of the prompt.
+    """
+    size, spacing = config.block_size, config.state_spacing
+    end = (length - 1) // size * size
+    wanted = {position for position in (shared, end) if position > first}
+    position = spacing
+    while position < end:
+        aligned = position // size * size
+        if all(abs(aligned - other) >= spacing for other in (first, shared, end)) and aligned > first:
+            wanted.add(aligned)
+        position += _spacing_behind(config, position)
+    return sorted(wanted)
+
+
+def _spacing_behind(config: SchedulerConfig, position: int) -> int:
+    """Tokens from the grid's `position` to its next: the largest power of two times the least spacing that fits."""
+    doubled = config.state_spacing << max(0, (position // config.state_spacing).bit_length() - 1)
+    slots = max(1, (config.num_slots - config.max_rows) // 2)
+    widest = max(config.state_spacing, -(-config.max_model_len // slots))
+    return min(doubled, widest)

@@ -1,0 +1,74 @@
+"""A model with recurrent state, in a real engine: what is found of a prefix, and that finding it changes no token."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config import EngineConfig
+from router.request import Request, RequestId, SamplingParams, TokenEvent
+from shards.mesh import Layout
+from tests.support.live_engine import live_engine
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
+
+
+def make_config(model: Path, layout: Layout | None = None) -> EngineConfig:
+    return EngineConfig(
+        model=model,
+        layout=layout or Layout(),
+        dtype="float32",
+        kv_memory_bytes=8 << 20,
+        max_rows=4,
+        max_step_tokens=64,
+        max_model_len=512,
+        threads=1,
+    )
+
+
+def make_request(name: str, prompt: tuple[int, ...]) -> Request:
+    return Request(id=RequestId(name), prompt_ids=prompt, sampling=GREEDY)
+
+
+def tokens_of(answers: list[list[TokenEvent]]) -> list[list[int | None]]:
+    return [[event.token_id for event in events] for events in answers]
+
+
+def chat(config: EngineConfig, turns: int) -> list[list[TokenEvent]]:
+    """A chat in which each turn's prompt is all that was said before and five new tokens."""
+    numbers = itertools.count(7)
+    said: list[int] = []
+    answers: list[list[TokenEvent]] = []
+    with live_engine(config) as engine:
+        for turn in range(turns):
+            said += itertools.islice(numbers, 5)
+            answers += engine.serve(make_request(f"t{turn}", tuple(said)))
+            said += [event.token_id for event in answers[-1] if event.token_id is not None]
+    return answers
+
+
+def test_each_of_ten_turns_goes_on_from_the_end_of_the_one_before(next_checkpoint: Path) -> None:
+    config = make_config(next_checkpoint)
+    warm, cold = (chat(replace(config, prefix_cache=on), 10) for on in (True, False))
+    assert tokens_of(warm) == tokens_of(cold)
+    found = [events[0].cached_tokens for events in warm]
+    # Behind turn n lie 25 n tokens; the last one was sampled only, and blocks have 16.
+    assert found == [0, *((25 * turn - 1) // 16 * 16 for turn in range(1, 10))]
+    assert all(events[0].cached_tokens == 0 for events in cold)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2, ep=2)], ids=["one", "tp2", "dp2"])
+def test_prompts_with_a_common_beginning_get_the_tokens_each_gets_cold(next_checkpoint: Path, layout: Layout) -> None:
+    shared = tuple(range(3, 90))
+    requests = [make_request(f"r{index}", (*shared, *range(index, 3 * index + 2))) for index in range(8)]
+    config = make_config(next_checkpoint, layout)
+    with live_engine(replace(config, prefix_cache=False)) as engine:
+        cold = engine.serve(*requests)
+    with live_engine(config) as engine:
+        warm = [events for start in range(0, 8, 2) for events in engine.serve(*requests[start : start + 2])]
+        again = engine.serve(*(replace(request, id=RequestId(f"{request.id}!")) for request in requests))
+    assert tokens_of(cold) == tokens_of(warm) == tokens_of(again)
+    assert [events[0].cached_tokens for events in again] >= [80] * 8
+    assert warm[-1][0].cached_tokens >= 80
