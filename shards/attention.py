@@ -67,25 +67,24 @@ class Attention:
         self, runtime: Runtime, x_TC: Tensor, step: StepTensors, k_pool_NGPD: Tensor, v_pool_NGPD: Tensor
     ) -> Tensor:
         """Stores the step's k and v, attends, projects -> [T, C] on every rank of the lane."""
-        kernels, T, D = runtime.kernels, x_TC.shape[0], self.head_dim
-        qkv = kernels.linear(x_TC, self.qkv_proj_NC, self.qkv_bias_N)
-        kv_rows = self.num_kv_heads * D
-        q, k, v = qkv.split((qkv.shape[1] - 2 * kv_rows, kv_rows, kv_rows), dim=1)
-        q_THD = q.contiguous().view(T, self.num_heads, -1)
-        k_TGD, v_TGD = k.contiguous().view(T, -1, D), v.contiguous().view(T, -1, D)
-        gate = None
-        if self.gated:
-            q_THD, gate = q_THD[..., :D].contiguous(), q_THD[..., D:].contiguous().view(T, -1)
-        if self.q_norm_D is not None and self.k_norm_D is not None:
-            q_THD = kernels.rms_norm(q_THD, self.q_norm_D, self.eps, zero_centred=self.zero_centred)
-            k_TGD = kernels.rms_norm(k_TGD, self.k_norm_D, self.eps, zero_centred=self.zero_centred)
-        q_THD = kernels.rotary(q_THD, step.cos_TR, step.sin_TR)
-        k_TGD = kernels.rotary(k_TGD, step.cos_TR, step.sin_TR)
-        kernels.store_kv(k_TGD, v_TGD, k_pool_NGPD, v_pool_NGPD, step.slots_T)
-        out_THD = kernels.attention(
-            q_THD, k_pool_NGPD, v_pool_NGPD, step.tables_SB, step.query_start_S1, step.context_lens_S, D**-0.5
+        kernels, D = runtime.kernels, self.head_dim
+        qkv_TN = kernels.linear(x_TC, self.qkv_proj_NC, self.qkv_bias_N)
+        q_THD = kernels.attention_inputs(
+            qkv_TN,
+            self.q_norm_D,
+            self.k_norm_D,
+            self.eps,
+            step.cos_TR,
+            step.sin_TR,
+            k_pool_NGPD,
+            v_pool_NGPD,
+            step.slots_T,
+            gated=self.gated,
+            zero_centred=self.zero_centred,
         )
-        out = out_THD.reshape(T, -1)
-        if gate is not None:
-            out = kernels.sigmoid_mul(out, gate)
-        return self.o_proj.forward(runtime, runtime.comms.tp, out)
+        gate_THD = None
+        if self.gated:
+            gate_THD = qkv_TN[:, : 2 * self.num_heads * D].unflatten(1, (self.num_heads, 2 * D))[..., D:]
+        tables, starts, contexts = step.tables_SB, step.query_start_S1, step.context_lens_S
+        out_THD = kernels.attention(q_THD, k_pool_NGPD, v_pool_NGPD, tables, starts, contexts, D**-0.5, gate_THD)
+        return self.o_proj.forward(runtime, runtime.comms.tp, out_THD.flatten(1))

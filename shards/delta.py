@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shards.kernels.interface import DeltaWeights
 from shards.linear import RowLinear, Runtime
 from shards.loading import Loader, as_slice
-from shards.rows import DeltaInputs, StepTensors
+from shards.rows import StepTensors
 from shards.verify import Replay
 
 
@@ -21,17 +22,8 @@ class Delta:
 
     in_proj_NC: Tensor
     """Rows [q | k | v | z | b | a] of the heads held here."""
-    conv1d_QW: Tensor
-    a_log_V: Tensor
-    """float32, as is dt_bias_V."""
-    dt_bias_V: Tensor
-    norm_D: Tensor
+    weights: DeltaWeights
     out_proj: RowLinear
-    num_key_heads: int
-    num_value_heads: int
-    key_dim: int
-    value_dim: int
-    eps: float
 
     @staticmethod
     def load(loader: Loader, prefix: str) -> "Delta":
@@ -42,75 +34,41 @@ class Delta:
         values = as_slice(held, share)
         return Delta(
             in_proj_NC=_load_in_proj(loader, prefix),
-            conv1d_QW=_load_conv(loader, f"{prefix}.conv1d.weight"),
-            a_log_V=loader.tensor(f"{prefix}.A_log", (value_heads,), values, dtype=torch.float32),
-            dt_bias_V=loader.tensor(f"{prefix}.dt_bias", (value_heads,), values, dtype=torch.float32),
-            norm_D=loader.tensor(f"{prefix}.norm.weight", (value_dim,)),
+            weights=DeltaWeights(
+                conv1d_QW=_load_conv(loader, f"{prefix}.conv1d.weight"),
+                a_log_V=loader.tensor(f"{prefix}.A_log", (value_heads,), values, dtype=torch.float32),
+                dt_bias_V=loader.tensor(f"{prefix}.dt_bias", (value_heads,), values, dtype=torch.float32),
+                norm_D=loader.tensor(f"{prefix}.norm.weight", (value_dim,)),
+                num_key_heads=len(held),
+                key_dim=config.linear_key_head_dim,
+                eps=config.rms_norm_eps,
+            ),
             out_proj=loader.row_linear(
                 f"{prefix}.out_proj.weight",
                 value_heads * value_dim,
                 as_slice(held, share * value_dim),
                 loader.cuts.key_head_groups,
             ),
-            num_key_heads=len(held),
-            num_value_heads=len(held) * share,
-            key_dim=config.linear_key_head_dim,
-            value_dim=value_dim,
-            eps=config.rms_norm_eps,
         )
 
     def forward(
         self, runtime: Runtime, x_TC: Tensor, step: StepTensors, conv_state_MQW: Tensor, state_MVDD: Tensor
     ) -> Tensor:
         """Advances the states of the step's slots -> [T, C] on every rank of the lane."""
-        kernels, T = runtime.kernels, x_TC.shape[0]
-        values = self.num_value_heads * self.value_dim
-        projected = kernels.linear(x_TC, self.in_proj_NC)
-        channels = projected.shape[1] - values - 2 * self.num_value_heads
-        qkv, z, b, a = projected.split((channels, values, self.num_value_heads, self.num_value_heads), dim=1)
+        projected_TN = runtime.kernels.linear(x_TC, self.in_proj_NC)
         if step.verified_U is not None:
-            u = step.verified_U
-            step.delta_inputs.append(DeltaInputs(qkv_UQ=qkv[u], b_UV=b[u], a_UV=a[u]))
-        inputs = DeltaInputs(qkv_UQ=qkv.contiguous(), b_UV=b.contiguous(), a_UV=a.contiguous())
-        where = (step.state_slots_S, step.query_start_S1, step.fresh_S)
-        out_TVD = self._recur(runtime, inputs, where, step.advance_S, conv_state_MQW, state_MVDD)
-        z_TVD = z.contiguous().view(T, -1, self.value_dim)
-        out_TVD = kernels.gated_rms_norm(out_TVD, z_TVD, self.norm_D, self.eps)
-        return self.out_proj.forward(runtime, runtime.comms.tp, out_TVD.reshape(T, -1))
+            step.delta_inputs.append(projected_TN[step.verified_U])
+        where = (step.state_slots_S, step.query_start_S1, step.fresh_S, step.advance_S)
+        out_TN = runtime.kernels.delta_net(projected_TN, self.weights, conv_state_MQW, state_MVDD, *where)
+        return self.out_proj.forward(runtime, runtime.comms.tp, out_TN)
 
     def replay(
-        self, runtime: Runtime, inputs: DeltaInputs, replay: Replay, conv_state_MQW: Tensor, state_MVDD: Tensor
+        self, runtime: Runtime, projected_UN: Tensor, replay: Replay, conv_state_MQW: Tensor, state_MVDD: Tensor
     ) -> None:
         """Advance the states of rows that verified drafts over their accepted tokens: `forward`'s bits."""
-        kept = replay.kept_K
-        inputs = DeltaInputs(qkv_UQ=inputs.qkv_UQ[kept], b_UV=inputs.b_UV[kept], a_UV=inputs.a_UV[kept])
-        where = (replay.state_slots_S, replay.query_start_S1, torch.zeros_like(replay.state_slots_S, dtype=torch.bool))
-        self._recur(runtime, inputs, where, None, conv_state_MQW, state_MVDD)
-
-    def _recur(
-        self,
-        runtime: Runtime,
-        inputs: DeltaInputs,
-        where: tuple[Tensor, Tensor, Tensor],
-        advance_S: Tensor | None,
-        conv_state_MQW: Tensor,
-        state_MVDD: Tensor,
-    ) -> Tensor:
-        """Convolution and rule over sequences `where` (slots, query starts, fresh) -> [U, V, Dv]."""
-        kernels, U, keys = runtime.kernels, inputs.qkv_UQ.shape[0], self.num_key_heads * self.key_dim
-        qkv = kernels.causal_conv(inputs.qkv_UQ, self.conv1d_QW, conv_state_MQW, *where, advance_S)
-        q, k, v = qkv.split((keys, keys, qkv.shape[1] - 2 * keys), dim=1)
-        beta_UV, g_UV = kernels.delta_gates(inputs.b_UV, inputs.a_UV, self.a_log_V, self.dt_bias_V)
-        return kernels.delta_rule(
-            q.contiguous().view(U, -1, self.key_dim),
-            k.contiguous().view(U, -1, self.key_dim),
-            v.contiguous().view(U, -1, self.value_dim),
-            beta_UV,
-            g_UV,
-            state_MVDD,
-            *where,
-            advance_S,
-        )
+        fresh = torch.zeros_like(replay.state_slots_S, dtype=torch.bool)
+        where = (replay.state_slots_S, replay.query_start_S1, fresh)
+        runtime.kernels.delta_net(projected_UN[replay.kept_K], self.weights, conv_state_MQW, state_MVDD, *where)
 
 
 def _load_in_proj(loader: Loader, prefix: str) -> Tensor:

@@ -65,16 +65,24 @@ class Model:
                 if isinstance(layer.mlp, Moe):
                     layer.mlp.forward(runtime, x_TC, step.lane_tokens)
             return x_TC
-        x_TC = self.embed_tokens.embed(runtime, step.tokens_T)
+        kernels, eps, zero_centred = runtime.kernels, self._eps, self._zero_centred
+        x_TC, y_TC = self.embed_tokens.embed(runtime, step.tokens_T), None
         for layer in self.layers:
-            normed_TC = self._norm(runtime, x_TC, layer.input_layernorm_C)
-            x_TC = x_TC + _mix(runtime, layer, normed_TC, step, cache)
-            normed_TC = self._norm(runtime, x_TC, layer.post_attention_layernorm_C)
-            if isinstance(layer.mlp, Moe):
-                x_TC = x_TC + layer.mlp.forward(runtime, normed_TC, step.lane_tokens)
+            if y_TC is None:
+                normed_TC = self._norm(runtime, x_TC, layer.input_layernorm_C)
             else:
-                x_TC = x_TC + layer.mlp.forward(runtime, normed_TC)
-        return x_TC
+                x_TC, normed_TC = kernels.add_rms_norm(
+                    x_TC, y_TC, layer.input_layernorm_C, eps, zero_centred=zero_centred
+                )
+            y_TC = _mix(runtime, layer, normed_TC, step, cache)
+            x_TC, normed_TC = kernels.add_rms_norm(
+                x_TC, y_TC, layer.post_attention_layernorm_C, eps, zero_centred=zero_centred
+            )
+            if isinstance(layer.mlp, Moe):
+                y_TC = layer.mlp.forward(runtime, normed_TC, step.lane_tokens)
+            else:
+                y_TC = layer.mlp.forward(runtime, normed_TC)
+        return x_TC if y_TC is None else x_TC + y_TC
 
     def logits(self, runtime: Runtime, hidden_NC: Tensor) -> Tensor:
         """Chosen rows of `forward`'s result -> float32 [N, V] on every rank of the lane."""

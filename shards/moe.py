@@ -29,10 +29,6 @@ class SharedExpert:
         down = self.mlp.down_proj
         return runtime.kernels.linear(inner, down.weight_NC, groups=down.groups, wide=wide)
 
-    def gated(self, runtime: Runtime, x_TC: Tensor, y_TC: Tensor) -> Tensor:
-        """y * sigmoid(gate(x)), in x's dtype."""
-        return runtime.kernels.sigmoid_mul(y_TC.to(x_TC.dtype), runtime.kernels.linear(x_TC, self.gate_1C))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moe:
@@ -90,15 +86,18 @@ class Moe:
         first = sum(lane_tokens[:lane])
         mine = slice(first, first + x_TC.shape[0])
         weights_AK, ids_AK = self._route(runtime, x_AC)
+        alone = comms.world.size == 1
+        if alone or not runtime.exact:
+            y_AC = runtime.kernels.weighted_experts(
+                x_AC, ids_AK, weights_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=runtime.exact
+            )
+            y_AC = self._add_shared(runtime, x_AC, y_AC)
+            # Summing K before the ranks moves K times less; the order of float sums differs from one rank's.
+            return y_AC if alone else comms.world.all_reduce(y_AC)[mine]
         y_AKC = runtime.kernels.experts(
             x_AC, ids_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=runtime.exact
         )
         shared_AC = None if self.shared is None else self.shared.partial(runtime, x_AC, wide=runtime.exact)
-        if comms.world.size == 1:
-            return self._finish(runtime, x_AC, y_AKC, weights_AK, shared_AC)
-        if not runtime.exact:
-            # Summing K before the ranks moves K times less; the order of float sums differs from one rank's.
-            return comms.world.all_reduce(self._finish(runtime, x_AC, y_AKC, weights_AK, shared_AC))[mine]
         if shared_AC is not None:
             y_AKC = torch.cat((y_AKC, shared_AC.unsqueeze(1)), dim=1)
         y_TKC = comms.world.all_reduce(y_AKC)[mine]
@@ -139,9 +138,17 @@ class Moe:
     ) -> Tensor:
         """Weighted sum over K in order, then the gated shared expert."""
         out_TC = runtime.kernels.combine(y_TKC, weights_TK, x_TC)
-        if self.shared is not None and shared_TC is not None:
-            out_TC = out_TC + self.shared.gated(runtime, x_TC, shared_TC)
-        return out_TC
+        if self.shared is None or shared_TC is None:
+            return out_TC
+        gate_T1 = runtime.kernels.linear(x_TC, self.shared.gate_1C)
+        return runtime.kernels.add_gated(out_TC, shared_TC.to(x_TC.dtype), gate_T1)
+
+    def _add_shared(self, runtime: Runtime, x_TC: Tensor, y_TC: Tensor) -> Tensor:
+        """The gated shared expert onto what the routed ones gave."""
+        if self.shared is None:
+            return y_TC
+        gate_T1 = runtime.kernels.linear(x_TC, self.shared.gate_1C)
+        return runtime.kernels.add_gated(y_TC, self.shared.partial(runtime, x_TC, wide=False), gate_T1)
 
 
 def gather_padded(comm: Comm, x_NC: Tensor, rows: int) -> Tensor:

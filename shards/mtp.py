@@ -72,13 +72,20 @@ class Mtp:
             embedded_TC: embeddings of the tokens behind the positions.
             hidden_TC: hidden states of the positions.
         """
-        kernels, T, D, k_norm_D = runtime.kernels, hidden_TC.shape[0], self.attention.head_dim, self.attention.k_norm_D
-        assert k_norm_D is not None, "a family with a head that norms no keys"
         x_TC = self._norm(runtime, self._enter(runtime, embedded_TC, hidden_TC), self.input_layernorm_C)
-        k, v = kernels.linear(x_TC, self.kv_proj_NC, self.kv_bias_N).chunk(2, dim=1)
-        k_TGD, v_TGD = k.contiguous().view(T, -1, D), v.contiguous().view(T, -1, D)
-        k_TGD = kernels.rotary(self._norm(runtime, k_TGD, k_norm_D), step.cos_TR, step.sin_TR)
-        kernels.store_kv(k_TGD, v_TGD, k_pool_NGPD, v_pool_NGPD, step.slots_T)
+        runtime.kernels.attention_inputs(
+            runtime.kernels.linear(x_TC, self.kv_proj_NC, self.kv_bias_N),
+            None,
+            self.attention.k_norm_D,
+            self.eps,
+            step.cos_TR,
+            step.sin_TR,
+            k_pool_NGPD,
+            v_pool_NGPD,
+            step.slots_T,
+            gated=False,
+            zero_centred=True,
+        )
 
     def forward(
         self,

@@ -17,15 +17,6 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaInputs:
-    """What a delta layer was given for the tokens of rows that verify drafts (U tokens, one row after the other)."""
-
-    qkv_UQ: Tensor
-    b_UV: Tensor
-    a_UV: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepTensors:
     """What the layers need to know of a step."""
 
@@ -55,8 +46,8 @@ class StepTensors:
     """bool: the row's recurrent state advances; rows that verify drafts leave theirs as it is. None: all advance."""
     verified_U: Tensor | None = None
     """int64: which of the step's tokens are of rows that verify drafts. None: no row does."""
-    delta_inputs: list[DeltaInputs] = field(default_factory=list)
-    """Of those tokens; delta layers append theirs, in order."""
+    delta_inputs: list[Tensor] = field(default_factory=list)
+    """Delta layers append, in order, their projections of those tokens [U, N]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

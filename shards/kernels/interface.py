@@ -5,9 +5,24 @@ I expert width, B blocks a sequence, P block size. In the native set a result ro
 in the batch, however a prompt is cut into chunks, and over how many ranks (1, 2, 4, .. up to `groups`) it is spread.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaWeights:
+    """What a gated delta net holds between its two projections; Q = (2 K Dk + V Dv) channels."""
+
+    conv1d_QW: Tensor
+    a_log_V: Tensor
+    """float32, as is dt_bias_V."""
+    dt_bias_V: Tensor
+    norm_D: Tensor
+    num_key_heads: int
+    key_dim: int
+    eps: float
 
 
 class Kernels(Protocol):
@@ -40,24 +55,44 @@ class Kernels(Protocol):
         """RMS norm over the last axis, in float32: weight * x, or x * (1 + weight) where zero-centred."""
         ...
 
-    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """weight * rms(x) * silu(gate), over the last axis (Qwen3-Next's delta output norm, one-centred weight)."""
+    def add_rms_norm(
+        self, x_TC: Tensor, y_TC: Tensor, weight_C: Tensor, eps: float, *, zero_centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, and its RMS norm: both [T, C]."""
         ...
 
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis -> [T, I]."""
         ...
 
-    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate); gate is of x's shape, or has last axis 1."""
-        ...
+    def attention_inputs(
+        self,
+        qkv_TN: Tensor,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        k_pool_NHPD: Tensor,
+        v_pool_NHPD: Tensor,
+        slots_T: Tensor,
+        *,
+        gated: bool,
+        zero_centred: bool,
+    ) -> Tensor:
+        """From the rows of one projection: queries for `attention`, keys and values into the pools.
 
-    def rotary(self, x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """Rotate-half rotary on the first R of D; cos and sin float32 [T, R] (both halves repeated)."""
-        ...
+        A row holds the heads of the queries (each [query | gate] where gated), of the keys, of the values; there may be
+        no queries. Queries and keys go through an RMS norm over D where there is a weight (as in `rms_norm`), then
+        through rotate-half rotary on the first R of D, in the row's dtype.
 
-    def store_kv(self, k_THD: Tensor, v_THD: Tensor, k_pool_NHPD: Tensor, v_pool_NHPD: Tensor, slots_T: Tensor) -> None:
-        """Write each token's k and v into slot block * P + offset (int64) of the pools, in place."""
+        Args:
+            cos_TR: float32 as sin_TR, both halves repeated.
+            slots_T: int64 block * P + offset, where each token's key and value go.
+
+        Returns:
+            queries [T, H, D].
+        """
         ...
 
     def attention(
@@ -69,6 +104,7 @@ class Kernels(Protocol):
         query_start_S1: Tensor,
         context_lens_S: Tensor,
         scale: float,
+        gate_THD: Tensor | None = None,
     ) -> Tensor:
         """Causal paged attention, queries of H heads over pools of Hkv heads (H a multiple of Hkv) -> [T, H, D].
 
@@ -78,7 +114,10 @@ class Kernels(Protocol):
         ...
 
     def route(self, logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """Softmax in float32 over all experts, best top_k first -> weights float32 [T, K], ids int64 [T, K]."""
+        """Softmax in float32 over all experts, best top_k first -> weights float32 [T, K], ids int64 [T, K].
+
+        The rows of logits_TE may lie apart.
+        """
         ...
 
     def experts(
@@ -119,44 +158,35 @@ class Kernels(Protocol):
         """Sum over K, in order, of weight * y -> [T, C] in dtype_like's dtype; products and sums in float32."""
         ...
 
-    def causal_conv(
+    def add_gated(self, x_TC: Tensor, shared_TC: Tensor, gate_T1: Tensor) -> Tensor:
+        """x + shared * sigmoid(gate) in x's dtype: the shared expert joins the routed ones; gate rows may lie apart."""
+        ...
+
+    def delta_net(
         self,
-        x_TC: Tensor,
-        weight_CW: Tensor,
-        state_NCW: Tensor,
+        projected_TN: Tensor,
+        weights: DeltaWeights,
+        conv_state_MQW: Tensor,
+        state_MVDD: Tensor,
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
         advance_S: Tensor | None = None,
     ) -> Tensor:
-        """Depthwise causal convolution of width W over each sequence, then SiLU -> [T, C].
+        """The gated delta net between its two projections -> [T, V * Dv].
 
-        state_NCW [slots, C, W-1] holds each sequence's last W-1 inputs and is advanced in place; a sequence whose
-        fresh_S (bool) is true starts from zeros, and one whose advance_S (bool, None: all true) is false leaves its
-        slot as it is. slots_S and query_start_S1 are int64.
-        """
-        ...
+        A row of projected_TN holds q and k of K key heads, v and z of V value heads (V / K consecutive ones belong to a
+        key head), then b and a, one number a value head. With beta = sigmoid(b), g = -exp(A_log) * softplus(a +
+        dt_bias), and [q | k | v] after a depthwise causal convolution and SiLU, q and k L2-normalised (eps 1e-6), q
+        scaled by Dk^-0.5: S = S * exp(g); S += k (v - S^T k) * beta; o = S^T q; out = norm * rms(o) * silu(z).
+        (Yang, Kautz, Hatamizadeh: Gated Delta Networks, 2024; transformers' Qwen3NextGatedDeltaNet.)
 
-    def delta_gates(self, b_TV: Tensor, a_TV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor) -> tuple[Tensor, Tensor]:
-        """beta = sigmoid(b), g = -exp(A_log) * softplus(a + dt_bias), both float32 [T, V]."""
-        ...
-
-    def delta_rule(
-        self,
-        q_TKD: Tensor,
-        k_TKD: Tensor,
-        v_TVD: Tensor,
-        beta_TV: Tensor,
-        g_TV: Tensor,
-        state_NVDD: Tensor,
-        slots_S: Tensor,
-        query_start_S1: Tensor,
-        fresh_S: Tensor,
-        advance_S: Tensor | None = None,
-    ) -> Tensor:
-        """Gated delta rule over each sequence -> [T, V, Dv]; q and k are L2-normalised (eps 1e-6), q scaled by Dk^-0.5.
-
-        S = S * exp(g); S += k (v - S^T k) * beta; o = S^T q. state_NVDD [slots, V, Dk, Dv] float32 is advanced in
-        place, but for sequences whose advance_S is false. K key heads serve V / K consecutive value heads each.
+        Args:
+            conv_state_MQW: each slot's last W - 1 inputs of the convolution's Q channels [slots, Q, W - 1], advanced
+                in place.
+            state_MVDD: float32 [slots, V, Dk, Dv], advanced in place.
+            slots_S: int64; query_start_S1 too.
+            fresh_S: bool; a sequence for which it is true starts from zeros.
+            advance_S: bool; a sequence for which it is false leaves its slot as it is. None: all true.
         """
         ...

@@ -11,30 +11,25 @@ import torch
 from torch import Tensor
 
 from shards.kernels.check import check_tensor, check_tensors, dtype_code
+from shards.kernels.interface import DeltaWeights
 from shards.kernels.library import declare
 from shards.kernels.native_matmul import MATMUL_SIGNATURES, NativeMatmul
 
 PATHS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
-MAX_CONV_WIDTH = 16
 
 _int, _long, _float, _address = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = MATMUL_SIGNATURES | {
     "kernels_has_path": [_int],
     "kernels_best_path": [],
-    "kernels_attention": [_int] * 3 + [_address] * 7 + [_long] * 6 + [_float],
-    "kernels_store_kv": [_int] + [_address] * 5 + [_long] * 4,
-    "kernels_causal_conv": [_int] * 2 + [_address] * 8 + [_long] * 2 + [_int],
-    "kernels_delta_rule": [_int] * 3 + [_address] * 11 + [_long] * 5,
-    "kernels_delta_gates": [_int] + [_address] * 6 + [_long] * 2,
-    "kernels_norm": [_int] * 2 + [_address] * 4 + [_long] * 2 + [_float, _int],
-    "kernels_silu_mul": [_int] * 2 + [_address] * 2 + [_long] * 2,
-    "kernels_sigmoid_mul": [_int] * 2 + [_address] * 3 + [_long] * 3,
-    "kernels_rotary": [_int] * 2 + [_address] * 4 + [_long] * 4,
-    "kernels_route": [_int] * 2 + [_address] * 3 + [_long] * 3 + [_int],
-    "kernels_combine": [_int] * 3 + [_address] * 3 + [_long] * 3,
+    "kernels_attention": [_int] * 3 + [_address] * 8 + [_long] * 8 + [_float],
+    "kernels_attention_inputs": [_int] * 3 + [_address] * 9 + [_long] * 7 + [_float, _int],
+    "kernels_delta_net": [_int] * 3 + [_address] * 12 + [_long] * 5 + [_int, _float],
+    "kernels_add_norm": [_int] * 3 + [_address] * 5 + [_long] * 2 + [_float, _int],
+    "kernels_silu_mul": [_int] * 3 + [_address] * 2 + [_long] * 3,
+    "kernels_route": [_int] * 3 + [_address] * 3 + [_long] * 4 + [_int],
+    "kernels_combine": [_int] * 4 + [_address] * 3 + [_long] * 3,
+    "kernels_add_gated": [_int] * 3 + [_address] * 4 + [_long] * 3,
 }
-
-_PLAIN_NORM, _ZERO_CENTRED_NORM, _GATED_NORM = 0, 1, 2
 
 
 class NativeKernels:
@@ -77,22 +72,27 @@ class NativeKernels:
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float, *, zero_centred: bool) -> Tensor:
         """RMS norm over the last axis."""
-        return self._norm(x, None, weight_D, eps, _ZERO_CENTRED_NORM if zero_centred else _PLAIN_NORM)
-
-    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """weight * rms(x) * silu(gate) over the last axis."""
-        return self._norm(x, gate, weight_D, eps, _GATED_NORM)
-
-    def _norm(self, x: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, kind: int) -> Tensor:
         D = x.shape[-1]
-        gate = x if gate is None else gate
-        code = check_tensors(x, x=(x, x.shape), gate=(gate, x.shape), weight=(weight_D, (D,)))
+        code = check_tensors(x, x=(x, x.shape), weight=(weight_D, (D,)))
         out = torch.empty_like(x)
-        self._library.kernels_norm(
-            torch.get_num_threads(), code, x.data_ptr(), gate.data_ptr(), weight_D.data_ptr(), out.data_ptr(),
-            x.numel() // D, D, eps, kind,
+        self._library.kernels_add_norm(
+            self._path, torch.get_num_threads(), code, x.data_ptr(), 0, weight_D.data_ptr(), 0, out.data_ptr(),
+            x.numel() // D, D, eps, zero_centred,
         )  # fmt: skip
         return out
+
+    def add_rms_norm(
+        self, x_TC: Tensor, y_TC: Tensor, weight_C: Tensor, eps: float, *, zero_centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, and its RMS norm."""
+        T, C = x_TC.shape
+        code = check_tensors(x_TC, x=(x_TC, (T, C)), y=(y_TC, (T, C)), weight=(weight_C, (C,)))
+        sum_TC, out_TC = torch.empty_like(x_TC), torch.empty_like(x_TC)
+        self._library.kernels_add_norm(
+            self._path, torch.get_num_threads(), code, x_TC.data_ptr(), y_TC.data_ptr(), weight_C.data_ptr(),
+            sum_TC.data_ptr(), out_TC.data_ptr(), T, C, eps, zero_centred,
+        )  # fmt: skip
+        return sum_TC, out_TC
 
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis."""
@@ -100,52 +100,50 @@ class NativeKernels:
         code = check_tensors(gate_up_TI2, gate_up=(gate_up_TI2, (T, twice)))
         out_TI = gate_up_TI2.new_empty((T, twice // 2))
         self._library.kernels_silu_mul(
-            torch.get_num_threads(), code, gate_up_TI2.data_ptr(), out_TI.data_ptr(), T, twice // 2
+            self._path, torch.get_num_threads(), code, gate_up_TI2.data_ptr(), out_TI.data_ptr(), T, twice // 2, twice
         )
         return out_TI
 
-    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate) in x's dtype."""
-        gate = gate.to(x.dtype)
-        width = gate.shape[-1]
-        code = check_tensors(x, x=(x, x.shape), gate=(gate, (*x.shape[:-1], 1 if width == 1 else x.shape[-1])))
-        out = torch.empty_like(x)
-        self._library.kernels_sigmoid_mul(
-            torch.get_num_threads(), code, x.data_ptr(), gate.data_ptr(), out.data_ptr(),
-            x.numel() // x.shape[-1], x.shape[-1], width,
-        )  # fmt: skip
-        return out
-
-    def rotary(self, x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """Rotate-half rotary on the first R of D, in x's dtype."""
-        (T, H, D), R = x_THD.shape, cos_TR.shape[1]
-        code = check_tensors(x_THD, x=(x_THD, (T, H, D)))
+    def attention_inputs(
+        self,
+        qkv_TN: Tensor,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        k_pool_NHPD: Tensor,
+        v_pool_NHPD: Tensor,
+        slots_T: Tensor,
+        *,
+        gated: bool,
+        zero_centred: bool,
+    ) -> Tensor:
+        """Queries for `attention`; keys and values go into the pools."""
+        (T, width), (_, Hkv, P, D), R = qkv_TN.shape, k_pool_NHPD.shape, cos_TR.shape[1]
+        head = D * (2 if gated else 1)
+        H = (width - 2 * Hkv * D) // head
+        code = check_tensors(
+            qkv_TN,
+            qkv=(qkv_TN, (T, H * head + 2 * Hkv * D)),
+            k_pool=(k_pool_NHPD, k_pool_NHPD.shape),
+            v_pool=(v_pool_NHPD, k_pool_NHPD.shape),
+        )
+        for name, norm in (("q_norm", q_norm_D), ("k_norm", k_norm_D)):
+            if norm is not None:
+                check_tensor(name, norm, qkv_TN.dtype, (D,))
         check_tensor("cos", cos_TR, torch.float32, (T, R))
         check_tensor("sin", sin_TR, torch.float32, (T, R))
-        if R > D or R % 2:
-            raise ValueError(f"rotary: R={R} must be even and at most D={D}")
-        out_THD = torch.empty_like(x_THD)
-        self._library.kernels_rotary(
-            torch.get_num_threads(), code, x_THD.data_ptr(), cos_TR.data_ptr(), sin_TR.data_ptr(), out_THD.data_ptr(),
-            T, H, D, R,
-        )  # fmt: skip
-        return out_THD
-
-    def store_kv(self, k_THD: Tensor, v_THD: Tensor, k_pool_NHPD: Tensor, v_pool_NHPD: Tensor, slots_T: Tensor) -> None:
-        """Write each token's k and v into its slot of the pools."""
-        (T, H, D), (N, _, P, _) = k_THD.shape, k_pool_NHPD.shape
-        code = check_tensors(
-            k_THD,
-            k=(k_THD, (T, H, D)),
-            v=(v_THD, (T, H, D)),
-            k_pool=(k_pool_NHPD, (N, H, P, D)),
-            v_pool=(v_pool_NHPD, (N, H, P, D)),
-        )
         check_tensor("slots", slots_T, torch.int64, (T,))
-        self._library.kernels_store_kv(
-            code, k_THD.data_ptr(), v_THD.data_ptr(), k_pool_NHPD.data_ptr(), v_pool_NHPD.data_ptr(),
-            slots_T.data_ptr(), T, H, P, D,
+        if R > D or R % 2:
+            raise ValueError(f"attention_inputs: R={R} must be even and at most D={D}")
+        q_THD = qkv_TN.new_empty((T, H, D))
+        self._library.kernels_attention_inputs(
+            self._path, torch.get_num_threads(), code, qkv_TN.data_ptr(), _address_of(q_norm_D), _address_of(k_norm_D),
+            cos_TR.data_ptr(), sin_TR.data_ptr(), k_pool_NHPD.data_ptr(), v_pool_NHPD.data_ptr(), slots_T.data_ptr(),
+            q_THD.data_ptr(), T, H, Hkv, D, R, P, head, eps, zero_centred,
         )  # fmt: skip
+        return q_THD
 
     def attention(
         self,
@@ -156,6 +154,7 @@ class NativeKernels:
         query_start_S1: Tensor,
         context_lens_S: Tensor,
         scale: float,
+        gate_THD: Tensor | None = None,
     ) -> Tensor:
         """Causal paged attention: online softmax over 64 key positions at a time, counted from position 0."""
         (T, H, D), (N, Hkv, P, _), (S, B) = q_THD.shape, k_pool_NHPD.shape, tables_SB.shape
@@ -165,25 +164,29 @@ class NativeKernels:
         query_start, contexts = _as_int64(query_start_S1, S + 1), _as_int64(context_lens_S, S)
         if H % Hkv:
             raise ValueError(f"attention: {H} query heads are no multiple of {Hkv} kv heads")
+        if gate_THD is not None:
+            _check_rows("gate", gate_THD, q_THD.dtype, (T, H, D))
+        gate_rows, gate_heads = (0, 0) if gate_THD is None else gate_THD.stride()[:2]
         out_THD = torch.empty_like(q_THD)
         self._library.kernels_attention(
             self._path, torch.get_num_threads(), code, q_THD.data_ptr(), k_pool_NHPD.data_ptr(), v_pool_NHPD.data_ptr(),
-            tables_SB.data_ptr(), query_start.data_ptr(), contexts.data_ptr(), out_THD.data_ptr(), S, H, Hkv, D, P, B,
-            scale,
+            tables_SB.data_ptr(), query_start.data_ptr(), contexts.data_ptr(), _address_of(gate_THD),
+            out_THD.data_ptr(), S, H, Hkv, D, P, B, gate_rows, gate_heads, scale,
         )  # fmt: skip
         return out_THD
 
     def route(self, logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
         """Softmax over all experts and the best top_k; of equals, the lower id first."""
         T, E = logits_TE.shape
-        code = check_tensors(logits_TE, logits=(logits_TE, (T, E)))
+        code = dtype_code("logits", logits_TE)
+        _check_rows("logits", logits_TE, logits_TE.dtype, (T, E))
         if not 1 <= top_k <= E:
             raise ValueError(f"route: top_k={top_k} must lie in 1..{E}, the number of experts")
         weights_TK = logits_TE.new_empty((T, top_k), dtype=torch.float32)
         ids_TK = logits_TE.new_empty((T, top_k), dtype=torch.int64)
         self._library.kernels_route(
-            torch.get_num_threads(), code, logits_TE.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(),
-            T, E, top_k, renormalize,
+            self._path, torch.get_num_threads(), code, logits_TE.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(),
+            T, E, top_k, logits_TE.stride(0), renormalize,
         )  # fmt: skip
         return weights_TK, ids_TK
 
@@ -216,97 +219,85 @@ class NativeKernels:
 
     def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y, in float32."""
-        T, K, C = y_TKC.shape
-        code = check_tensors(y_TKC, y=(y_TKC, (T, K, C)))
+        (T, K, C), wide = y_TKC.shape, y_TKC.dtype != dtype_like.dtype
+        if wide and y_TKC.dtype != torch.float32:
+            raise ValueError(f"combine: y is {y_TKC.dtype}; it must be float32 or {dtype_like.dtype}, as the result")
+        check_tensor("y", y_TKC, y_TKC.dtype, (T, K, C))
         check_tensor("weights", weights_TK, torch.float32, (T, K))
         out_TC = y_TKC.new_empty((T, C), dtype=dtype_like.dtype)
         self._library.kernels_combine(
-            torch.get_num_threads(), code, dtype_code("dtype_like", out_TC), y_TKC.data_ptr(), weights_TK.data_ptr(),
-            out_TC.data_ptr(), T, K, C,
+            self._path, torch.get_num_threads(), dtype_code("dtype_like", out_TC), wide, y_TKC.data_ptr(),
+            weights_TK.data_ptr(), out_TC.data_ptr(), T, K, C,
         )  # fmt: skip
         return out_TC
 
-    def causal_conv(
-        self,
-        x_TC: Tensor,
-        weight_CW: Tensor,
-        state_NCW: Tensor,
-        slots_S: Tensor,
-        query_start_S1: Tensor,
-        fresh_S: Tensor,
-        advance_S: Tensor | None = None,
-    ) -> Tensor:
-        """Depthwise causal convolution and SiLU; the state's rows are advanced in place."""
-        (T, C), W, S, N = x_TC.shape, weight_CW.shape[1], slots_S.shape[0], state_NCW.shape[0]
-        if not 1 <= W <= MAX_CONV_WIDTH:
-            raise ValueError(f"causal_conv: width {W} must lie in 1..{MAX_CONV_WIDTH}; use kernels=torch for others")
-        weight, state = (weight_CW, (C, W)), (state_NCW, (N, C, W - 1))
-        code = check_tensors(x_TC, x=(x_TC, (T, C)), weight=weight, state=state)
-        advance = _check_sequences(slots_S, query_start_S1, fresh_S, advance_S, S)
+    def add_gated(self, x_TC: Tensor, shared_TC: Tensor, gate_T1: Tensor) -> Tensor:
+        """x + shared * sigmoid(gate) in x's dtype."""
+        T, C = x_TC.shape
+        code = check_tensors(x_TC, x=(x_TC, (T, C)), shared=(shared_TC, (T, C)))
+        _check_rows("gate", gate_T1, x_TC.dtype, (T, 1))
         out_TC = torch.empty_like(x_TC)
-        self._library.kernels_causal_conv(
-            torch.get_num_threads(), code, x_TC.data_ptr(), weight_CW.data_ptr(), state_NCW.data_ptr(),
-            slots_S.data_ptr(), query_start_S1.data_ptr(), fresh_S.data_ptr(), advance, out_TC.data_ptr(), S, C, W,
+        self._library.kernels_add_gated(
+            self._path, torch.get_num_threads(), code, x_TC.data_ptr(), shared_TC.data_ptr(), gate_T1.data_ptr(),
+            out_TC.data_ptr(), T, C, gate_T1.stride(0),
         )  # fmt: skip
         return out_TC
 
-    def delta_gates(self, b_TV: Tensor, a_TV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor) -> tuple[Tensor, Tensor]:
-        """beta = sigmoid(b) and g = -exp(A_log) * softplus(a + dt_bias), float32."""
-        T, V = b_TV.shape
-        code = check_tensors(b_TV, b=(b_TV, (T, V)), a=(a_TV, (T, V)))
-        a_log_V, dt_bias_V = a_log_V.float(), dt_bias_V.float()
-        check_tensor("a_log", a_log_V, torch.float32, (V,))
-        check_tensor("dt_bias", dt_bias_V, torch.float32, (V,))
-        beta_TV, g_TV = b_TV.new_empty((T, V), dtype=torch.float32), b_TV.new_empty((T, V), dtype=torch.float32)
-        self._library.kernels_delta_gates(
-            code, b_TV.data_ptr(), a_TV.data_ptr(), a_log_V.data_ptr(), dt_bias_V.data_ptr(), beta_TV.data_ptr(),
-            g_TV.data_ptr(), T, V,
-        )  # fmt: skip
-        return beta_TV, g_TV
-
-    def delta_rule(
+    def delta_net(
         self,
-        q_TKD: Tensor,
-        k_TKD: Tensor,
-        v_TVD: Tensor,
-        beta_TV: Tensor,
-        g_TV: Tensor,
-        state_NVDD: Tensor,
+        projected_TN: Tensor,
+        weights: DeltaWeights,
+        conv_state_MQW: Tensor,
+        state_MVDD: Tensor,
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
         advance_S: Tensor | None = None,
     ) -> Tensor:
-        """Gated delta rule, token by token whatever the length: a chunk's end leaves no mark."""
-        (T, K, Dk), (_, V, Dv), S, N = q_TKD.shape, v_TVD.shape, slots_S.shape[0], state_NVDD.shape[0]
-        keys = (T, K, Dk)
-        code = check_tensors(v_TVD, q=(q_TKD, keys), k=(k_TKD, keys), v=(v_TVD, (T, V, Dv)))
-        check_tensor("beta", beta_TV, torch.float32, (T, V))
-        check_tensor("g", g_TV, torch.float32, (T, V))
-        check_tensor("state", state_NVDD, torch.float32, (N, V, Dk, Dv))
-        advance = _check_sequences(slots_S, query_start_S1, fresh_S, advance_S, S)
+        """The gated delta net between its projections, token by token whatever the length."""
+        (M, V, Dk, Dv), (Q, W), S, K = state_MVDD.shape, weights.conv1d_QW.shape, len(slots_S), weights.num_key_heads
+        code = check_tensors(
+            projected_TN,
+            projected=(projected_TN, (len(projected_TN), 2 * K * Dk + 2 * V * Dv + 2 * V)),
+            conv1d=(weights.conv1d_QW, (2 * K * Dk + V * Dv, W)),
+            norm=(weights.norm_D, (Dv,)),
+            conv_state=(conv_state_MQW, (M, Q, W - 1)),
+        )
+        check_tensor("a_log", weights.a_log_V, torch.float32, (V,))
+        check_tensor("dt_bias", weights.dt_bias_V, torch.float32, (V,))
+        check_tensor("state", state_MVDD, torch.float32, (M, V, Dk, Dv))
+        _check_sequences(slots_S, query_start_S1, fresh_S, advance_S)
         if V % K:
-            raise ValueError(f"delta_rule: {V} value heads are no multiple of {K} key heads")
-        out_TVD = torch.empty_like(v_TVD)
-        self._library.kernels_delta_rule(
-            self._path, torch.get_num_threads(), code, q_TKD.data_ptr(), k_TKD.data_ptr(), v_TVD.data_ptr(),
-            beta_TV.data_ptr(), g_TV.data_ptr(), state_NVDD.data_ptr(), slots_S.data_ptr(), query_start_S1.data_ptr(),
-            fresh_S.data_ptr(), advance, out_TVD.data_ptr(), S, K, V, Dk, Dv,
+            raise ValueError(f"delta_net: {V} value heads are no multiple of {K} key heads")
+        out_TN = projected_TN.new_empty((len(projected_TN), V * Dv))
+        self._library.kernels_delta_net(
+            self._path, torch.get_num_threads(), code, projected_TN.data_ptr(), weights.conv1d_QW.data_ptr(),
+            conv_state_MQW.data_ptr(), weights.a_log_V.data_ptr(), weights.dt_bias_V.data_ptr(),
+            weights.norm_D.data_ptr(), state_MVDD.data_ptr(), slots_S.data_ptr(), query_start_S1.data_ptr(),
+            fresh_S.data_ptr(), _address_of(advance_S), out_TN.data_ptr(), S, K, V, Dk, Dv, W, weights.eps,
         )  # fmt: skip
-        return out_TVD
+        return out_TN
 
 
-def _check_sequences(
-    slots_S: Tensor, query_start_S1: Tensor, fresh_S: Tensor, advance_S: Tensor | None, count: int
-) -> int:
-    """The address of advance_S, 0 for None."""
+def _check_sequences(slots_S: Tensor, query_start_S1: Tensor, fresh_S: Tensor, advance_S: Tensor | None) -> None:
+    count = len(slots_S)
     check_tensor("slots", slots_S, torch.int64, (count,))
     check_tensor("query_start", query_start_S1, torch.int64, (count + 1,))
     check_tensor("fresh", fresh_S, torch.bool, (count,))
-    if advance_S is None:
-        return 0
-    check_tensor("advance", advance_S, torch.bool, (count,))
-    return advance_S.data_ptr()
+    if advance_S is not None:
+        check_tensor("advance", advance_S, torch.bool, (count,))
+
+
+def _check_rows(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse x unless it is a CPU tensor of that dtype and shape whose last axis lies in one piece."""
+    if x.dtype != dtype or x.shape != shape or (shape[-1] > 1 and x.stride(-1) != 1) or not x.is_cpu:
+        found = f"{x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"
+        raise ValueError(f"{name} is {found}; native kernels need {dtype} {list(shape)}, rows in one piece, on cpu")
+
+
+def _address_of(x: Tensor | None) -> int:
+    """0 for None."""
+    return 0 if x is None else x.data_ptr()
 
 
 def _as_int64(values: Tensor, length: int) -> Tensor:

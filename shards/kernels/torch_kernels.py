@@ -1,15 +1,12 @@
 """The operators in plain torch: runs on CPU and CUDA, rounds where transformers does, promises no bits."""
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from shards.comm import tree_sum
-from shards.kernels.torch_delta import gated_delta_rule
-
-L2_EPS = 1e-6
+from shards.kernels.interface import DeltaWeights
+from shards.kernels.torch_delta import causal_conv, delta_gates, delta_rule, gated_rms_norm, normalise, one_token_each
 
 
 class TorchKernels:
@@ -35,39 +32,52 @@ class TorchKernels:
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float, *, zero_centred: bool) -> Tensor:
         """RMS norm over the last axis; a zero-centred weight is applied in float32, the other after rounding."""
-        normed = _normalise(x, eps)
+        normed = normalise(x, eps)
         if zero_centred:
             return (normed * (1.0 + weight_D.float())).to(x.dtype)
         return weight_D * normed.to(x.dtype)
 
-    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """weight * rms(x) * silu(gate) over the last axis, the gate in float32."""
-        normed = weight_D * _normalise(x, eps).to(x.dtype)
-        return (normed * functional.silu(gate.float())).to(x.dtype)
+    def add_rms_norm(
+        self, x_TC: Tensor, y_TC: Tensor, weight_C: Tensor, eps: float, *, zero_centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, and its RMS norm."""
+        x_TC = x_TC + y_TC
+        return x_TC, self.rms_norm(x_TC, weight_C, eps, zero_centred=zero_centred)
 
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis."""
         gate, up = gate_up_TI2.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
-    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate) in x's dtype."""
-        return x * torch.sigmoid(gate.to(x.dtype))
-
-    def rotary(self, x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """Rotate-half rotary on the first R of D, in x's dtype."""
-        R = cos_TR.shape[1]
-        turned, rest = x_THD[..., :R], x_THD[..., R:]
-        cos, sin = cos_TR.to(x_THD.dtype).unsqueeze(1), sin_TR.to(x_THD.dtype).unsqueeze(1)
-        low, high = turned.chunk(2, dim=-1)
-        return torch.cat((turned * cos + torch.cat((-high, low), dim=-1) * sin, rest), dim=-1)
-
-    def store_kv(self, k_THD: Tensor, v_THD: Tensor, k_pool_NHPD: Tensor, v_pool_NHPD: Tensor, slots_T: Tensor) -> None:
-        """Write each token's k and v into its slot of the pools."""
-        P = k_pool_NHPD.shape[2]
+    def attention_inputs(
+        self,
+        qkv_TN: Tensor,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        k_pool_NHPD: Tensor,
+        v_pool_NHPD: Tensor,
+        slots_T: Tensor,
+        *,
+        gated: bool,
+        zero_centred: bool,
+    ) -> Tensor:
+        """Queries for `attention`; keys and values go into the pools."""
+        (T, width), (_, Hkv, P, D) = qkv_TN.shape, k_pool_NHPD.shape
+        q_TN, k_TN, v_TN = qkv_TN.split((width - 2 * Hkv * D, Hkv * D, Hkv * D), dim=1)
+        head = 2 * D if gated else D
+        q_THD = q_TN.unflatten(1, (q_TN.shape[1] // head, head))[..., :D]
+        k_THD, v_THD = k_TN.view(T, Hkv, D), v_TN.view(T, Hkv, D)
+        if q_norm_D is not None:
+            q_THD = self.rms_norm(q_THD, q_norm_D, eps, zero_centred=zero_centred)
+        if k_norm_D is not None:
+            k_THD = self.rms_norm(k_THD, k_norm_D, eps, zero_centred=zero_centred)
         block_T, offset_T = slots_T // P, slots_T % P
-        k_pool_NHPD[block_T, :, offset_T] = k_THD
+        k_pool_NHPD[block_T, :, offset_T] = rotary(k_THD, cos_TR, sin_TR)
         v_pool_NHPD[block_T, :, offset_T] = v_THD
+        return rotary(q_THD, cos_TR, sin_TR)
 
     def attention(
         self,
@@ -78,27 +88,11 @@ class TorchKernels:
         query_start_S1: Tensor,
         context_lens_S: Tensor,
         scale: float,
+        gate_THD: Tensor | None = None,
     ) -> Tensor:
         """Causal paged attention: gathers each sequence's blocks, then scaled dot-product attention."""
-        starts, contexts = query_start_S1.tolist(), context_lens_S.tolist()
-        if _one_token_each(starts):
-            return _attend_decode(q_THD, k_pool_NHPD, v_pool_NHPD, tables_SB, context_lens_S, max(contexts), scale)
-        out_THD = torch.empty_like(q_THD)
-        for s, context in enumerate(contexts):
-            queries = slice(starts[s], starts[s + 1])
-            count = queries.stop - queries.start
-            if count == 0:
-                continue
-            k_HLD = _gather(k_pool_NHPD, tables_SB[s : s + 1], context)
-            v_HLD = _gather(v_pool_NHPD, tables_SB[s : s + 1], context)
-            keys = torch.arange(context, device=q_THD.device)
-            seen_TL = keys <= torch.arange(context - count, context, device=q_THD.device).unsqueeze(1)
-            q_HTD = q_THD[queries].transpose(0, 1).unsqueeze(0)
-            out_HTD = functional.scaled_dot_product_attention(
-                q_HTD, k_HLD, v_HLD, attn_mask=seen_TL, scale=scale, enable_gqa=True
-            )
-            out_THD[queries] = out_HTD[0].transpose(0, 1)
-        return out_THD
+        out_THD = _attend(q_THD, k_pool_NHPD, v_pool_NHPD, tables_SB, query_start_S1, context_lens_S, scale)
+        return out_THD if gate_THD is None else out_THD * torch.sigmoid(gate_THD)
 
     def route(self, logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
         """Softmax over all experts and the best top_k; weights stay float32."""
@@ -153,90 +147,70 @@ class TorchKernels:
             total_TC = total_TC + y_TKC[:, k].float() * weights_TK[:, k : k + 1]
         return total_TC.to(dtype_like.dtype)
 
-    def causal_conv(
+    def add_gated(self, x_TC: Tensor, shared_TC: Tensor, gate_T1: Tensor) -> Tensor:
+        """x + shared * sigmoid(gate) in x's dtype."""
+        return x_TC + shared_TC * torch.sigmoid(gate_T1)
+
+    def delta_net(
         self,
-        x_TC: Tensor,
-        weight_CW: Tensor,
-        state_NCW: Tensor,
+        projected_TN: Tensor,
+        weights: DeltaWeights,
+        conv_state_MQW: Tensor,
+        state_MVDD: Tensor,
         slots_S: Tensor,
         query_start_S1: Tensor,
         fresh_S: Tensor,
         advance_S: Tensor | None = None,
     ) -> Tensor:
-        """Depthwise causal convolution and SiLU; the state's rows are advanced in place."""
-        starts = query_start_S1.tolist()
-        before_SCW = state_NCW[slots_S].masked_fill(fresh_S.view(-1, 1, 1), 0)
-        out_TC = torch.empty_like(x_TC)
-        for rows, tokens in _runs(starts):
-            x_SCT = x_TC[tokens].view(rows.stop - rows.start, -1, x_TC.shape[1]).transpose(1, 2)
-            padded = torch.cat((before_SCW[rows], x_SCT), dim=2)
-            y_SCT = functional.silu(functional.conv1d(padded, weight_CW.unsqueeze(1), groups=weight_CW.shape[0]))
-            out_TC[tokens] = y_SCT.transpose(1, 2).reshape(-1, x_TC.shape[1])
-            _advance(state_NCW, slots_S[rows], padded[:, :, x_SCT.shape[2] :], advance_S, rows)
-        return out_TC
-
-    def delta_gates(self, b_TV: Tensor, a_TV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor) -> tuple[Tensor, Tensor]:
-        """beta = sigmoid(b) and g = -exp(A_log) * softplus(a + dt_bias), float32."""
-        g_TV = -a_log_V.float().exp() * functional.softplus(a_TV.float() + dt_bias_V.float())
-        return torch.sigmoid(b_TV).float(), g_TV
-
-    def delta_rule(
-        self,
-        q_TKD: Tensor,
-        k_TKD: Tensor,
-        v_TVD: Tensor,
-        beta_TV: Tensor,
-        g_TV: Tensor,
-        state_NVDD: Tensor,
-        slots_S: Tensor,
-        query_start_S1: Tensor,
-        fresh_S: Tensor,
-        advance_S: Tensor | None = None,
-    ) -> Tensor:
-        """Gated delta rule: token by token for short runs, in chunks of 64 for long ones."""
-        share = v_TVD.shape[1] // q_TKD.shape[1]
-        q_TVD = (_unit(q_TKD) * q_TKD.shape[2] ** -0.5).repeat_interleave(share, dim=1)
-        k_TVD = _unit(k_TKD).repeat_interleave(share, dim=1)
-        before_SVDD = state_NVDD[slots_S].masked_fill(fresh_S.view(-1, 1, 1, 1), 0)
-        out_TVD = torch.empty_like(v_TVD)
-        for rows, tokens in _runs(query_start_S1.tolist()):
-            q, k, v, beta, g = (
-                x[tokens].unflatten(0, (rows.stop - rows.start, -1))
-                for x in (q_TVD, k_TVD, v_TVD.float(), beta_TV, g_TV)
-            )
-            out, after = gated_delta_rule(q, k, v, beta, g, before_SVDD[rows])
-            out_TVD[tokens] = out.flatten(0, 1).to(v_TVD.dtype)
-            _advance(state_NVDD, slots_S[rows], after, advance_S, rows)
-        return out_TVD
+        """The gated delta net between its projections: token by token for short runs, in chunks of 64 for long ones."""
+        (_, V, Dk, Dv), keys = state_MVDD.shape, weights.num_key_heads * weights.key_dim
+        qkv_TQ, z_TN, b_TV, a_TV = projected_TN.split((2 * keys + V * Dv, V * Dv, V, V), dim=1)
+        where = (slots_S, query_start_S1, fresh_S, advance_S)
+        qkv_TQ = causal_conv(qkv_TQ, weights.conv1d_QW, conv_state_MQW, *where)
+        q_TN, k_TN, v_TN = qkv_TQ.split((keys, keys, V * Dv), dim=1)
+        beta_TV, g_TV = delta_gates(b_TV, a_TV, weights.a_log_V, weights.dt_bias_V)
+        q_TKD, k_TKD, v_TVD = q_TN.unflatten(1, (-1, Dk)), k_TN.unflatten(1, (-1, Dk)), v_TN.unflatten(1, (-1, Dv))
+        out_TVD = delta_rule(q_TKD, k_TKD, v_TVD, beta_TV, g_TV, state_MVDD, *where)
+        return gated_rms_norm(out_TVD, z_TN.unflatten(1, (-1, Dv)), weights.norm_D, weights.eps).flatten(1)
 
 
-def _normalise(x: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+def rotary(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate-half rotary on the first R of D, in x's dtype; cos and sin float32 [T, R], both halves repeated."""
+    R = cos_TR.shape[1]
+    turned, rest = x_THD[..., :R], x_THD[..., R:]
+    cos, sin = cos_TR.to(x_THD.dtype).unsqueeze(1), sin_TR.to(x_THD.dtype).unsqueeze(1)
+    low, high = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-high, low), dim=-1) * sin, rest), dim=-1)
 
 
-def _advance(state: Tensor, slots_S: Tensor, after: Tensor, advance_S: Tensor | None, rows: slice) -> None:
-    """Write the slots of the sequences `rows`, but for those that are to be left as they are."""
-    if advance_S is None:
-        state[slots_S] = after
-    else:
-        state[slots_S[advance_S[rows]]] = after[advance_S[rows]]
-
-
-def _unit(x: Tensor) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + L2_EPS)
-
-
-def _one_token_each(starts: list[int]) -> bool:
-    return len(starts) > 1 and starts == list(range(len(starts)))
-
-
-def _runs(starts: list[int]) -> list[tuple[slice, slice]]:
-    """(sequences, tokens) to compute together: a step of single tokens as one batch, else each sequence alone."""
-    if _one_token_each(starts):
-        return [(slice(0, starts[-1]), slice(0, starts[-1]))]
-    return [(slice(s, s + 1), slice(a, b)) for s, (a, b) in enumerate(itertools.pairwise(starts)) if b > a]
+def _attend(
+    q_THD: Tensor,
+    k_pool_NHPD: Tensor,
+    v_pool_NHPD: Tensor,
+    tables_SB: Tensor,
+    query_start_S1: Tensor,
+    context_lens_S: Tensor,
+    scale: float,
+) -> Tensor:
+    starts, contexts = query_start_S1.tolist(), context_lens_S.tolist()
+    if one_token_each(starts):
+        return _attend_decode(q_THD, k_pool_NHPD, v_pool_NHPD, tables_SB, context_lens_S, max(contexts), scale)
+    out_THD = torch.empty_like(q_THD)
+    for s, context in enumerate(contexts):
+        queries = slice(starts[s], starts[s + 1])
+        count = queries.stop - queries.start
+        if count == 0:
+            continue
+        k_HLD = _gather(k_pool_NHPD, tables_SB[s : s + 1], context)
+        v_HLD = _gather(v_pool_NHPD, tables_SB[s : s + 1], context)
+        keys = torch.arange(context, device=q_THD.device)
+        seen_TL = keys <= torch.arange(context - count, context, device=q_THD.device).unsqueeze(1)
+        q_HTD = q_THD[queries].transpose(0, 1).unsqueeze(0)
+        out_HTD = functional.scaled_dot_product_attention(
+            q_HTD, k_HLD, v_HLD, attn_mask=seen_TL, scale=scale, enable_gqa=True
+        )
+        out_THD[queries] = out_HTD[0].transpose(0, 1)
+    return out_THD
 
 
 def _gather(pool_NHPD: Tensor, tables_SB: Tensor, length: int) -> Tensor:

@@ -1,60 +1,14 @@
 """A native result row has the same bits alone or in a batch, in chunks, in slices, over ranks and over threads."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from shards.comm import tree_sum
-from shards.kernels.library import load_library
-from shards.kernels.native import PATHS, NativeKernels
-
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def runnable_paths() -> list[NativeKernels]:
-    loaded = load_library()
-    assert loaded is not None, "build the native kernels first: python hatch_build.py"
-    best = NativeKernels(loaded)
-    return [NativeKernels(loaded, path) for path in PATHS[: PATHS.index(best.path) + 1]]
-
-
-NATIVE = runnable_paths()
-every_path = pytest.mark.parametrize("kernels", NATIVE, ids=[kernels.path for kernels in NATIVE])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def cuts(total: int, sizes: list[int]) -> list[slice]:
-    """Pieces of the given sizes in turn, until total is used up."""
-    pieces: list[slice] = []
-    at = 0
-    while at < total:
-        size = sizes[len(pieces) % len(sizes)]
-        pieces.append(slice(at, min(at + size, total)))
-        at += size
-    return pieces
-
-
-def one_sequence(piece: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Slot 1, start and freshness of a step with this piece of one sequence."""
-    starts = torch.tensor([0, piece.stop - piece.start])
-    return torch.tensor([1]), starts, torch.tensor([piece.start == 0])
+from shards.kernels.native import NativeKernels
+from tests.support.kernels import NATIVE, cuts, every_dtype, every_path, random, threads
 
 
 @every_path
@@ -231,93 +185,24 @@ def test_attention_heads_do_not_depend_on_the_heads_beside_them(kernels: NativeK
 
 
 @every_dtype
-def test_convolution_in_chunks_is_the_whole(dtype: torch.dtype) -> None:
-    kernels, C, T = NATIVE[-1], 70, 40
-    x, weight = random(T, C, dtype=dtype), random(C, 4, dtype=dtype)
-
-    def convolve(sizes: list[int]) -> tuple[Tensor, Tensor]:
-        state = torch.full((2, C, 3), float("nan"), dtype=dtype)
-        pieces = [kernels.causal_conv(x[at], weight, state, *one_sequence(at)) for at in cuts(T, sizes)]
-        return torch.cat(pieces), state[1]
-
-    whole, last = convolve([T])
-    for sizes in ([1], [2], [7, 1, 16]):
-        pieces, state = convolve(sizes)
-        assert torch.equal(pieces, whole)
-        assert torch.equal(state, last)
-
-
-@every_path
-@every_dtype
-@pytest.mark.parametrize(("Dk", "Dv"), [(16, 16), (24, 40), (128, 128)])
-def test_delta_rule_in_chunks_and_batches_is_the_whole(
-    kernels: NativeKernels, dtype: torch.dtype, Dk: int, Dv: int
-) -> None:
-    T, K, V = 40, 2, 4
-    q, k, v = random(T, K, Dk, dtype=dtype), random(T, K, Dk, dtype=dtype, seed=1), random(T, V, Dv, dtype=dtype)
-    beta, g = torch.sigmoid(random(T, V)), -random(T, V, seed=1).abs()
-
-    def run(sizes: list[int]) -> tuple[Tensor, Tensor]:
-        state = torch.full((2, V, Dk, Dv), float("nan"))
-        pieces = [
-            kernels.delta_rule(q[at], k[at], v[at], beta[at], g[at], state, *one_sequence(at)) for at in cuts(T, sizes)
-        ]
-        return torch.cat(pieces), state[1]
-
-    whole, last = run([T])
-    for sizes in ([1], [7, 1, 16]):
-        pieces, state = run(sizes)
-        assert torch.equal(pieces, whole)
-        assert torch.equal(state, last)
-    state = torch.zeros(2, V, Dk, Dv)
-    slots, starts, fresh = torch.tensor([0, 1]), torch.tensor([0, 5, 5 + T]), torch.tensor([True, True])
-    q, k, v, beta, g = (torch.cat((x[:5], x)) for x in (q, k, v, beta, g))
-    both = kernels.delta_rule(q, k, v, beta, g, state, slots, starts, fresh)
-    assert torch.equal(both, torch.cat((whole[:5], whole)))
-    assert torch.equal(state[1], last)
-
-
-@every_path
-@every_dtype
-def test_a_sequence_that_does_not_advance_leaves_its_slot_and_gives_the_same_rows(
-    kernels: NativeKernels, dtype: torch.dtype
-) -> None:
-    T, K, V, D = 4, 2, 4, 24
-    x, weight, conv = random(T, 70, dtype=dtype), random(70, 4, dtype=dtype), random(2, 70, 3, dtype=dtype)
-    q, k, v = random(T, K, D, dtype=dtype), random(T, K, D, dtype=dtype, seed=1), random(T, V, D, dtype=dtype)
-    beta, g, state = torch.sigmoid(random(T, V)), -random(T, V, seed=1).abs(), random(2, V, D, D)
-    where = (torch.tensor([1, 0]), torch.tensor([0, 3, T]), torch.tensor([False, False]))
-    still = torch.tensor([False, True])
-
-    def run_conv(states: Tensor, advance: Tensor | None) -> Tensor:
-        return kernels.causal_conv(x, weight, states, *where, advance)
-
-    def run_delta(states: Tensor, advance: Tensor | None) -> Tensor:
-        return kernels.delta_rule(q, k, v, beta, g, states, *where, advance)
-
-    for run, slots in ((run_conv, conv), (run_delta, state)):
-        advanced, kept = slots.clone(), slots.clone()
-        assert torch.equal(run(kept, still), run(advanced, None))
-        assert torch.equal(kept[1], slots[1])
-        assert torch.equal(kept[0], advanced[0])
-
-
-@every_dtype
 def test_rows_of_norms_activations_and_routing_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     kernels, x, weight = NATIVE[-1], random(50, 66, dtype=dtype), random(66, dtype=dtype)
     gate = random(50, 66, dtype=dtype, seed=1)
-    cos, sin = random(50, 22), random(50, 22, seed=1)
+    cos, sin, slots = random(50, 22), random(50, 22, seed=1), torch.arange(50)
+    k_pool, v_pool = (torch.zeros(4, 1, 16, 22, dtype=dtype) for _ in range(2))
+    q_norm, k_norm, shape = weight[:22], weight[22:44], {"gated": False, "zero_centred": True}
     operators: list[Callable[[slice], Tensor]] = [
         lambda r: kernels.rms_norm(x[r], weight, 1e-6, zero_centred=True),
         lambda r: kernels.rms_norm(x[r], weight, 1e-6, zero_centred=False),
-        lambda r: kernels.gated_rms_norm(x[r], gate[r], weight, 1e-6),
+        lambda r: kernels.add_rms_norm(x[r], gate[r], weight, 1e-6, zero_centred=True)[1],
         lambda r: kernels.silu_mul(x[r]),
-        lambda r: kernels.sigmoid_mul(x[r], gate[r]),
-        lambda r: kernels.rotary(x[r].view(-1, 3, 22), cos[r], sin[r]),
+        lambda r: kernels.add_gated(x[r], gate[r], gate[r, :1]),
+        lambda r: kernels.attention_inputs(
+            x[r], q_norm, k_norm, 1e-6, cos[r], sin[r], k_pool, v_pool, slots[r], **shape
+        ),
         lambda r: kernels.route(x[r], 5, renormalize=True)[0],
         lambda r: kernels.route(x[r], 5, renormalize=True)[1],
         lambda r: kernels.combine(x[r].view(-1, 6, 11), cos[r, :6].contiguous(), x),
-        lambda r: kernels.delta_gates(x[r], gate[r], weight, weight)[1],
     ]
     for operator in operators:
         whole = operator(slice(0, 50))

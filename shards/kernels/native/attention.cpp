@@ -66,8 +66,9 @@ struct Attention {
     const int32_t* tables;
     const int64_t* query_start;
     const int64_t* contexts;
+    const T* gate;  // null: none; else of each query head, by row_stride and head_stride
     T* out;
-    int64_t S, H, Hkv, D, P, B;
+    int64_t S, H, Hkv, D, P, B, row_stride, head_stride;
     float scale;
     std::vector<AttentionTask> tasks;
     std::vector<T> zeros;
@@ -133,8 +134,8 @@ struct Attention {
         int64_t r = 0;
         for (int64_t t = a.first; t < a.last; t++)
             for (int64_t h = a.head; h < a.head + a.heads; h++, r++) {
-                T* to = out + (t * H + h) * D;
-                for (int64_t d = 0; d < D; d++) store(to + d, part.acc[r * stride + d] / part.total[r]);
+                const T* factor = gate == nullptr ? nullptr : gate + t * row_stride + h * head_stride;
+                path.rows(out).finish_head(part.acc + r * stride, part.total[r], factor, D, out + (t * H + h) * D);
             }
     }
 
@@ -212,23 +213,58 @@ struct Attention {
     }
 };
 
+// Rows of [q or per head [q | gate] | k | v]: norm and rotary of q -> out, of k -> k_pool; v -> v_pool.
 template <class T>
-void store_kv(const T* k, const T* v, T* k_pool, T* v_pool, const int64_t* slots, int64_t rows, int64_t H, int64_t P,
-              int64_t D) {
-    for (int64_t t = 0; t < rows; t++)
-        for (int64_t h = 0; h < H; h++) {
-            int64_t to = ((slots[t] / P * H + h) * P + slots[t] % P) * D, from = (t * H + h) * D;
-            std::copy(k + from, k + from + D, k_pool + to);
-            std::copy(v + from, v + from + D, v_pool + to);
+struct AttentionInputs {
+    const Path& path;
+    const T* qkv;
+    const T* q_norm;
+    const T* k_norm;
+    const float* cos;
+    const float* sin;
+    T* k_pool;
+    T* v_pool;
+    const int64_t* slots;
+    T* out;
+    int64_t rows, H, Hkv, D, R, P, head_stride;
+    float eps;
+    bool zero_centred;
+
+    void row(int64_t t) const {
+        const RowLoops<T>& loops = path.rows(qkv);
+        const T* x = qkv + t * (H * head_stride + 2 * Hkv * D);
+        const float *c = cos + t * R, *s = sin + t * R;
+        for (int64_t h = 0; h < H; h++, x += head_stride)
+            loops.turn_head(x, q_norm, eps, zero_centred, c, s, D, R, out + (t * H + h) * D);
+        for (int64_t h = 0; h < Hkv; h++, x += D) {
+            int64_t to = ((slots[t] / P * Hkv + h) * P + slots[t] % P) * D;
+            loops.turn_head(x, k_norm, eps, zero_centred, c, s, D, R, k_pool + to);
+            std::copy(x + Hkv * D, x + Hkv * D + D, v_pool + to);
         }
-}
+    }
+
+    void run(int threads) const {
+#pragma omp parallel for num_threads(threads_for(rows * (H + Hkv) * D * 2, threads))
+        for (int64_t t = 0; t < rows; t++) row(t);
+    }
+};
 
 template <class T>
 void attention(int path, int threads, const void* q, const void* k_pool, const void* v_pool, const int32_t* tables,
-               const int64_t* query_start, const int64_t* contexts, void* out, int64_t S, int64_t H, int64_t Hkv,
-               int64_t D, int64_t P, int64_t B, float scale) {
+               const int64_t* query_start, const int64_t* contexts, const void* gate, void* out, int64_t S, int64_t H,
+               int64_t Hkv, int64_t D, int64_t P, int64_t B, int64_t row_stride, int64_t head_stride, float scale) {
     Attention<T>{*find_path(path), (const T*)q, (const T*)k_pool, (const T*)v_pool, tables, query_start, contexts,
-                 (T*)out, S, H, Hkv, D, P, B, scale, {}, {}}
+                 (const T*)gate, (T*)out, S, H, Hkv, D, P, B, row_stride, head_stride, scale, {}, {}}
+        .run(threads);
+}
+
+template <class T>
+void attention_inputs(int path, int threads, const void* qkv, const void* q_norm, const void* k_norm, const float* cos,
+                      const float* sin, void* k_pool, void* v_pool, const int64_t* slots, void* out, int64_t rows,
+                      int64_t H, int64_t Hkv, int64_t D, int64_t R, int64_t P, int64_t head_stride, float eps,
+                      int zero_centred) {
+    AttentionInputs<T>{*find_path(path), (const T*)qkv, (const T*)q_norm, (const T*)k_norm, cos, sin, (T*)k_pool,
+                       (T*)v_pool, slots, (T*)out, rows, H, Hkv, D, R, P, head_stride, eps, zero_centred != 0}
         .run(threads);
 }
 
@@ -237,17 +273,20 @@ void attention(int path, int threads, const void* q, const void* k_pool, const v
 
 KERNELS_EXPORT void kernels_attention(int path, int threads, int dtype, const void* q, const void* k_pool,
                                       const void* v_pool, const int32_t* tables, const int64_t* query_start,
-                                      const int64_t* contexts, void* out, int64_t S, int64_t H, int64_t Hkv, int64_t D,
-                                      int64_t P, int64_t B, float scale) {
+                                      const int64_t* contexts, const void* gate, void* out, int64_t S, int64_t H,
+                                      int64_t Hkv, int64_t D, int64_t P, int64_t B, int64_t row_stride,
+                                      int64_t head_stride, float scale) {
     auto run = dtype == kernels::BFLOAT16 ? kernels::attention<kernels::bf16> : kernels::attention<float>;
-    run(path, threads, q, k_pool, v_pool, tables, query_start, contexts, out, S, H, Hkv, D, P, B, scale);
+    run(path, threads, q, k_pool, v_pool, tables, query_start, contexts, gate, out, S, H, Hkv, D, P, B, row_stride,
+        head_stride, scale);
 }
 
-KERNELS_EXPORT void kernels_store_kv(int dtype, const void* k, const void* v, void* k_pool, void* v_pool,
-                                     const int64_t* slots, int64_t rows, int64_t H, int64_t P, int64_t D) {
-    using namespace kernels;
-    if (dtype == BFLOAT16)
-        store_kv((const bf16*)k, (const bf16*)v, (bf16*)k_pool, (bf16*)v_pool, slots, rows, H, P, D);
-    else
-        store_kv((const float*)k, (const float*)v, (float*)k_pool, (float*)v_pool, slots, rows, H, P, D);
+KERNELS_EXPORT void kernels_attention_inputs(int path, int threads, int dtype, const void* qkv, const void* q_norm,
+                                             const void* k_norm, const float* cos, const float* sin, void* k_pool,
+                                             void* v_pool, const int64_t* slots, void* out, int64_t rows, int64_t H,
+                                             int64_t Hkv, int64_t D, int64_t R, int64_t P, int64_t head_stride,
+                                             float eps, int zero_centred) {
+    auto run = dtype == kernels::BFLOAT16 ? kernels::attention_inputs<kernels::bf16> : kernels::attention_inputs<float>;
+    run(path, threads, qkv, q_norm, k_norm, cos, sin, k_pool, v_pool, slots, out, rows, H, Hkv, D, R, P, head_stride,
+        eps, zero_centred);
 }

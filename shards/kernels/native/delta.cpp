@@ -1,4 +1,5 @@
-// The gated delta net: causal convolution, gates, and the rule itself, always token by token.
+// The gated delta net between its two projections: causal convolution, gates, the rule (always token by token) and the
+// gated norm. A task takes the heads of one key head of one sequence, a piece of TOKENS tokens at a time.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -8,175 +9,178 @@
 namespace kernels {
 namespace {
 
-constexpr int CHANNELS = 64;
-constexpr int MAX_TAPS = 16;
+constexpr int64_t TOKENS = 32;
 
-// Columns or channels [first, first + count) of sequence s (and value head `head`).
-struct SequenceTask {
-    int64_t sequence, head, first;
-    int count;
+struct DeltaTask {
+    int64_t sequence, key_head;
 };
 
-std::vector<SequenceTask> cut(const int64_t* query_start, int64_t S, int64_t heads, int64_t columns, int step) {
-    std::vector<SequenceTask> all;
-    for (int64_t s = 0; s < S; s++)
-        for (int64_t h = 0; h < heads && query_start[s] < query_start[s + 1]; h++)
-            for (int64_t c = 0; c < columns; c += step)
-                all.push_back({s, h, c, int(std::min<int64_t>(step, columns - c))});
-    return all;
-}
-
 template <class T>
-struct Convolution {
-    const T* x;
-    const T* weight;
-    T* state;
-    const int64_t* slots;
-    const int64_t* query_start;
-    const bool* fresh;
-    const bool* advance;  // null: every sequence
-    T* out;
-    int64_t C;
-    int W;
-
-    // `seen` is a ring of the last W inputs, by time modulo W, channels inside.
-    void task(const SequenceTask& a) const {
-        float seen[MAX_TAPS][CHANNELS], taps[MAX_TAPS][CHANNELS];
-        T* kept = state + (slots[a.sequence] * C + a.first) * (W - 1);
-        for (int c = 0; c < a.count; c++) {
-            for (int w = 0; w < W; w++) taps[w][c] = load(weight + (a.first + c) * W + w);
-            for (int w = 0; w < W - 1; w++) seen[w][c] = fresh[a.sequence] ? 0.0f : load(kept + c * (W - 1) + w);
-        }
-        int64_t time = W - 1;
-        for (int64_t t = query_start[a.sequence]; t < query_start[a.sequence + 1]; t++, time++) {
-            float* newest = seen[time % W];
-            for (int c = 0; c < a.count; c++) newest[c] = load(x + t * C + a.first + c);
-            float sum[CHANNELS] = {};
-            for (int w = 0; w < W; w++) {
-                const float *tap = taps[w], *input = seen[(time + 1 + w) % W];
-                for (int c = 0; c < a.count; c++) sum[c] += tap[c] * input[c];
-            }
-            for (int c = 0; c < a.count; c++) store(out + t * C + a.first + c, silu(rounded<T>(sum[c])));
-        }
-        if (advance && !advance[a.sequence]) return;
-        for (int c = 0; c < a.count; c++)
-            for (int w = 0; w < W - 1; w++) store(kept + c * (W - 1) + w, seen[(time + 1 + w) % W][c]);
-    }
-
-    void run(int64_t S, int threads) const {
-        std::vector<SequenceTask> all = cut(query_start, S, 1, C, CHANNELS);
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(query_start[S] * C * W, threads))
-        for (size_t i = 0; i < all.size(); i++) task(all[i]);
-    }
-};
-
-// x / |x| * scale
-template <class T>
-void unit(const T* x, int64_t n, float scale, float* out) {
-    float inverse = 1.0f / std::sqrt(sum_of_squares(x, n) + 1e-6f);
-    for (int64_t i = 0; i < n; i++) out[i] = load(x + i) * inverse * scale;
-}
-
-template <class T>
-struct DeltaRule {
+struct DeltaNet {
     const Path& path;
-    const T* q;
-    const T* k;
-    const T* v;
-    const float* beta;
-    const float* g;
+    const T* x;  // rows [q | k | v | z | b | a]
+    const T* weight;
+    T* conv_state;
+    const float* a_log;
+    const float* dt_bias;
+    const T* norm;
     float* state;
     const int64_t* slots;
     const int64_t* query_start;
     const bool* fresh;
     const bool* advance;  // null: every sequence
     T* out;
-    int64_t K, V, Dk, Dv;
+    int64_t S, K, V, Dk, Dv;
+    int W;
+    float eps;
 
-    void task(const SequenceTask& a) const {
-        float* columns = state + (slots[a.sequence] * V + a.head) * Dk * Dv + a.first;
-        int64_t stride = Dv;
-        std::vector<float> scratch;
-        if (advance && !advance[a.sequence]) {
-            scratch.resize(size_t(Dk * a.count));
-            for (int64_t row = 0; row < Dk; row++)
-                std::copy_n(columns + row * Dv, a.count, scratch.data() + row * a.count);
-            columns = scratch.data(), stride = a.count;
-        }
-        if (fresh[a.sequence])
-            for (int64_t row = 0; row < Dk; row++) std::fill_n(columns + row * stride, a.count, 0.0f);
-        std::vector<float> key(size_t(Dk), 0.0f), query(size_t(Dk), 0.0f);
-        float value[STATE_COLUMNS], result[STATE_COLUMNS], scale = 1.0f / std::sqrt(float(Dk));
-        int64_t key_head = a.head / (V / K);
-        for (int64_t t = query_start[a.sequence]; t < query_start[a.sequence + 1]; t++) {
-            unit(q + (t * K + key_head) * Dk, Dk, scale, query.data());
-            unit(k + (t * K + key_head) * Dk, Dk, 1.0f, key.data());
-            int64_t at = (t * V + a.head) * Dv + a.first;
-            for (int c = 0; c < a.count; c++) value[c] = load(v + at + c);
-            path.delta(columns, stride, int(Dk), a.count, key.data(), query.data(), value, beta[t * V + a.head],
-                       exp_f32(g[t * V + a.head]), result);
-            for (int c = 0; c < a.count; c++) store(out + at + c, result[c]);
+    int64_t share() const { return V / K; }
+    int64_t all_channels() const { return 2 * K * Dk + V * Dv; }
+    int64_t row_size() const { return all_channels() + V * Dv + 2 * V; }
+    int64_t channels() const { return 2 * Dk + share() * Dv; }
+    bool advances(int64_t s) const { return advance == nullptr || advance[s]; }
+
+    // Calls part(first of all channels, first of the task's, count) for q, k and v of a key head.
+    template <class Part>
+    void parts(int64_t key_head, const Part& part) const {
+        part(key_head * Dk, int64_t(0), Dk);
+        part((K + key_head) * Dk, Dk, Dk);
+        part(2 * K * Dk + key_head * share() * Dv, 2 * Dk, share() * Dv);
+    }
+
+    // A thread's buffers.
+    struct Room {
+        std::vector<float> taps, window, mixed, key, query, result, scratch;
+
+        explicit Room(const DeltaNet& net)
+            : taps(size_t(net.W * net.channels())),
+              window(size_t((net.W - 1 + TOKENS) * net.channels())),
+              mixed(size_t(TOKENS * net.channels())),
+              key(size_t(TOKENS * net.Dk)),
+              query(size_t(TOKENS * net.Dk)),
+              result(size_t(TOKENS * net.share() * net.Dv)) {}
+    };
+
+    void begin(const DeltaTask& a, Room& room) const {
+        int64_t n = channels(), kept = W - 1;
+        parts(a.key_head, [&](int64_t from, int64_t to, int64_t count) {
+            const T* before = conv_state + (slots[a.sequence] * all_channels() + from) * kept;
+            for (int64_t c = 0; c < count; c++) {
+                for (int w = 0; w < W; w++) room.taps[size_t(w * n + to + c)] = load(weight + (from + c) * W + w);
+                for (int w = 0; w < kept; w++)
+                    room.window[size_t(w * n + to + c)] = fresh[a.sequence] ? 0.0f : load(before + c * kept + w);
+            }
+        });
+    }
+
+    // The last W - 1 inputs go to the front of the window; `tokens` rows lie behind those that were there.
+    void roll(int64_t tokens, Room& room) const {
+        int64_t n = channels();
+        std::copy_n(room.window.begin() + tokens * n, (W - 1) * n, room.window.begin());
+    }
+
+    void end(const DeltaTask& a, const Room& room) const {
+        int64_t n = channels(), kept = W - 1;
+        parts(a.key_head, [&](int64_t from, int64_t to, int64_t count) {
+            T* after = conv_state + (slots[a.sequence] * all_channels() + from) * kept;
+            for (int64_t c = 0; c < count; c++)
+                for (int w = 0; w < kept; w++) store(after + c * kept + w, room.window[size_t(w * n + to + c)]);
+        });
+    }
+
+    // Convolution of a piece; q and k normalised.
+    void mix(const DeltaTask& a, int64_t first, int64_t tokens, Room& room) const {
+        int64_t n = channels();
+        float scale = 1.0f / std::sqrt(float(Dk));
+        for (int64_t t = 0; t < tokens; t++) {
+            float *input = room.window.data() + (W - 1 + t) * n, *mixed = room.mixed.data() + t * n;
+            const T* row = x + (first + t) * row_size();
+            parts(a.key_head,
+                  [&](int64_t from, int64_t to, int64_t count) { path.rows(x).widen(row + from, count, input + to); });
+            path.rows(x).convolve(input - (W - 1) * n, n, room.taps.data(), W, mixed);
+            path.unit(mixed, Dk, scale, room.query.data() + t * Dk);
+            path.unit(mixed + Dk, Dk, 1.0f, room.key.data() + t * Dk);
         }
     }
 
-    void run(int64_t S, int threads) const {
-        std::vector<SequenceTask> all = cut(query_start, S, V, Dv, STATE_COLUMNS);
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(query_start[S] * V * Dk * Dv / 4, threads))
-        for (size_t i = 0; i < all.size(); i++) task(all[i]);
+    // The rule and the gated norm of a piece, for one of the key head's value heads.
+    void advance_head(int64_t head, int64_t index, float* held, int64_t first, int64_t tokens, Room& room) const {
+        float beta[TOKENS], decay[TOKENS];
+        float* result = room.result.data() + index * Dv;
+        int64_t stride = channels(), out_stride = share() * Dv;
+        for (int64_t t = 0; t < tokens; t++) {
+            const T *b = x + (first + t) * row_size() + all_channels() + V * Dv + head, *a = b + V;
+            float step = load(a) + dt_bias[head];
+            beta[t] = rounded<T>(sigmoid(load(b)));
+            // Like torch: above 20 softplus(x) is x.
+            decay[t] = exp_f32(-exp_f32(a_log[head]) * (step > 20.0f ? step : std::log1p(exp_f32(step))));
+        }
+        path.delta({held, Dv, stride, out_stride, int(Dk), int(Dv), int(tokens), room.key.data(), room.query.data(),
+                    room.mixed.data() + 2 * Dk + index * Dv, beta, decay, result});
+        for (int64_t t = 0; t < tokens; t++) {
+            const T* gate = x + (first + t) * row_size() + all_channels() + head * Dv;
+            T* to = out + ((first + t) * V + head) * Dv;
+            path.rows(x).gated_norm(result + t * out_stride, gate, norm, to, Dv, eps);
+        }
+    }
+
+    // States of the task's value heads; a copy where the sequence is not to advance.
+    float* find_state(const DeltaTask& a, Room& room) const {
+        int64_t size = share() * Dk * Dv;
+        float* held = state + (slots[a.sequence] * V + a.key_head * share()) * Dk * Dv;
+        if (!advances(a.sequence)) {
+            room.scratch.assign(held, held + size);
+            held = room.scratch.data();
+        }
+        if (fresh[a.sequence]) std::fill_n(held, size, 0.0f);
+        return held;
+    }
+
+    void task(const DeltaTask& a, Room& room) const {
+        float* held = find_state(a, room);
+        begin(a, room);
+        for (int64_t t = query_start[a.sequence]; t < query_start[a.sequence + 1]; t += TOKENS) {
+            int64_t tokens = std::min(TOKENS, query_start[a.sequence + 1] - t);
+            mix(a, t, tokens, room);
+            for (int64_t i = 0; i < share(); i++)
+                advance_head(a.key_head * share() + i, i, held + i * Dk * Dv, t, tokens, room);
+            roll(tokens, room);
+        }
+        if (advances(a.sequence)) end(a, room);
+    }
+
+    void run(int threads) const {
+        std::vector<DeltaTask> all;
+        for (int64_t s = 0; s < S; s++)
+            for (int64_t k = 0; k < K && query_start[s] < query_start[s + 1]; k++) all.push_back({s, k});
+#pragma omp parallel num_threads(threads_for(query_start[S] * V * Dk * Dv / 4, threads))
+        {
+            Room room(*this);
+#pragma omp for schedule(dynamic)
+            for (size_t i = 0; i < all.size(); i++) task(all[i], room);
+        }
     }
 };
 
 template <class T>
-void convolve(int threads, const void* x, const void* weight, void* state, const int64_t* slots,
-              const int64_t* query_start, const bool* fresh, const bool* advance, void* out, int64_t S, int64_t C,
-              int W) {
-    Convolution<T>{(const T*)x, (const T*)weight, (T*)state, slots, query_start, fresh, advance, (T*)out, C, W}.run(
-        S, threads);
-}
-
-template <class T>
-void delta_rule(int path, int threads, const void* q, const void* k, const void* v, const float* beta, const float* g,
-                float* state, const int64_t* slots, const int64_t* query_start, const bool* fresh, const bool* advance,
-                void* out, int64_t S, int64_t K, int64_t V, int64_t Dk, int64_t Dv) {
-    DeltaRule<T>{*find_path(path), (const T*)q, (const T*)k, (const T*)v, beta, g, state, slots, query_start, fresh,
-                 advance, (T*)out, K, V, Dk, Dv}
-        .run(S, threads);
-}
-
-template <class T>
-void gates(const T* b, const T* a, const float* a_log, const float* dt_bias, float* beta, float* g, int64_t rows,
-           int64_t V) {
-    for (int64_t i = 0; i < rows * V; i++) {
-        float x = load(a + i) + dt_bias[i % V];
-        beta[i] = rounded<T>(sigmoid(load(b + i)));
-        // Like torch: above 20 softplus(x) is x.
-        g[i] = -exp_f32(a_log[i % V]) * (x > 20.0f ? x : std::log1p(exp_f32(x)));
-    }
+void delta_net(int path, int threads, const void* x, const void* weight, void* conv_state, const float* a_log,
+               const float* dt_bias, const void* norm, float* state, const int64_t* slots, const int64_t* query_start,
+               const bool* fresh, const bool* advance, void* out, int64_t S, int64_t K, int64_t V, int64_t Dk,
+               int64_t Dv, int W, float eps) {
+    DeltaNet<T>{*find_path(path), (const T*)x, (const T*)weight, (T*)conv_state, a_log, dt_bias, (const T*)norm, state,
+                slots, query_start, fresh, advance, (T*)out, S, K, V, Dk, Dv, W, eps}
+        .run(threads);
 }
 
 }  // namespace
 }  // namespace kernels
 
-KERNELS_EXPORT void kernels_causal_conv(int threads, int dtype, const void* x, const void* weight, void* state,
-                                        const int64_t* slots, const int64_t* query_start, const bool* fresh,
-                                        const bool* advance, void* out, int64_t S, int64_t C, int W) {
-    auto run = dtype == kernels::BFLOAT16 ? kernels::convolve<kernels::bf16> : kernels::convolve<float>;
-    run(threads, x, weight, state, slots, query_start, fresh, advance, out, S, C, W);
-}
-
-KERNELS_EXPORT void kernels_delta_rule(int path, int threads, int dtype, const void* q, const void* k, const void* v,
-                                       const float* beta, const float* g, float* state, const int64_t* slots,
-                                       const int64_t* query_start, const bool* fresh, const bool* advance, void* out,
-                                       int64_t S, int64_t K, int64_t V, int64_t Dk, int64_t Dv) {
-    auto run = dtype == kernels::BFLOAT16 ? kernels::delta_rule<kernels::bf16> : kernels::delta_rule<float>;
-    run(path, threads, q, k, v, beta, g, state, slots, query_start, fresh, advance, out, S, K, V, Dk, Dv);
-}
-
-KERNELS_EXPORT void kernels_delta_gates(int dtype, const void* b, const void* a, const float* a_log,
-                                        const float* dt_bias, float* beta, float* g, int64_t rows, int64_t V) {
-    using namespace kernels;
-    if (dtype == BFLOAT16)
-        gates((const bf16*)b, (const bf16*)a, a_log, dt_bias, beta, g, rows, V);
-    else
-        gates((const float*)b, (const float*)a, a_log, dt_bias, beta, g, rows, V);
+KERNELS_EXPORT void kernels_delta_net(int path, int threads, int dtype, const void* x, const void* weight,
+                                      void* conv_state, const float* a_log, const float* dt_bias, const void* norm,
+                                      float* state, const int64_t* slots, const int64_t* query_start, const bool* fresh,
+                                      const bool* advance, void* out, int64_t S, int64_t K, int64_t V, int64_t Dk,
+                                      int64_t Dv, int W, float eps) {
+    auto run = dtype == kernels::BFLOAT16 ? kernels::delta_net<kernels::bf16> : kernels::delta_net<float>;
+    run(path, threads, x, weight, conv_state, a_log, dt_bias, norm, state, slots, query_start, fresh, advance, out, S,
+        K, V, Dk, Dv, W, eps);
 }

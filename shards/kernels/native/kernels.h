@@ -26,8 +26,6 @@ constexpr int COLUMNS = 48;
 constexpr int KEYS = 64;
 // Most query rows that attention takes at once.
 constexpr int QUERY_ROWS = 64;
-// Columns of the delta state that a task takes at once: its 128 x 64 floats fit the first-level cache.
-constexpr int STATE_COLUMNS = 64;
 
 template <class T>
 using Rows = const T* const*;
@@ -49,6 +47,39 @@ struct Attending {
     float *queries, *keys, *values, *scores, *weights;
 };
 
+// Loops over single rows; all round where transformers does.
+template <class T>
+struct RowLoops {
+    // sum = x + y, and its RMS norm; without y that of x.
+    void (*add_norm)(const T* x, const T* y, const T* weight, T* sum, T* out, int64_t D, float eps, bool zero_centred);
+    // weight * rms(x) * silu(gate), of x as T holds it.
+    void (*gated_norm)(const float* x, const T* gate, const T* weight, T* out, int64_t D, float eps);
+    // RMS norm (without weight: none) and rotary of one head.
+    void (*turn_head)(const T* x, const T* weight, float eps, bool zero_centred, const float* cos, const float* sin,
+                      int64_t D, int64_t R, T* out);
+    // acc / total, times sigmoid(gate) where there is one.
+    void (*finish_head)(const float* acc, float total, const T* gate, int64_t D, T* out);
+    void (*silu_mul)(const T* gate, const T* up, T* out, int64_t I);
+    void (*softmax)(const T* logits, int64_t E, float* p);
+    // Sum over K of weight * y [K, C].
+    void (*combine)(const T* y, const float* weights, int64_t K, int64_t C, T* out);
+    // x + shared * sigmoid(*gate)
+    void (*add_gated)(const T* x, const T* shared, const T* gate, int64_t C, T* out);
+    void (*widen)(const T* from, int64_t n, float* to);
+    // silu of the sum over W rows of window * taps, both [W, channels], as T holds it.
+    void (*convolve)(const float* window, int64_t channels, const float* taps, int W, float* out);
+};
+
+// Tokens of one value head: state [Dk, columns], k and q [tokens, Dk], v and out [tokens, columns], with the floats from
+// one row to the next.
+struct DeltaTile {
+    float* state;
+    int64_t stride, v_stride, out_stride;
+    int Dk, columns, tokens;
+    const float *k, *q, *v, *beta, *decay;
+    float* out;
+};
+
 // The inner loops of one instruction set.
 struct Path {
     // Lay out the query rows of `a` for its key blocks.
@@ -57,9 +88,12 @@ struct Path {
     // Take `a` over a block of `keys` <= KEYS keys and values; KEYS pointers each, behind `keys` to rows of zeros.
     void (*attend_f32)(Rows<float> k, Rows<float> v, int keys, Attending& a);
     void (*attend_bf16)(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a);
-    // One token of the gated delta rule on `columns` <= STATE_COLUMNS columns of a state with rows `stride` apart.
-    void (*delta)(float* state, int64_t stride, int Dk, int columns, const float* k, const float* q, const float* v,
-                  float beta, float decay, float* out);
+    const RowLoops<float>* rows_f32;
+    const RowLoops<bf16>* rows_bf16;
+    // x / |x| * scale
+    void (*unit)(const float* x, int64_t n, float scale, float* out);
+    // A value head's tokens through the gated delta rule.
+    void (*delta)(const DeltaTile& tile);
     // Products for linear layers and experts; see matmul.h.
     const Matmul<float>* matmul_f32;
     const Matmul<bf16>* matmul_bf16;
@@ -70,6 +104,8 @@ struct Path {
     void (*mix_f32)(const float* y, const float* weights, int64_t K, int64_t C, bool round, float* out);
     void (*mix_bf16)(const float* y, const float* weights, int64_t K, int64_t C, bool round, bf16* out);
 
+    const RowLoops<float>& rows(const float*) const { return *rows_f32; }
+    const RowLoops<bf16>& rows(const bf16*) const { return *rows_bf16; }
     void take_queries(Rows<float> q, const Attending& a) const { take_queries_f32(q, a); }
     void take_queries(Rows<bf16> q, const Attending& a) const { take_queries_bf16(q, a); }
     void attend(Rows<float> k, Rows<float> v, int keys, Attending& a) const { attend_f32(k, v, keys, a); }

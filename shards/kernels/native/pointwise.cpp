@@ -1,5 +1,4 @@
-// Norms, activations, rotary, routing: everything that looks at one row at a time. Rounds where transformers does.
-#include <algorithm>
+// Norms, activations, routing, weighted sums: everything that looks at one row at a time.
 #include <cmath>
 #include <vector>
 
@@ -14,86 +13,21 @@ void for_rows(int64_t rows, int64_t width, int threads, const Row& row) {
     for (int64_t r = 0; r < rows; r++) row(r);
 }
 
-enum Norm { PLAIN = 0, ZERO_CENTRED = 1, GATED = 2 };
-
 template <class T>
-void norm_row(const T* x, const T* gate, const T* weight, T* out, int64_t D, float eps, int kind) {
-    float inverse = 1.0f / std::sqrt(sum_of_squares(x, D) / float(D) + eps);
-    if (kind == ZERO_CENTRED) {
-        for (int64_t d = 0; d < D; d++) store(out + d, load(x + d) * inverse * (1.0f + load(weight + d)));
-    } else if (kind == PLAIN) {
-        for (int64_t d = 0; d < D; d++) store(out + d, load(weight + d) * rounded<T>(load(x + d) * inverse));
-    } else {
-        for (int64_t d = 0; d < D; d++) {
-            float normed = rounded<T>(load(weight + d) * rounded<T>(load(x + d) * inverse));
-            store(out + d, normed * silu(load(gate + d)));
-        }
-    }
-}
-
-template <class T>
-void norm(int threads, const void* x, const void* gate, const void* weight, void* out, int64_t rows, int64_t D,
-          float eps, int kind) {
-    for_rows(rows, D, threads, [=](int64_t r) {
-        norm_row((const T*)x + r * D, (const T*)gate + r * D, (const T*)weight, (T*)out + r * D, D, eps, kind);
+void add_norm(const Path& path, int threads, const T* x, const T* y, const T* weight, T* sum, T* out, int64_t rows,
+              int64_t D, float eps, bool zero_centred) {
+    for_rows(rows, D, threads, [=, &path](int64_t r) {
+        int64_t at = r * D;
+        path.rows(x).add_norm(x + at, y == nullptr ? y : y + at, weight, sum + at, out + at, D, eps, zero_centred);
     });
 }
 
 template <class T>
-void silu_mul(int threads, const void* gate_up, void* out, int64_t rows, int64_t I) {
-    for_rows(rows, I * 4, threads, [=](int64_t r) {
-        const T *gate = (const T*)gate_up + r * 2 * I, *up = gate + I;
-        T* to = (T*)out + r * I;
-        for (int64_t i = 0; i < I; i++) store(to + i, rounded<T>(silu(load(gate + i))) * load(up + i));
+void silu_mul(const Path& path, int threads, const T* gate_up, T* out, int64_t rows, int64_t I, int64_t stride) {
+    for_rows(rows, I * 2, threads, [=, &path](int64_t r) {
+        const T* gate = gate_up + r * stride;
+        path.rows(gate).silu_mul(gate, gate + I, out + r * I, I);
     });
-}
-
-// gate has D columns, or one.
-template <class T>
-void sigmoid_mul(int threads, const void* x, const void* gate, void* out, int64_t rows, int64_t D, int64_t gates) {
-    for_rows(rows, D * 4, threads, [=](int64_t r) {
-        const T *from = (const T*)x + r * D, *at = (const T*)gate + r * gates;
-        T* to = (T*)out + r * D;
-        if (gates == 1) {
-            float factor = rounded<T>(sigmoid(load(at)));
-            for (int64_t d = 0; d < D; d++) store(to + d, load(from + d) * factor);
-        } else {
-            for (int64_t d = 0; d < D; d++) store(to + d, load(from + d) * rounded<T>(sigmoid(load(at + d))));
-        }
-    });
-}
-
-template <class T>
-void rotary(int threads, const void* x, const float* cos, const float* sin, void* out, int64_t rows, int64_t H,
-            int64_t D, int64_t R) {
-    for_rows(rows, H * D, threads, [=](int64_t t) {
-        const float *c = cos + t * R, *s = sin + t * R;
-        for (int64_t h = 0; h < H; h++) {
-            const T *low = (const T*)x + (t * H + h) * D, *high = low + R / 2;
-            T *to = (T*)out + (t * H + h) * D, *to_high = to + R / 2;
-            for (int64_t i = 0; i < R / 2; i++) {
-                float a = load(low + i), b = load(high + i);
-                float cos_a = rounded<T>(c[i]), sin_a = rounded<T>(s[i]);
-                float cos_b = rounded<T>(c[R / 2 + i]), sin_b = rounded<T>(s[R / 2 + i]);
-                store(to + i, rounded<T>(a * cos_a) + rounded<T>(-b * sin_a));
-                store(to_high + i, rounded<T>(b * cos_b) + rounded<T>(a * sin_b));
-            }
-            std::copy(low + R, low + D, to + R);
-        }
-    });
-}
-
-template <class T>
-void softmax(const T* logits, int64_t E, float* p) {
-    float top = -INFINITY, lane[LANES] = {};
-    for (int64_t e = 0; e < E; e++) {
-        p[e] = load(logits + e);
-        top = p[e] > top ? p[e] : top;
-    }
-    for (int64_t e = 0; e < E; e++) p[e] = exp_f32(p[e] - top);
-    for (int64_t e = 0; e < E; e++) lane[e % LANES] += p[e];
-    float total = sum_lanes(lane);
-    for (int64_t e = 0; e < E; e++) p[e] /= total;
 }
 
 // Best first; of equals, the lower id first.
@@ -112,12 +46,12 @@ void pick(const float* p, int64_t E, int64_t K, float* weights, int64_t* ids) {
 }
 
 template <class T>
-void route(int threads, const void* logits, float* weights, int64_t* ids, int64_t rows, int64_t E, int64_t K,
-           bool renormalize) {
-    for_rows(rows, E * 4, threads, [=](int64_t t) {
+void route(const Path& path, int threads, const T* logits, float* weights, int64_t* ids, int64_t rows, int64_t E,
+           int64_t K, int64_t stride, bool renormalize) {
+    for_rows(rows, E * 4, threads, [=, &path](int64_t t) {
         std::vector<float> p(size_t(E), 0.0f);
         float* to = weights + t * K;
-        softmax((const T*)logits + t * E, E, p.data());
+        path.rows(logits).softmax(logits + t * stride, E, p.data());
         pick(p.data(), E, K, to, ids + t * K);
         if (!renormalize) return;
         float total = 0.0f;
@@ -126,57 +60,72 @@ void route(int threads, const void* logits, float* weights, int64_t* ids, int64_
     });
 }
 
-template <class From, class To>
-void combine(int threads, const void* y, const float* weights, void* out, int64_t rows, int64_t K, int64_t C) {
-    for_rows(rows, K * C, threads, [=](int64_t t) {
-        std::vector<float> total(size_t(C), 0.0f);
-        for (int64_t k = 0; k < K; k++) {
-            const From* from = (const From*)y + (t * K + k) * C;
-            float weight = weights[t * K + k];
-            for (int64_t c = 0; c < C; c++) total[size_t(c)] += load(from + c) * weight;
-        }
-        for (int64_t c = 0; c < C; c++) store((To*)out + t * C + c, total[size_t(c)]);
+// y in T, or in float32 where `wide`.
+template <class T>
+void combine(const Path& path, int threads, bool wide, const void* y, const float* weights, T* out, int64_t rows,
+             int64_t K, int64_t C) {
+    for_rows(rows, K * C / 4, threads, [=, &path](int64_t t) {
+        int64_t from = t * K * C;
+        if (wide)
+            path.mix((const float*)y + from, weights + t * K, K, C, false, out + t * C);
+        else
+            path.rows(out).combine((const T*)y + from, weights + t * K, K, C, out + t * C);
+    });
+}
+
+template <class T>
+void add_gated(const Path& path, int threads, const T* x, const T* shared, const T* gate, T* out, int64_t rows,
+               int64_t C, int64_t gate_stride) {
+    for_rows(rows, C, threads, [=, &path](int64_t t) {
+        path.rows(x).add_gated(x + t * C, shared + t * C, gate + t * gate_stride, C, out + t * C);
     });
 }
 
 }  // namespace
 }  // namespace kernels
 
-using kernels::bf16;
-using kernels::BFLOAT16;
+using namespace kernels;
 
-KERNELS_EXPORT void kernels_norm(int threads, int dtype, const void* x, const void* gate, const void* weight, void* out,
-                                 int64_t rows, int64_t D, float eps, int kind) {
-    auto run = dtype == BFLOAT16 ? kernels::norm<bf16> : kernels::norm<float>;
-    run(threads, x, gate, weight, out, rows, D, eps, kind);
+KERNELS_EXPORT void kernels_add_norm(int path, int threads, int dtype, const void* x, const void* y, const void* weight,
+                                     void* sum, void* out, int64_t rows, int64_t D, float eps, int zero_centred) {
+    if (dtype == BFLOAT16)
+        add_norm(*find_path(path), threads, (const bf16*)x, (const bf16*)y, (const bf16*)weight, (bf16*)sum, (bf16*)out,
+                 rows, D, eps, zero_centred != 0);
+    else
+        add_norm(*find_path(path), threads, (const float*)x, (const float*)y, (const float*)weight, (float*)sum,
+                 (float*)out, rows, D, eps, zero_centred != 0);
 }
 
-KERNELS_EXPORT void kernels_silu_mul(int threads, int dtype, const void* gate_up, void* out, int64_t rows, int64_t I) {
-    auto run = dtype == BFLOAT16 ? kernels::silu_mul<bf16> : kernels::silu_mul<float>;
-    run(threads, gate_up, out, rows, I);
+KERNELS_EXPORT void kernels_silu_mul(int path, int threads, int dtype, const void* gate_up, void* out, int64_t rows,
+                                     int64_t I, int64_t stride) {
+    if (dtype == BFLOAT16)
+        silu_mul(*find_path(path), threads, (const bf16*)gate_up, (bf16*)out, rows, I, stride);
+    else
+        silu_mul(*find_path(path), threads, (const float*)gate_up, (float*)out, rows, I, stride);
 }
 
-KERNELS_EXPORT void kernels_sigmoid_mul(int threads, int dtype, const void* x, const void* gate, void* out,
-                                        int64_t rows, int64_t D, int64_t gates) {
-    auto run = dtype == BFLOAT16 ? kernels::sigmoid_mul<bf16> : kernels::sigmoid_mul<float>;
-    run(threads, x, gate, out, rows, D, gates);
+KERNELS_EXPORT void kernels_route(int path, int threads, int dtype, const void* logits, float* weights, int64_t* ids,
+                                  int64_t rows, int64_t E, int64_t K, int64_t stride, int renormalize) {
+    if (dtype == BFLOAT16)
+        route(*find_path(path), threads, (const bf16*)logits, weights, ids, rows, E, K, stride, renormalize != 0);
+    else
+        route(*find_path(path), threads, (const float*)logits, weights, ids, rows, E, K, stride, renormalize != 0);
 }
 
-KERNELS_EXPORT void kernels_rotary(int threads, int dtype, const void* x, const float* cos, const float* sin, void* out,
-                                   int64_t rows, int64_t H, int64_t D, int64_t R) {
-    auto run = dtype == BFLOAT16 ? kernels::rotary<bf16> : kernels::rotary<float>;
-    run(threads, x, cos, sin, out, rows, H, D, R);
+KERNELS_EXPORT void kernels_combine(int path, int threads, int dtype, int wide, const void* y, const float* weights,
+                                    void* out, int64_t rows, int64_t K, int64_t C) {
+    if (dtype == BFLOAT16)
+        combine(*find_path(path), threads, wide != 0, y, weights, (bf16*)out, rows, K, C);
+    else
+        combine(*find_path(path), threads, wide != 0, y, weights, (float*)out, rows, K, C);
 }
 
-KERNELS_EXPORT void kernels_route(int threads, int dtype, const void* logits, float* weights, int64_t* ids,
-                                  int64_t rows, int64_t E, int64_t K, int renormalize) {
-    auto run = dtype == BFLOAT16 ? kernels::route<bf16> : kernels::route<float>;
-    run(threads, logits, weights, ids, rows, E, K, renormalize != 0);
-}
-
-KERNELS_EXPORT void kernels_combine(int threads, int from, int to, const void* y, const float* weights, void* out,
-                                    int64_t rows, int64_t K, int64_t C) {
-    auto from_bf16 = to == BFLOAT16 ? kernels::combine<bf16, bf16> : kernels::combine<bf16, float>;
-    auto from_float = to == BFLOAT16 ? kernels::combine<float, bf16> : kernels::combine<float, float>;
-    (from == BFLOAT16 ? from_bf16 : from_float)(threads, y, weights, out, rows, K, C);
+KERNELS_EXPORT void kernels_add_gated(int path, int threads, int dtype, const void* x, const void* shared,
+                                      const void* gate, void* out, int64_t rows, int64_t C, int64_t gate_stride) {
+    if (dtype == BFLOAT16)
+        add_gated(*find_path(path), threads, (const bf16*)x, (const bf16*)shared, (const bf16*)gate, (bf16*)out, rows,
+                  C, gate_stride);
+    else
+        add_gated(*find_path(path), threads, (const float*)x, (const float*)shared, (const float*)gate, (float*)out,
+                  rows, C, gate_stride);
 }

@@ -4,6 +4,7 @@
 
 #include "attend.h"
 #include "lanes.h"
+#include "rows.h"
 
 namespace kernels {
 namespace {
@@ -11,8 +12,11 @@ namespace {
 template <class Kind, class Keys>
 Path make_path() {
     using SingleKeys = WidenedKeys<float>;
-    return {take_queries<SingleKeys>, take_queries<Keys>,  attend<SingleKeys>, attend<Keys>, delta,
-            lane_matmul<Widened<float>>(), lane_matmul<Kind>(), finish<float>, finish<bf16>, mix<float>, mix<bf16>};
+    static const RowLoops<float> rows_f32 = row_loops<float>();
+    static const RowLoops<bf16> rows_bf16 = row_loops<bf16>();
+    return {take_queries<SingleKeys>, take_queries<Keys>, attend<SingleKeys>, attend<Keys>, &rows_f32, &rows_bf16,
+            unit, delta, lane_matmul<Widened<float>>(), lane_matmul<Kind>(), finish<float>, finish<bf16>, mix<float>,
+            mix<bf16>};
 }
 
 }  // namespace
