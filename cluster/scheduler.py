@@ -288,7 +288,9 @@ class Scheduler:
 
     def take_cache_changes(self) -> list[CacheChanges]:
         """What each lane's prefix cache took in and let go since the last call."""
-        return [CacheChanges(kv=lane.blocks.take_changes()) for lane in self._lanes]
+        return [
+            CacheChanges(kv=lane.blocks.take_changes(), states=lane.states.take_changes()) for lane in self._lanes
+        ]
 
     def check_integrity(self) -> None:
         """Raise AssertionError naming what is off, unless all room is free or owned exactly as it should be."""

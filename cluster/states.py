@@ -57,6 +57,7 @@ class StatePool:
         """Heap of (worth, entry, hash); an entry that is not its checkpoint's latest is void."""
         self._entries = 0
         self._age = 0
+        self._changes: dict[int, bool] = {}
 
     @property
     def num_free(self) -> int:
@@ -124,6 +125,7 @@ class StatePool:
             self._by_hash[before].behind.add(value)
         made = _Checkpoint(slot=slot, gap=(len(hashes) - depth) * block_size, before=before, age=self._age)
         self._by_hash[value] = made
+        self._changes[value] = True
         self._queue(value, made)
 
     def deepest(self, hashes: Sequence[int]) -> int:
@@ -161,10 +163,11 @@ class StatePool:
             self._blank.append(self._remove(value))
             self.num_evicted += 1
 
-    def newest_hashes(self, limit: int) -> list[int]:
-        """Up to `limit` hashes of checkpoints, last used first."""
-        found = self._by_hash
-        return sorted(found, key=lambda value: found[value].entry, reverse=True)[:limit]
+    def take_changes(self) -> dict[int, bool]:
+        """Hashes whose checkpoint was kept (True) or given up (False) since the last call."""
+        changes = self._changes
+        self._changes = {}
+        return changes
 
     def _use(self, value: int, checkpoint: _Checkpoint) -> None:
         checkpoint.uses += 1
@@ -184,6 +187,7 @@ class StatePool:
         """Take a checkpoint out; those behind it lean on the one before it from now on -> its slot."""
         assert value not in self._lent, f"checkpoint {value:x} is given up while a plan copies it"
         gone = self._by_hash.pop(value)
+        self._changes[value] = False
         before = None if gone.before is None else self._by_hash[gone.before]
         if before is not None:
             before.behind.remove(value)

@@ -165,10 +165,12 @@ class Rank:
         with torch.inference_mode():
             with part(self._profile, "rows"):
                 self._rows.update(batch)
-            self.cache.copy_states(batch.restore_from, batch.restore_to)
+            with part(self._profile, "states"):
+                self.cache.copy_states(batch.restore_from, batch.restore_to)
             lane_tokens, *lane_drafts = self._lane_counts(batch)
             output = self._compute(self._model, batch, lane_tokens, lane_drafts) if any(lane_tokens) else LaneOutput()
-            self.cache.copy_states(self._rows.state_slots(batch.save_rows), batch.save_to)
+            with part(self._profile, "states"):
+                self.cache.copy_states(self._rows.state_slots(batch.save_rows), batch.save_to)
         if not self.config.place.is_lane_leader:
             return None
         return dataclasses.replace(output, compute_s=time.monotonic() - started)

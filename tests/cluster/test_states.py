@@ -28,7 +28,6 @@ def test_the_deepest_checkpoint_of_a_prefix_is_found() -> None:
     kept(pool, 10, 11, 12)
     assert [pool.deepest(hashes) for hashes in ((), (9,), (10, 11), (10, 11, 12, 13))] == [0, 0, 1, 3]
     assert (pool.num_checkpoints, pool.num_free, pool.num_blank) == (2, 4, 2)
-    assert pool.newest_hashes(1) == [12]
 
 
 def test_a_state_kept_twice_takes_one_slot_and_is_worth_more() -> None:
@@ -125,6 +124,17 @@ def test_a_state_whose_block_is_gone_is_forgotten() -> None:
     assert (pool.num_checkpoints, pool.num_blank) == (2, 1)
     assert pool.deepest([10, 11]) == 1
     pool.check_integrity([])
+
+
+def test_what_was_kept_or_given_up_is_told_once() -> None:
+    pool = StatePool(2)
+    kept(pool, 10)
+    kept(pool, 20)
+    assert pool.take_changes() == {10: True, 20: True}
+    pool.take()
+    pool.forget(20)
+    assert pool.take_changes() == {10: False, 20: False}
+    assert pool.take_changes() == {}
 
 
 def test_integrity_notices_a_slot_that_is_lost_held_twice_or_still_lent() -> None:
