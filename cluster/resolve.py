@@ -10,7 +10,7 @@ from cluster.memory import check_memory
 from cluster.plan import KvLayout
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import CheckpointError, ConfigError
-from shards.cache import fit
+from shards.cache import cache_shape, fit
 from shards.config import ModelConfig
 from shards.cuts import check_layout
 from shards.families import load_model_config
@@ -38,7 +38,9 @@ class ResolvedEngine:
 
     def scheduler_config(self) -> SchedulerConfig:
         """Limits for the scheduler."""
-        config = self.config
+        config, tp = self.config, self.config.layout.tp
+        dtype = torch_dtype(config.dtype)
+        one = cache_shape(self.model, tp, 0, num_blocks=1, block_size=config.block_size, num_slots=1, dtype=dtype)
         return SchedulerConfig(
             lanes=config.layout.dp,
             num_blocks=self.num_blocks,
@@ -52,6 +54,8 @@ class ResolvedEngine:
             prefix_cache=config.prefix_cache,
             lease_s=config.lease_s,
             max_waiting=config.max_waiting,
+            token_bytes=one.bytes_per_block * tp // config.block_size,
+            state_bytes=one.bytes_per_slot * tp,
         )
 
     def rank_config(self, rank: int, device: str) -> RankConfig:

@@ -272,7 +272,11 @@ class Scheduler:
             total_blocks=self.config.num_blocks * len(lanes),
             block_size=self.config.block_size,
             free_state_slots=sum(lane.states.num_free for lane in lanes),
+            token_bytes=self.config.token_bytes,
+            state_bytes=self.config.state_bytes,
             total_state_slots=self.config.num_slots * len(lanes),
+            state_checkpoints=sum(lane.states.num_checkpoints for lane in lanes),
+            evicted_checkpoints=sum(lane.states.num_evicted for lane in lanes),
             prefix_cache=self.config.prefix_cache,
             handoff_requests=sum(pinned.expires_unix_s > now for pinned in self._pinned.values()),
         )
@@ -288,9 +292,7 @@ class Scheduler:
 
     def take_cache_changes(self) -> list[CacheChanges]:
         """What each lane's prefix cache took in and let go since the last call."""
-        return [
-            CacheChanges(kv=lane.blocks.take_changes(), states=lane.states.take_changes()) for lane in self._lanes
-        ]
+        return [CacheChanges(kv=lane.blocks.take_changes(), states=lane.states.take_changes()) for lane in self._lanes]
 
     def check_integrity(self) -> None:
         """Raise AssertionError naming what is off, unless all room is free or owned exactly as it should be."""

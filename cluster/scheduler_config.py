@@ -30,6 +30,10 @@ class SchedulerConfig:
     prefix_cache: bool
     state_spacing: int = 256
     """Tokens between two recurrent states that are kept of a prompt for others, at least."""
+    token_bytes: int = 0
+    """KV of one token on all ranks of a lane, for load reports."""
+    state_bytes: int = 0
+    """Recurrent state of one sequence on all ranks of a lane, for load reports."""
     lease_s: float = 30.0
     """A prefilled sequence waits this long to be fetched."""
     lease_grace_s: float = 2.0

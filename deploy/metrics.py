@@ -81,6 +81,15 @@ class GatewayMetrics:
         self._state_usage = self._gauge(
             "state_cache_usage_perc", "Share of recurrent-state slots in use, 0 to 1, by member.", *member
         )
+        self._checkpoints = self._gauge(
+            "state_checkpoints", "Recurrent states kept for later prompts, by member.", *member
+        )
+        self._checkpoint_bytes = self._gauge(
+            "state_checkpoint_bytes", "Memory of the recurrent states kept for later prompts, by member.", *member
+        )
+        self._evicted_checkpoints = self._gauge(
+            "state_checkpoints_evicted", "Kept recurrent states given up for room since the start, by member.", *member
+        )
         self._cache_config = self._gauge(
             "cache_config_info", "1; the labels tell the KV cache's geometry.", *member, "block_size", "num_gpu_blocks"
         )
@@ -135,8 +144,9 @@ class GatewayMetrics:
 
     def render(self, loads: Iterable[MemberLoad]) -> bytes:
         """The text for a scrape, with the members' latest loads."""
+        checkpoints = (self._checkpoints, self._checkpoint_bytes, self._evicted_checkpoints)
         gauges = (self._waiting, self._running, self._kv_usage, self._state_usage, self._cache_config)
-        for gauge in gauges:
+        for gauge in (*gauges, *checkpoints):
             gauge.clear()
         for load in loads:
             labels = (self._model, str(load.member_id), load.role)
@@ -144,6 +154,10 @@ class GatewayMetrics:
             self._running.labels(*labels).set(load.running_requests)
             self._kv_usage.labels(*labels).set(_used_share(load.free_blocks, load.total_blocks))
             self._state_usage.labels(*labels).set(_used_share(load.free_state_slots, load.total_state_slots))
+            if load.total_state_slots:
+                self._checkpoints.labels(*labels).set(load.state_checkpoints)
+                self._checkpoint_bytes.labels(*labels).set(load.state_checkpoints * load.state_bytes)
+                self._evicted_checkpoints.labels(*labels).set(load.evicted_checkpoints)
             self._cache_config.labels(*labels, str(load.block_size), str(load.total_blocks)).set(1)
         return generate_latest(self.registry)
 

@@ -35,6 +35,10 @@ class MemberLoad:
     """Recurrent state of one sequence, that a hand-off moves; 0: the model has none."""
     free_state_slots: int = 0
     total_state_slots: int = 0
+    state_checkpoints: int = 0
+    """Recurrent states kept for later sequences; their slots count as free."""
+    evicted_checkpoints: int = 0
+    """Given up for room, since the start."""
     prefix_cache: bool = True
     """Whether KV of equal prefixes is reused."""
     handoff_requests: int = 0

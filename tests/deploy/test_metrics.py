@@ -1,5 +1,7 @@
 """What a scrape shows."""
 
+from dataclasses import replace
+
 from cluster.journey import RequestTrace as JourneyTrace
 from deploy.metrics import GatewayMetrics
 from deploy.trace import RequestTrace
@@ -91,3 +93,15 @@ def test_stages_split_a_disaggregated_request_and_leave_out_what_it_did_not_reac
     assert sample(metrics, "request_stage_seconds_sum", stage="gateway") == 0.5
     assert sample(metrics, "request_stage_seconds_sum", stage="prefill") == 2.0
     assert sample(metrics, "request_stage_seconds_sum", stage="handoff") is None
+
+
+def test_members_with_recurrent_state_tell_how_many_states_they_keep() -> None:
+    metrics = GatewayMetrics("tiny")
+    kept = replace(make_load("a"), total_state_slots=9, state_checkpoints=3, state_bytes=100, evicted_checkpoints=2)
+    metrics.render([kept, make_load("b")])
+    found = [
+        sample(metrics, name, member_id="a", role="mixed")
+        for name in ("state_checkpoints", "state_checkpoint_bytes", "state_checkpoints_evicted")
+    ]
+    assert found == [3, 300, 2]
+    assert sample(metrics, "state_checkpoints", member_id="b", role="mixed") is None
