@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from typing_extensions import override
 
 from cluster.plan import HandoffReady, StepOutput
 from cluster.scheduler import Scheduler
@@ -165,6 +166,7 @@ class Histories(RuleBasedStateMachine):
     def all_room_is_accounted_for(self) -> None:
         self.scheduler.check_integrity()
 
+    @override
     def teardown(self) -> None:
         """Whatever is left comes to its end, and all room is free again."""
         if not hasattr(self, "scheduler"):
