@@ -38,6 +38,7 @@ ENVIRONMENT_USERS = {
 }
 
 MUTABLE_DATACLASSES = {
+    "router/request.py TokenEvent": "one is made for every token, and making a frozen one takes three times as long",
     "cluster/engine.py EngineStats": "counters of the engine thread alone",
     "cluster/executor.py _Pull": "progress of one pull, written by the leader alone",
     "cluster/lane.py LaneDraft": "a plan while it is being made, of one lane",
