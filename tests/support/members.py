@@ -1,6 +1,7 @@
 """Members with real engines and ranks behind real services, in one process and its rank children."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,18 +26,29 @@ class EngineMember:
     """One member of a checkpoint in a layout."""
 
     def __init__(
-        self, name: str, role: Role, checkpoint: Path, *, tp: int = 1, kv_memory_bytes: int = 8 << 20, chunk: int = 64
+        self,
+        name: str,
+        role: Role,
+        checkpoint: Path,
+        *,
+        tp: int = 1,
+        kv_memory_bytes: int = 8 << 20,
+        chunk: int = 64,
+        max_rows: int = 8,
+        lease_s: float = 30.0,
+        max_model_len: int = 220,
     ) -> None:
         config = EngineConfig(
             model=checkpoint,
             layout=Layout(tp=tp),
             dtype="float32",
             kv_memory_bytes=kv_memory_bytes,
-            max_rows=8,
+            max_rows=max_rows,
             max_step_tokens=64,
             chunk_tokens=chunk,
-            max_model_len=220,
+            max_model_len=max_model_len,
             threads=1,
+            lease_s=lease_s,
         )
         self.member_id = MemberId(name)
         self.role: Role = role
@@ -67,6 +79,12 @@ class EngineMember:
         self.engine.stop()
         self._replica.close()
 
+    def signal_peer(self, number: int) -> None:
+        """Stop, continue or kill the process of rank 1."""
+        pid = self._replica.children[0].pid
+        assert pid is not None
+        os.kill(pid, number)
+
     @property
     def is_idle(self) -> bool:
         """Every block and state slot is free, and nothing runs or waits."""
@@ -76,14 +94,23 @@ class EngineMember:
 
 
 @asynccontextmanager
-async def dispatching(members: Sequence[EngineMember]) -> AsyncIterator[Dispatcher]:
-    """A dispatcher connected to all of them; ends them."""
+async def gateway(infos: Sequence[MemberInfo]) -> AsyncIterator[Dispatcher]:
+    """A dispatcher connected to members that are up."""
     dispatcher = Dispatcher(Router(), Admission(), TOKEN)
     try:
-        dispatcher.update_members([await member.start() for member in members])
-        await until(lambda: len(dispatcher.loads()) == len(members))
+        dispatcher.update_members(infos)
+        await until(lambda: len(dispatcher.loads()) == len(infos))
         yield dispatcher
     finally:
         await dispatcher.close()
+
+
+@asynccontextmanager
+async def dispatching(members: Sequence[EngineMember]) -> AsyncIterator[Dispatcher]:
+    """Members and a dispatcher connected to all of them; ends them."""
+    try:
+        async with gateway([await member.start() for member in members]) as dispatcher:
+            yield dispatcher
+    finally:
         for member in members:
             await member.stop()
