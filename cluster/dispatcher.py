@@ -31,6 +31,9 @@ from router.router import Router
 
 logger = logging.getLogger(__name__)
 
+# Blocks between two turns of other requests on the event loop: about a millisecond.
+_HASHED_AT_ONCE = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatcherConfig:
@@ -182,6 +185,9 @@ class Dispatcher:
                 self._on_trace(journey.trace())
 
     async def _serve(self, journey: Journey) -> AsyncGenerator[TokenEvent, None]:
+        for block_size in self._router.block_sizes:
+            while not journey.prompt.hash_some(block_size, _HASHED_AT_ONCE):
+                await asyncio.sleep(0)
         route = self._router.route(journey.prompt, self._clock())
         journey.routed(route)
         if route.prefill is None:

@@ -1,30 +1,39 @@
-"""A refusal of engines whose KV and weights do not fit in this machine's memory. Pure."""
+"""A refusal of engines that do not fit in this machine's memory. Pure."""
 
 from router.errors import ConfigError
 
 
-def check_memory(*, kv_bytes: int, weight_bytes: int, ranks: int, available: int | None) -> None:
-    """Refuse an engine whose KV and weights do not fit in this machine's memory.
+def check_memory(*, kv_bytes: int, weight_bytes: int, working_bytes: int, ranks: int, available: int | None) -> None:
+    """Refuse an engine whose KV, weights and steps do not fit in this machine's memory.
 
     Args:
         kv_bytes: KV memory of one rank.
         weight_bytes: weights of all ranks together.
+        working_bytes: rows, rotary tables and the largest step of one rank.
         ranks: ranks that run on this machine.
         available: from `shards.host_memory.available_memory`; None is not checked.
 
     Raises:
         ConfigError: names what is needed and what there is, and the option to lower.
     """
-    needed = kv_bytes * ranks + weight_bytes
+    fixed = weight_bytes + working_bytes * ranks
+    needed = kv_bytes * ranks + fixed
     if available is None or needed <= available:
         return
-    most = max(0, available - weight_bytes) // ranks
-    advice = f"lower kv_memory_bytes (--kv-memory) to at most {_size(most)}" if most else "use a larger machine"
+    most = max(0, available - fixed) // ranks
+    advice = f"lower kv_memory_bytes (--kv-memory) to at most {_size(most)}"
     raise ConfigError(
-        f"kv_memory_bytes={kv_bytes} does not fit: {ranks} rank(s) with {_size(kv_bytes)} of KV each and "
-        f"{_size(weight_bytes)} of weights need {_size(needed)}, this machine has {_size(available)} available; "
-        f"{advice}"
+        f"kv_memory_bytes={kv_bytes} does not fit: {ranks} rank(s) with {_size(kv_bytes)} of KV and "
+        f"{_size(working_bytes)} for rows and steps each, and {_size(weight_bytes)} of weights need {_size(needed)}, "
+        f"this machine has {_size(available)} available; {advice if most else _smaller(weight_bytes, available)}"
     )
+
+
+def _smaller(weight_bytes: int, available: int) -> str:
+    """The remedy where not even an engine without KV would fit."""
+    if weight_bytes >= available:
+        return "use a larger machine"
+    return "lower max_step_tokens, max_rows or max_model_len, or use a larger machine"
 
 
 def _size(num_bytes: int) -> str:

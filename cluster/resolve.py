@@ -18,6 +18,7 @@ from shards.host_memory import available_memory
 from shards.kernels.select import select_kernels
 from shards.mesh import Place
 from shards.rank import RankConfig, resolve_deterministic, torch_dtype
+from shards.step_memory import working_bytes
 from shards.weights import MTP_PREFIX, CheckpointReader
 
 
@@ -114,7 +115,13 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         raise ConfigError(str(error)) from error
     if config.device == "cpu":
         share = weights * ranks // config.layout.world
-        check_memory(kv_bytes=config.kv_memory_bytes, weight_bytes=share, ranks=ranks, available=available_memory())
+        check_memory(
+            kv_bytes=config.kv_memory_bytes,
+            weight_bytes=share,
+            working_bytes=_working_bytes(config, model, _max_model_len(config, model, num_blocks)),
+            ranks=ranks,
+            available=available_memory(),
+        )
     return ResolvedEngine(
         config=config,
         model=model,
@@ -140,11 +147,24 @@ def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
     )
 
 
+def _working_bytes(config: EngineConfig, model: ModelConfig, max_model_len: int) -> int:
+    return working_bytes(
+        model,
+        config.layout,
+        itemsize=torch_dtype(config.dtype).itemsize,
+        max_rows=config.max_rows,
+        max_model_len=max_model_len,
+        max_step_tokens=config.max_step_tokens,
+        block_size=config.block_size,
+    )
+
+
 def weight_bytes(config: EngineConfig) -> int:
     """Weights of the whole model in the engine's dtype, from the headers of the files' tensors that are loaded."""
     reader = CheckpointReader(config.model)
     itemsize = torch_dtype(config.dtype).itemsize
-    loaded = (name for name in reader.names() if not name.startswith(MTP_PREFIX))
+    unused = (MTP_PREFIX, *load_model_config(config.model).unused_tensors)
+    loaded = (name for name in reader.names() if not name.startswith(unused))
     return sum(math.prod(reader.shape(name)) * itemsize for name in loaded)
 
 

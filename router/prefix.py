@@ -24,11 +24,19 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "") -> l
     return hashes
 
 
-def extend_hashes(hashes: list[int], token_ids: Sequence[int], block_size: int, salt: str = "") -> None:
-    """Append the hashes of full blocks that `hashes` lacks; `hashes` must come from the same tokens and salt."""
+def extend_hashes(
+    hashes: list[int], token_ids: Sequence[int], block_size: int, salt: str = "", *, max_blocks: int | None = None
+) -> None:
+    """Append the hashes of full blocks that `hashes` lacks; `hashes` must come from the same tokens and salt.
+
+    Args:
+        max_blocks: append no more than this many; None: all.
+    """
     parent = hashes[-1].to_bytes(_HASH_BYTES) if hashes else _root(block_size, salt)
     layout = struct.Struct(f"<{block_size}I")
-    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+    full = len(token_ids) // block_size
+    end = full if max_blocks is None else min(full, len(hashes) + max_blocks)
+    for start in range(len(hashes) * block_size, end * block_size, block_size):
         tokens = layout.pack(*token_ids[start : start + block_size])
         parent = blake2b(parent + tokens, digest_size=_HASH_BYTES).digest()
         hashes.append(int.from_bytes(parent))

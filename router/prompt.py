@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from router.prefix import block_hashes
+from router.prefix import extend_hashes
 from router.request import Request
 
 
@@ -17,7 +17,7 @@ class Prompt:
         source: the request to hash for other block sizes.
     """
 
-    __slots__ = ("_hashes", "_source", "key", "max_output", "num_tokens")
+    __slots__ = ("_hashes", "_source", "_tokens", "_under_way", "key", "max_output", "num_tokens")
 
     def __init__(
         self,
@@ -33,14 +33,32 @@ class Prompt:
         self.max_output = max_output
         self._hashes = dict(hashes or {})
         self._source = source
+        self._tokens: tuple[int, ...] = ()
+        self._under_way: dict[int, list[int]] = {}
 
     def hashes(self, block_size: int) -> Sequence[int]:
         """Hashes of the full blocks that can be found: never the one with the last token."""
-        found = self._hashes.get(block_size)
-        if found is None:
-            found = [] if self._source is None else _hash_all(self._source, block_size)
-            self._hashes[block_size] = found
-        return found
+        self.hash_some(block_size, None)
+        return self._hashes[block_size]
+
+    def hash_some(self, block_size: int, max_blocks: int | None) -> bool:
+        """Hash at most `max_blocks` more blocks (None: all), so that a long prompt holds up nobody.
+
+        Returns:
+            whether all are hashed, and `hashes` will cost nothing.
+        """
+        if block_size in self._hashes:
+            return True
+        hashes = self._under_way.setdefault(block_size, [])
+        full = 0
+        if self._source is not None:
+            self._tokens = self._tokens or (self._source.prompt_ids + self._source.output_ids)[:-1]
+            full = len(self._tokens) // block_size
+            extend_hashes(hashes, self._tokens, block_size, self._source.cache_salt, max_blocks=max_blocks)
+        if len(hashes) < full:
+            return False
+        self._hashes[block_size] = self._under_way.pop(block_size)
+        return True
 
 
 def prompt_of(request: Request) -> Prompt:
@@ -48,8 +66,3 @@ def prompt_of(request: Request) -> Prompt:
     num_tokens = len(request.prompt_ids) + len(request.output_ids)
     max_output = max(request.sampling.max_tokens - len(request.output_ids), 1)
     return Prompt(request.id, num_tokens=num_tokens, max_output=max_output, source=request)
-
-
-def _hash_all(request: Request, block_size: int) -> list[int]:
-    tokens = request.prompt_ids + request.output_ids
-    return block_hashes(tokens[:-1], block_size, request.cache_salt)

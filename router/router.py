@@ -98,6 +98,11 @@ class Router:
         """The latest report of each member."""
         return tuple(member.load for member in self._members.values())
 
+    @property
+    def block_sizes(self) -> frozenset[int]:
+        """Those in use: prompts are hashed by them."""
+        return frozenset(block_size for _, block_size in self._pools)
+
     def update(self, load: MemberLoad, now: float) -> None:
         """Take a member's report; its first one makes it known."""
         member = self._members.get(load.member_id)

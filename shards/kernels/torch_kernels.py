@@ -8,6 +8,9 @@ from shards.comm import tree_sum
 from shards.kernels.interface import DeltaWeights
 from shards.kernels.torch_delta import causal_conv, delta_gates, delta_rule, gated_rms_norm, normalise, one_token_each
 
+_MASK_ELEMENTS = 1 << 24
+"""Queries times keys whose mask is in memory at once."""
+
 
 class TorchKernels:
     """Kernels built of torch operators; see shards.kernels.interface for each operator's contract."""
@@ -203,14 +206,23 @@ def _attend(
             continue
         k_HLD = _gather(k_pool_NHPD, tables_SB[s : s + 1], context)
         v_HLD = _gather(v_pool_NHPD, tables_SB[s : s + 1], context)
-        keys = torch.arange(context, device=q_THD.device)
-        seen_TL = keys <= torch.arange(context - count, context, device=q_THD.device).unsqueeze(1)
-        q_HTD = q_THD[queries].transpose(0, 1).unsqueeze(0)
-        out_HTD = functional.scaled_dot_product_attention(
-            q_HTD, k_HLD, v_HLD, attn_mask=seen_TL, scale=scale, enable_gqa=True
-        )
-        out_THD[queries] = out_HTD[0].transpose(0, 1)
+        rows = max(1, _MASK_ELEMENTS // context)
+        for first in range(queries.start, queries.stop, rows):
+            part = slice(first, min(first + rows, queries.stop))
+            # The last query of the part sees all keys before those of the queries behind it.
+            out_THD[part] = _attend_part(q_THD[part], k_HLD, v_HLD, context - (queries.stop - part.stop), scale)
     return out_THD
+
+
+def _attend_part(q_THD: Tensor, k_1GLD: Tensor, v_1GLD: Tensor, seen: int, scale: float) -> Tensor:
+    """Queries that are the last of the first `seen` positions -> [T, H, D]."""
+    positions = torch.arange(seen, device=q_THD.device)
+    mask_TL = positions <= positions[-q_THD.shape[0] :].unsqueeze(1)
+    q_1HTD = q_THD.transpose(0, 1).unsqueeze(0)
+    out_1HTD = functional.scaled_dot_product_attention(
+        q_1HTD, k_1GLD[:, :, :seen], v_1GLD[:, :, :seen], attn_mask=mask_TL, scale=scale, enable_gqa=True
+    )
+    return out_1HTD[0].transpose(0, 1)
 
 
 def _gather(pool_NHPD: Tensor, tables_SB: Tensor, length: int) -> Tensor:

@@ -31,3 +31,9 @@ def test_known_hashes_are_taken_and_other_block_sizes_have_none() -> None:
     prompt = Prompt("k", num_tokens=1000, max_output=5, hashes={512: (4,)})
     assert list(prompt.hashes(512)) == [4]
     assert list(prompt.hashes(16)) == []
+
+
+def test_hashing_in_steps_gives_what_hashing_at_once_gives() -> None:
+    prompt = prompt_of(make_request(tuple(range(9))))
+    assert [prompt.hash_some(4, 4) for _ in range(4)] == [False, False, True, True]
+    assert prompt.hashes(4) == block_hashes((*range(32), *range(8)), 4, "s")

@@ -54,6 +54,21 @@ def test_frequencies_and_tables_equal_those_of_transformers(arch: str, scaling: 
         torch.testing.assert_close(table, values[0], rtol=0, atol=3e-7)
 
 
+@pytest.mark.parametrize("position", [131_071, 262_143, 1_010_000 - 1])
+@pytest.mark.parametrize("long", [None, {**YARN, "original_max_position_embeddings": 262_144}], ids=["plain", "yarn"])
+def test_tables_equal_those_of_transformers_at_large_positions(position: int, long: dict[str, Any] | None) -> None:
+    fields = Fields({"rope_theta": 1e7, "rope_scaling": long}, "config.json")
+    rope = read_rope(fields, head_dim=256, max_position_embeddings=1_010_000, default_partial=0.25)
+    parameters = {**(long or {"rope_type": "default"}), "rope_theta": 1e7}
+    theirs = Qwen3NextRotaryEmbedding(
+        Qwen3NextConfig(head_dim=256, max_position_embeddings=1_010_000, rope_parameters=parameters)
+    )
+    positions = torch.arange(position - 999, position + 1)
+    expected = theirs(torch.zeros(1), positions[None])
+    for table, values in zip(rotary_tables(rope, position + 1), expected, strict=True):
+        torch.testing.assert_close(table[positions], values[0], rtol=0, atol=3e-7)
+
+
 @pytest.mark.parametrize("scaling", [None, YARN], ids=["default", "yarn"])
 def test_bits_do_not_depend_on_the_tables_length(scaling: dict[str, Any] | None) -> None:
     rope = rope_of(scaling, theta=1e6, partial=0.25)

@@ -1,0 +1,64 @@
+"""What a rank takes beside weights and cache: rows, rotary tables and the largest tensors of a step. Arithmetic only.
+
+T tokens of a step, C hidden size, K experts a token, I columns of an expert, V vocabulary.
+"""
+
+from shards.config import ModelConfig
+from shards.mesh import Layout
+
+_FLOAT32 = 4
+_INT64 = 8
+
+
+def working_bytes(
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    itemsize: int,
+    max_rows: int,
+    max_model_len: int,
+    max_step_tokens: int,
+    block_size: int,
+) -> int:
+    """Bytes of one rank at its fullest step: an upper estimate that no allocator's slack is part of.
+
+    Args:
+        itemsize: bytes of one activation.
+        max_rows: sequences of a lane.
+        max_model_len: positions that a row holds.
+        max_step_tokens: T of one lane.
+        block_size: tokens a KV block.
+    """
+    tables = -(-max_model_len // block_size) * _FLOAT32
+    rows = max_rows * ((max_model_len + 1) * _INT64 + tables)
+    rotary = 2 * max_model_len * model.rope.rotary_dim * _FLOAT32
+    tokens = max_step_tokens
+    # The residual stream, its normed copy, a layer's result and their sum.
+    hidden = 4 * tokens * model.hidden_size * itemsize
+    layer = max(_mixer_bytes(model, layout, tokens, itemsize), _mlp_bytes(model, layout, tokens, itemsize))
+    # Logits, their penalised copy, and sums of a few rows in float64.
+    logits = 3 * max_rows * model.vocab_size * _FLOAT32
+    return rows + rotary + hidden + layer + logits
+
+
+def _mixer_bytes(model: ModelConfig, layout: Layout, tokens: int, itemsize: int) -> int:
+    """Projections of a layer, and copies of their parts."""
+    heads = model.num_attention_heads * (3 if model.attention_gated else 2) + 2 * model.num_key_value_heads
+    attention = heads * model.head_dim * itemsize
+    keys = model.linear_num_key_heads * model.linear_key_head_dim
+    values = model.linear_num_value_heads * model.linear_value_head_dim
+    # The delta rule's gates are float32.
+    delta = (2 * keys + 3 * values) * itemsize + 2 * model.linear_num_value_heads * _FLOAT32
+    return 2 * tokens * max(attention, delta) // layout.tp
+
+
+def _mlp_bytes(model: ModelConfig, layout: Layout, tokens: int, itemsize: int) -> int:
+    """Inner columns, and results of each expert of a token in float32, of the tokens of all lanes."""
+    dense = 3 * model.intermediate_size * itemsize // layout.tp
+    if not model.num_experts:
+        return tokens * dense
+    experts = model.num_experts_per_tok + (1 if model.shared_expert_intermediate_size else 0)
+    ranks = layout.world if layout.ep == 1 else 1
+    columns = 3 * model.moe_intermediate_size * itemsize // ranks
+    routed = experts * (columns + 2 * model.hidden_size * _FLOAT32)
+    return tokens * max(dense, layout.dp * routed)
