@@ -113,15 +113,9 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         num_blocks, num_slots = _room(config, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    max_model_len = _max_model_len(config, model, num_blocks)
     if config.device == "cpu":
-        share = weights * ranks // config.layout.world
-        check_memory(
-            kv_bytes=config.kv_memory_bytes,
-            weight_bytes=share,
-            working_bytes=_working_bytes(config, model, _max_model_len(config, model, num_blocks)),
-            ranks=ranks,
-            available=available_memory(),
-        )
+        _check_memory(config, model, max_model_len, weights=weights, ranks=ranks)
     return ResolvedEngine(
         config=config,
         model=model,
@@ -129,7 +123,7 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         deterministic=deterministic,
         num_blocks=num_blocks,
         num_slots=num_slots,
-        max_model_len=_max_model_len(config, model, num_blocks),
+        max_model_len=max_model_len,
         threads=config.threads or max(1, len(os.sched_getaffinity(0)) // ranks),
     )
 
@@ -147,8 +141,8 @@ def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
     )
 
 
-def _working_bytes(config: EngineConfig, model: ModelConfig, max_model_len: int) -> int:
-    return working_bytes(
+def _check_memory(config: EngineConfig, model: ModelConfig, max_model_len: int, *, weights: int, ranks: int) -> None:
+    working = working_bytes(
         model,
         config.layout,
         itemsize=torch_dtype(config.dtype).itemsize,
@@ -156,6 +150,13 @@ def _working_bytes(config: EngineConfig, model: ModelConfig, max_model_len: int)
         max_model_len=max_model_len,
         max_step_tokens=config.max_step_tokens,
         block_size=config.block_size,
+    )
+    check_memory(
+        kv_bytes=config.kv_memory_bytes,
+        weight_bytes=weights * ranks // config.layout.world,
+        working_bytes=working,
+        ranks=ranks,
+        available=available_memory(),
     )
 
 
