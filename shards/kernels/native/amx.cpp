@@ -16,24 +16,37 @@
 namespace kernels {
 namespace {
 
-constexpr int STEP = 32;                // of K, a tile
-constexpr int TILE = BLOCK * STEP;      // bfloat16 of a tile
-constexpr int SUMS = BLOCK * BLOCK;     // floats of a tile of sums
-constexpr int LINE = 64;                // bytes
+constexpr int STEP = 32;             // of K, a tile
+constexpr int TILE = BLOCK * STEP;   // bfloat16 of a tile
+constexpr int SUMS = BLOCK * BLOCK;  // floats of a tile of sums
+constexpr int LINE = 64;             // bytes
+// A block of up to so many rows of x is packed in tiles of so many columns: in decode most experts have few rows, and
+// x then stays in the first-level cache beside the weights.
+constexpr int NARROW = 4;
+// Weight rows that are staged side by side, and up to how many rows of x whole tiles are read in place instead.
+constexpr int SIDE_BY_SIDE = 8;
+constexpr int IN_PLACE_ROWS = 32;
 
 int64_t steps_of(int64_t K, int groups) { return blocks_of(K / groups, STEP); }
 
 int64_t packed_width(int64_t K, int groups) { return groups * steps_of(K, groups) * STEP; }
 
+// Tiles 0-3 are sums, 4-5 weights, 6-7 x.
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-ENTRY void enter() {
-    static const TileConfig config;
-    _tile_loadconfig(&config);
+TileConfig narrow_config() {
+    TileConfig config;
+    config.row_bytes[0] = config.row_bytes[1] = config.row_bytes[6] = 4 * NARROW;
+    return config;
+}
+
+ENTRY void configure(bool narrow) {
+    static const TileConfig wide_tiles, narrow_tiles = narrow_config();
+    _tile_loadconfig(narrow ? &narrow_tiles : &wide_tiles);
 }
 
 ENTRY void leave() { _tile_release(); }
@@ -63,18 +76,23 @@ FN void transpose(__m512i* r) {
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-// `left` of K of up to 16 rows -> a tile [pairs of K][16 rows of x][2].
-FN void pack_tile(Rows<bf16> x, int rows, int64_t k, int left, bf16* to) {
-    __mmask32 here = left < STEP ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
-    if (rows <= 4) {
-        alignas(64) uint32_t pairs[BLOCK];
-        for (int p = 0; p < BLOCK; p++) _mm512_store_si512(to + p * STEP, _mm512_setzero_si512());
-        for (int r = 0; r < rows; r++) {
-            _mm512_store_si512(pairs, _mm512_maskz_loadu_epi16(here, x[r] + k));
-            for (int p = 0; p < BLOCK; p++) memcpy(to + p * STEP + 2 * r, pairs + p, sizeof(uint32_t));
-        }
-        return;
+// bfloat16 of a tile of x in a block of `rows`.
+int tile_size(int rows) { return rows <= NARROW ? BLOCK * NARROW * 2 : TILE; }
+
+FN __mmask32 mask_of(int count) { return count < STEP ? (__mmask32(1) << count) - 1 : ~__mmask32(0); }
+
+// Those of K in `here` of up to NARROW rows -> a tile [pairs of K][NARROW rows of x][2].
+FN void pack_narrow(Rows<bf16> x, int rows, int64_t k, __mmask32 here, bf16* to) {
+    alignas(64) uint32_t pairs[BLOCK], tile[BLOCK * NARROW] = {};
+    for (int r = 0; r < rows; r++) {
+        _mm512_store_si512(pairs, _mm512_maskz_loadu_epi16(here, x[r] + k));
+        for (int p = 0; p < BLOCK; p++) tile[p * NARROW + r] = pairs[p];
     }
+    memcpy(to, tile, sizeof tile);
+}
+
+// Those of K in `here` of up to 16 rows -> a tile [pairs of K][16 rows of x][2].
+FN void pack_tile(Rows<bf16> x, int rows, int64_t k, __mmask32 here, bf16* to) {
     __m512i row[BLOCK];
     for (int r = 0; r < BLOCK; r++)
         row[r] = r < rows ? _mm512_maskz_loadu_epi16(here, x[r] + k) : _mm512_setzero_si512();
@@ -84,48 +102,25 @@ FN void pack_tile(Rows<bf16> x, int rows, int64_t k, int left, bf16* to) {
 
 ENTRY void pack(Rows<bf16> x, int rows, int64_t K, int groups, bf16* to) {
     int64_t width = K / groups;
-    for (int g = 0; g < groups; g++)
-        for (int64_t k = 0; k < width; k += STEP, to += TILE)
-            pack_tile(x, rows, g * width + k, int(width - k < STEP ? width - k : STEP), to);
+    for (int g = 0; g < groups; g++) {
+        for (int64_t k = 0; k < width; k += STEP, to += tile_size(rows)) {
+            __mmask32 here = mask_of(width - k < STEP ? int(width - k) : STEP);
+            if (rows <= NARROW)
+                pack_narrow(x, rows, g * width + k, here, to);
+            else
+                pack_tile(x, rows, g * width + k, here, to);
+        }
+    }
 }
 
 // The weight rows of one or two tiles.
 struct Weights {
-    const bf16* tile[2];
-    int rows[2];
+    const bf16* rows[2];
+    int counts[2];
     int64_t K;
 };
 
-// A tile whose rows or K end early, zeros behind.
-FN const bf16* padded(const bf16* w, int64_t K, int rows, int left, bf16* buffer) {
-    __mmask32 here = left < STEP ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
-    for (int r = 0; r < BLOCK; r++) {
-        __m512i row = r < rows ? _mm512_maskz_loadu_epi16(here, w + r * K) : _mm512_setzero_si512();
-        _mm512_store_si512(buffer + r * STEP, row);
-    }
-    return buffer;
-}
-
-// Tiles 0-3 are sums, 4-5 weights, 6-7 x.
-template <int A, int B>
-FN void multiply_tiles(const bf16* first, const bf16* second, int64_t stride, const bf16* x, int64_t block) {
-    _tile_loadd(6, x, LINE);
-    _tile_loadd(4, first, stride);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (A == 2) {
-        _tile_loadd(5, second, stride);
-        _tile_dpbf16ps(1, 5, 6);
-    }
-    if constexpr (B == 2) {
-        _tile_loadd(7, x + block, LINE);
-        _tile_dpbf16ps(2, 4, 7);
-        if constexpr (A == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
-template <int A>
-FN void fetch(Ahead& ahead) {
-    int lines = ahead.second != 0 ? A * BLOCK / 2 : A * BLOCK;
+FN void fetch(Ahead& ahead, int lines) {
     for (int i = 0; i < lines; i++) _mm_prefetch(ahead.at + i * LINE, _MM_HINT_T1);
     if (ahead.second != 0)
         for (int i = 0; i < lines; i++) _mm_prefetch(ahead.at + ahead.second + i * LINE, _MM_HINT_T1);
@@ -133,27 +128,64 @@ FN void fetch(Ahead& ahead) {
     ahead.bytes -= lines * LINE;
 }
 
-// Sums over K from start on, `width` of them -> sums [B][A][weight row][row of x].
+// Up to 16 weight rows -> tiles [group][step][16 rows][32 of K], zeros behind their ends. It pays where many rows of x
+// follow: tiles read in place collide in the first-level cache, whose sets the rows of most models share.
+FN void stage_rows(const bf16* w, int count, int64_t K, int groups, Ahead& ahead, bf16* to) {
+    int64_t width = K / groups;
+    for (int first = 0; first < BLOCK; first += SIDE_BY_SIDE) {
+        bf16* at = to + first * STEP;
+        for (int g = 0; g < groups; g++) {
+            const bf16* from = w + first * K + g * width;
+            for (int64_t k = 0; k < width; k += STEP, at += TILE) {
+                __mmask32 here = mask_of(width - k < STEP ? int(width - k) : STEP);
+                if (ahead.bytes > 0) fetch(ahead, SIDE_BY_SIDE);
+                for (int r = 0; r < SIDE_BY_SIDE; r++) {
+                    __mmask32 mask = first + r < count ? here : 0;
+                    _mm512_store_si512(at + r * STEP, _mm512_maskz_loadu_epi16(mask, from + r * K + k));
+                }
+            }
+        }
+    }
+}
+
+// Packed x: one or two blocks, `block` apart, of tiles of `tile` bfloat16.
+struct Panel {
+    const bf16* at;
+    int64_t block;
+    int tile;
+};
+
+// Where tiles of weights are read: one or two tiles' rows, `second` apart, in place or staged.
+struct Source {
+    const bf16* at;
+    int64_t second, group, step;  // bfloat16 to the second tile, the next group of K, the next step
+    int64_t row_bytes;
+    bool in_place;
+};
+
+// Sums of one group of K -> sums [B][A][weight row][row of x].
 template <int A, int B>
-FN void part(const Weights& w, int64_t start, int64_t width, const bf16* x, int64_t block, Ahead& ahead, float* sums) {
-    alignas(64) bf16 buffers[2][TILE];
-    bool whole = w.rows[0] == BLOCK && (A == 1 || w.rows[1] == BLOCK);
+FN void part(const Source& weights, const Panel& panel, int group, int64_t steps, Ahead& ahead, float* sums) {
+    const bf16 *w = weights.at + group * weights.group, *x = panel.at + group * steps * panel.tile;
+    int row_bytes = panel.tile / BLOCK * 2;
     _tile_zero(0);
     if constexpr (A == 2) _tile_zero(1);
     if constexpr (B == 2) _tile_zero(2);
     if constexpr (A == 2 && B == 2) _tile_zero(3);
-    int64_t k = 0;
-    if (whole) {
-        for (; k + STEP <= width; k += STEP, x += TILE) {
-            if (ahead.bytes > 0) fetch<A>(ahead);
-            multiply_tiles<A, B>(w.tile[0] + start + k, w.tile[1] + start + k, w.K * 2, x, block);
+    for (int64_t s = 0; s < steps; s++, w += weights.step, x += panel.tile) {
+        if (weights.in_place && ahead.bytes > 0) fetch(ahead, ahead.second != 0 ? BLOCK * A / 2 : BLOCK * A);
+        _tile_loadd(6, x, row_bytes);
+        _tile_loadd(4, w, weights.row_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (A == 2) {
+            _tile_loadd(5, w + weights.second, weights.row_bytes);
+            _tile_dpbf16ps(1, 5, 6);
         }
-    }
-    for (; k < width; k += STEP, x += TILE) {
-        int left = int(width - k < STEP ? width - k : STEP);
-        padded(w.tile[0] + start + k, w.K, w.rows[0], left, buffers[0]);
-        if constexpr (A == 2) padded(w.tile[1] + start + k, w.K, w.rows[1], left, buffers[1]);
-        multiply_tiles<A, B>(buffers[0], buffers[1], LINE, x, block);
+        if constexpr (B == 2) {
+            _tile_loadd(7, x + panel.block, LINE);
+            _tile_dpbf16ps(2, 4, 7);
+            if constexpr (A == 2) _tile_dpbf16ps(3, 5, 7);
+        }
     }
     _tile_stored(0, sums, LINE);
     if constexpr (A == 2) _tile_stored(1, sums + SUMS, LINE);
@@ -163,13 +195,12 @@ FN void part(const Weights& w, int64_t start, int64_t width, const bf16* x, int6
 
 // The parts of K are added like a binary counter carries: (p0 + p1) + (p2 + p3), whatever their number.
 template <int A, int B>
-FN void tiles(const Weights& w, const bf16* x, int groups, int64_t block, Ahead& ahead, float* sums) {
+FN void tiles(const Source& weights, const Panel& panel, int64_t steps, int groups, Ahead& ahead, float* sums) {
     constexpr int LEVELS = 16, SIZE = A * B * SUMS;
-    if (groups == 1) return part<A, B>(w, 0, w.K, x, block, ahead, sums);
+    if (groups == 1) return part<A, B>(weights, panel, 0, steps, ahead, sums);
     alignas(64) float levels[LEVELS][SIZE];
-    int64_t width = w.K / groups, packed = steps_of(w.K, groups) * TILE;
     for (int g = 0; g < groups; g++) {
-        part<A, B>(w, g * width, width, x + g * packed, block, ahead, sums);
+        part<A, B>(weights, panel, g, steps, ahead, sums);
         int level = 0;
         for (int carry = g; carry & 1; carry >>= 1, level++)
             for (int i = 0; i < SIZE; i++) sums[i] = levels[level][i] + sums[i];
@@ -178,18 +209,39 @@ FN void tiles(const Weights& w, const bf16* x, int groups, int64_t block, Ahead&
     }
 }
 
-// Calls use(sums, row, blocks) for two blocks of x rows after another.
+template <int A>
+FN Source source_of(const Weights& w, int rows, int groups, Ahead& ahead) {
+    int64_t width = w.K / groups, steps = steps_of(w.K, groups), size = groups * steps * TILE;
+    bool whole = w.counts[0] == BLOCK && w.counts[1] == BLOCK && width % STEP == 0;
+    if (whole && rows <= IN_PLACE_ROWS) return {w.rows[0], w.rows[1] - w.rows[0], width, STEP, w.K * 2, true};
+    bf16* to = (bf16*)staging(size_t(A * size) * sizeof(bf16));
+    for (int a = 0; a < A; a++) stage_rows(w.rows[a], w.counts[a], w.K, groups, ahead, to + a * size);
+    return {to, size, steps * TILE, TILE, LINE, false};
+}
+
+// Calls use(sums, first row, rows) for every block of x rows.
 template <int A, class Use>
 FN void over_blocks(const Weights& w, const bf16* panel, int rows, int groups, Ahead ahead, const Use& use) {
     alignas(64) float sums[2 * A * SUMS];
-    int64_t block = BLOCK * packed_width(w.K, groups);
+    int64_t block = BLOCK * packed_width(w.K, groups), steps = steps_of(w.K, groups);
+    Source source = source_of<A>(w, rows, groups, ahead);
+    bool narrow = rows <= NARROW;
+    configure(narrow);
     for (int r = 0; r < rows; r += 2 * BLOCK, panel += 2 * block) {
-        if (rows - r > BLOCK)
-            tiles<A, 2>(w, panel, groups, block, ahead, sums);
-        else
-            tiles<A, 1>(w, panel, groups, block, ahead, sums);
-        use(sums, r);
-        if (rows - r > BLOCK) use(sums + A * SUMS, r + BLOCK);
+        int left = rows - r, first = left < BLOCK ? left : BLOCK, second = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
+        if (second > NARROW) {
+            tiles<A, 2>(source, {panel, block, TILE}, steps, groups, ahead, sums);
+            use(sums, r, first);
+            use(sums + A * SUMS, r + BLOCK, second);
+            continue;
+        }
+        if (!narrow && first <= NARROW) configure(narrow = true);
+        tiles<A, 1>(source, {panel, block, tile_size(first)}, steps, groups, ahead, sums);
+        use(sums, r, first);
+        if (second <= 0) continue;
+        configure(narrow = true);
+        tiles<A, 1>(source, {panel + block, block, tile_size(second)}, steps, groups, ahead, sums);
+        use(sums, r + BLOCK, second);
     }
 }
 
@@ -208,8 +260,7 @@ FN void turn(const float* sums, int rows, float* to) {
 
 template <int A>
 FN void multiply_columns(const Weights& w, const bf16* panel, int rows, int groups, Ahead ahead, float* sums) {
-    over_blocks<A>(w, panel, rows, groups, ahead, [&](const float* found, int r) ENTRY {
-        int here = rows - r < BLOCK ? rows - r : BLOCK;
+    over_blocks<A>(w, panel, rows, groups, ahead, [&](const float* found, int r, int here) ENTRY {
         for (int a = 0; a < A; a++) turn(found + a * SUMS, here, sums + r * COLUMNS + a * BLOCK);
     });
 }
@@ -226,10 +277,12 @@ ENTRY void multiply(const bf16* panel, int rows, const bf16* w, int columns, int
 struct Inner {
     bf16* block;
     int64_t width;
+    int tile;
 
+    // Row pair of column n.
     FN bf16* pair(int64_t n) const {
         int64_t in_group = n % width, steps = (width + STEP - 1) / STEP;
-        return block + (n / width * steps + in_group / STEP) * TILE + in_group % STEP / 2 * STEP;
+        return block + (n / width * steps + in_group / STEP) * tile + in_group % STEP / 2 * (tile / BLOCK);
     }
 };
 
@@ -254,9 +307,9 @@ FN void put_inner(const float* sums, int columns, const Inner& inner, int64_t at
             n++;
             activate(sums + n * BLOCK, sums + SUMS + n * BLOCK, two);
             for (int r = 0; r < BLOCK; r++) one[r] |= two[r] << 16;
-            memcpy(pair, one, sizeof one);
+            memcpy(pair, one, size_t(inner.tile / BLOCK) * sizeof(bf16));
         } else {
-            for (int r = 0; r < BLOCK; r++) pair[2 * r + odd] = bf16(one[r]);
+            for (int r = 0; r < inner.tile / BLOCK / 2; r++) pair[2 * r + odd] = bf16(one[r]);
         }
     }
 }
@@ -264,8 +317,8 @@ FN void put_inner(const float* sums, int columns, const Inner& inner, int64_t at
 ENTRY void gate_up(const bf16* panel, int rows, const bf16* gate, const bf16* up, int columns, int64_t K, Ahead ahead,
                    bf16* inner, int64_t I, int64_t at, int groups) {
     int64_t row = packed_width(I, groups);
-    over_blocks<2>({{gate, up}, {columns, columns}, K}, panel, rows, 1, ahead, [&](const float* sums, int r) ENTRY {
-        put_inner(sums, columns, Inner{inner + r * row, I / groups}, at);
+    over_blocks<2>({{gate, up}, {columns, columns}, K}, panel, rows, 1, ahead, [&](const float* sums, int r, int here) ENTRY {
+        put_inner(sums, columns, Inner{inner + r * row, I / groups, tile_size(here)}, at);
     });
 }
 
@@ -281,7 +334,7 @@ bool tiles_allowed() {
 }  // namespace
 
 const Matmul<bf16>* amx_matmul() {
-    static const Matmul<bf16> matmul = {2 * BLOCK, packed_width, pack, multiply, gate_up, enter, leave};
+    static const Matmul<bf16> matmul = {2 * BLOCK, packed_width, pack, multiply, gate_up, leave};
     static const bool allowed = tiles_allowed();
     return allowed ? &matmul : nullptr;
 }

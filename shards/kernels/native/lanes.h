@@ -66,8 +66,8 @@ ENTRY void mix(const float* y, const float* weights, int64_t K, int64_t C, bool 
 
 template <class Kind>
 const Matmul<typename Kind::scalar>* lane_matmul() {
-    static const Matmul<typename Kind::scalar> matmul = {COLUMNS,         plain_width, nullptr, multiply<Kind>,
-                                                         gate_up<Kind>, nullptr,     nullptr};
+    static const Matmul<typename Kind::scalar> matmul = {COLUMNS,        plain_width,   nullptr,
+                                                         multiply<Kind>, gate_up<Kind>, nullptr};
     return &matmul;
 }
 

@@ -15,7 +15,7 @@ namespace kernels {
 // Rows of x that are packed together: a panel of `rows` rows holds them rounded up to a multiple of it.
 constexpr int BLOCK = 16;
 // Rows of x that a call takes at most.
-constexpr int CALL_ROWS = 64;
+constexpr int CALL_ROWS = 256;
 
 // Weights that a later call will read, fetched into the second-level cache on the way: `bytes` from `at` on and, unless
 // it is 0, as many `second` bytes behind.
@@ -40,17 +40,14 @@ struct Matmul {
     // of rows of I, packed in `groups` for the product that follows.
     void (*gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Ahead ahead, T* inner,
                     int64_t I, int64_t at, int groups);
-    // Around the calls of a thread; null where there is nothing to set up.
-    void (*enter)();
+    // After the last call of a thread; null where there is nothing to put back.
     void (*leave)();
 };
 
 template <class T>
 struct MatmulSession {
     const Matmul<T>& matmul;
-    explicit MatmulSession(const Matmul<T>& used) : matmul(used) {
-        if (matmul.enter != nullptr) matmul.enter();
-    }
+    explicit MatmulSession(const Matmul<T>& used) : matmul(used) {}
     ~MatmulSession() {
         if (matmul.leave != nullptr) matmul.leave();
     }
@@ -86,6 +83,8 @@ class Tickets {
 // Memory of the calling thread, kept from call to call: fresh memory would be faulted in page by page each time.
 // Valid until the thread's next call; 64-byte aligned.
 char* scratch(size_t bytes);
+// The same for the inner loops of a thread, beside its scratch.
+char* staging(size_t bytes);
 
 static inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }

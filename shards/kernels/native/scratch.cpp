@@ -18,6 +18,10 @@ struct Kept {
     size_t bytes = 0;
 
     ~Kept() { std::free(at); }
+    char* take(size_t wanted) {
+        if (wanted > bytes) grow(wanted);
+        return at;
+    }
     void grow(size_t wanted) {
         size_t rounded = (wanted + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
         std::free(at);
@@ -35,8 +39,12 @@ struct Kept {
 
 char* scratch(size_t bytes) {
     static thread_local Kept kept;
-    if (bytes > kept.bytes) kept.grow(bytes);
-    return kept.at;
+    return kept.take(bytes);
+}
+
+char* staging(size_t bytes) {
+    static thread_local Kept kept;
+    return kept.take(bytes);
 }
 
 }  // namespace kernels

@@ -106,11 +106,16 @@ FN void last_rows(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::s
 template <class Kind>
 FN void all_dots(Rows<typename Kind::scalar> x, int rows, Rows<typename Kind::scalar> w, int columns, int64_t K,
                  int groups, Ahead& ahead, float* out, int stride) {
-    constexpr int R = MAX_TILE_ROWS;
-    int r = 0;
-    for (; r + R <= rows; r += R)
-        row_of_tiles<Kind, R>(x + r, w, columns, K, groups, ahead, out + int64_t(r) * stride, stride);
-    if (r < rows) last_rows<Kind, R>(x + r, rows - r, w, columns, K, groups, ahead, out + int64_t(r) * stride, stride);
+    constexpr int R = MAX_TILE_ROWS, N = tile_columns(R);
+    if (rows < R) return last_rows<Kind, R>(x, rows, w, columns, K, groups, ahead, out, stride);
+    // The weight rows of a tile stay in the first-level cache while all rows of x pass by.
+    for (int n = 0; n < columns; n += N) {
+        int here = columns - n < N ? columns - n : N, r = 0;
+        for (; r + R <= rows; r += R)
+            row_of_tiles<Kind, R>(x + r, w + n, here, K, groups, ahead, out + int64_t(r) * stride + n, stride);
+        if (r < rows)
+            last_rows<Kind, R>(x + r, rows - r, w + n, here, K, groups, ahead, out + int64_t(r) * stride + n, stride);
+    }
 }
 
 }  // namespace
