@@ -12,6 +12,9 @@ Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 KernelChoice = Literal["auto", "native", "torch"]
 DeterministicChoice = Literal["auto", "on", "off"]
+DraftPolicyChoice = Literal["adaptive", "always"]
+MOST_DRAFT_TOKENS = 8
+"""More never pay: drafts at that depth are hardly ever right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,11 @@ class EngineConfig:
     """Reuse KV and recurrent state of equal prefixes."""
     state_cache_share: float = 0.25
     """Part of kv_memory_bytes for recurrent states kept for equal prefixes; not used without prefix_cache."""
+    draft_tokens: int = 0
+    """Tokens drafted a row and step by the checkpoint's multi-token prediction head, at most; 0: none, and the head is
+    not loaded."""
+    draft_policy: DraftPolicyChoice = "adaptive"
+    """adaptive: as many drafts as pay, down to none, by measured acceptance and step times; always: draft_tokens."""
     threads: int | None = None
     """Compute threads a rank; None: the machine's cores shared by the ranks that run on it."""
     lease_s: float = 30.0
@@ -63,6 +71,8 @@ class EngineConfig:
         _one_of("device", self.device, get_args(Device))
         _one_of("kernels", self.kernels, get_args(KernelChoice))
         _one_of("deterministic", self.deterministic, get_args(DeterministicChoice))
+        _one_of("draft_policy", self.draft_policy, get_args(DraftPolicyChoice))
+        _check_draft_tokens(self.draft_tokens)
         for name in ("block_size", "kv_memory_bytes", "max_rows", "max_step_tokens", "max_waiting"):
             _at_least_one(name, getattr(self, name))
         for name in ("chunk_tokens", "max_model_len", "threads"):
@@ -93,6 +103,11 @@ class EngineConfig:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_draft_tokens(value: int) -> None:
+    if not 0 <= value <= MOST_DRAFT_TOKENS:
+        raise ConfigError(f"draft_tokens must be between 0 and {MOST_DRAFT_TOKENS}, got {value}")
 
 
 def _at_least_one(name: str, value: int) -> None:

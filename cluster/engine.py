@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Final, Literal
 
 from cluster.cache_log import CacheLog
+from cluster.engine_stats import EngineStats
 from cluster.executor import Ranks
 from cluster.plan import HandoffReady, KvTicket, StepPlan
 from cluster.scheduler import Scheduler
@@ -48,41 +49,6 @@ class Rejected:
 
 
 EngineEvent = TokenEvent | TicketReady | Rejected
-
-
-@dataclass(slots=True, kw_only=True)
-class EngineStats:
-    """Counters since the start, for metrics. The engine's thread writes its own; others get copies."""
-
-    steps: int = 0
-    computed_tokens: int = 0
-    """Prompt and output positions that went through the model."""
-    sampled_tokens: int = 0
-    cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache."""
-    requests: int = 0
-    rejected: int = 0
-    admissions: int = 0
-    """Times a request got room."""
-    preemptions: int = 0
-    """Times a running request had to give up its room for another, and was computed again."""
-    pulls: int = 0
-    failed_pulls: int = 0
-    pulled_bytes: int = 0
-    refetched_frames: int = 0
-    """Damaged on their way and asked for again."""
-    schedule_s: float = 0.0
-    """Seconds that steps were decided in."""
-    launch_s: float = 0.0
-    """Seconds that plans were handed to ranks in."""
-    commit_s: float = 0.0
-    """Seconds that results were taken in and made events of."""
-    compute_s: float = 0.0
-    """Seconds that ranks computed (the slowest lane of each step)."""
-    wait_s: float = 0.0
-    """Seconds the engine waited for ranks."""
-    idle_s: float = 0.0
-    """Seconds without work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,9 +204,11 @@ class Engine:
         pending: StepPlan | None = None
         while not self._stopping.is_set():
             self._take_commands()
+            committed = pending is not None
             plan, pending = self._step(pending)
             self._flush()
-            if plan is not None or pending is not None:
+            # What was committed may be what the next plan waited for.
+            if plan is not None or pending is not None or committed:
                 self._active_at = time.monotonic()
             else:
                 self._check_stall()
@@ -286,6 +254,8 @@ class Engine:
         self._stats.sampled_tokens += sum(len(lane.tokens_N) for lane in output.lanes)
         for event in self._scheduler.commit(output, self._clock()):
             self._emit(event)
+        self._stats.drafted_tokens = self._scheduler.num_drafted
+        self._stats.accepted_tokens = self._scheduler.num_accepted
         self._stats.commit_s += time.monotonic() - came_at
 
     def _emit(self, event: TokenEvent | HandoffReady) -> None:

@@ -2,32 +2,19 @@
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
 from cluster.blocks import BlockPool
 from cluster.checkpoints import checkpoint_ends
+from cluster.lane_draft import LaneDraft, Work
 from cluster.plan import PullOrder
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Sequence
 from cluster.states import StatePool
 from router.request import RequestId
-from shards.batch import RowStart, StepBatch
 
 _ORDER = attrgetter("order")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a plan asks of one sequence, remembered until the plan is committed."""
-
-    seq: Sequence
-    row: int
-    end: int
-    """First position behind the computed ones."""
-    samples: bool
-    save_to: int = -1
-    """Slot that gets the state behind `end`; -1: it is not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,39 +26,6 @@ class Pinned:
     blocks: tuple[int, ...]
     slot: int
     expires_unix_s: float
-
-
-@dataclass(slots=True, kw_only=True)
-class LaneDraft:
-    """A lane's part of a step while it is put together."""
-
-    budget: int
-    """Tokens that may still be added."""
-    starts: list[RowStart] = field(default_factory=list)
-    batch: StepBatch = field(default_factory=StepBatch)
-    works: list[Work] = field(default_factory=list)
-    pulls: list[tuple[PullOrder, Sequence]] = field(default_factory=list)
-    preempted: bool = False
-
-    def add(self, seq: Sequence, count: int, save_to: int) -> None:
-        """Compute the next `count` positions of a sequence and sample behind the last one it has."""
-        samples = count == seq.remaining
-        self.batch.rows_S.append(seq.row)
-        self.batch.first_S.append(seq.computed)
-        self.batch.counts_S.append(count)
-        self.batch.samples_S.append(int(samples))
-        seq.computed += count
-        seq.pending += samples
-        self.budget -= count
-        self.works.append(Work(seq=seq, row=seq.row, end=seq.computed, samples=samples, save_to=save_to))
-        if save_to >= 0:
-            self.batch.save_rows.append(seq.row)
-            self.batch.save_ends.append(seq.computed)
-            self.batch.save_to.append(save_to)
-
-    def finish(self) -> StepBatch:
-        """The batch as the ranks get it."""
-        return replace(self.batch, starts=tuple(self.starts))
 
 
 class Lane:
@@ -102,13 +56,30 @@ class Lane:
         """Let a sequence wait for room."""
         insort(self.waiting, seq, key=_ORDER)
 
-    def plan(self, now: float, pull_ids: Iterator[int]) -> LaneDraft:
-        """Decide this lane's part of a step: decodes, then prompt chunks of running, then of waiting sequences."""
+    @property
+    def num_decoding(self) -> int:
+        """Sequences whose next step samples a token behind the last."""
+        return sum(seq.decodes for seq in self.active)
+
+    @property
+    def is_uncertain(self) -> bool:
+        """True while a given-out plan verifies drafts."""
+        return any(seq.uncertain for seq in self.active)
+
+    def plan(self, now: float, pull_ids: Iterator[int], drafts: int) -> LaneDraft:
+        """Decide this lane's part of a step: decodes, then prompt chunks of running, then of waiting sequences.
+
+        Args:
+            drafts: how many to verify and to draft a decoding row, at most.
+        """
         draft = LaneDraft(budget=self._config.max_step_tokens)
-        for seq in tuple(self.active):
-            ready = seq.phase == "running" and seq.remaining == 1 and not seq.all_sampled
-            if ready and self._grow(seq, draft):
-                self._compute(seq, 1, draft)
+        decoding = [seq for seq in self.active if seq.decodes]
+        spare = draft.budget - len(decoding)
+        for seq in decoding:
+            if seq.decodes and self._grow(seq, draft):
+                verifies, ahead = self._speculate(seq, draft, drafts, spare)
+                spare -= verifies
+                self._compute(seq, 1 + verifies, draft, verifies=verifies, drafts=ahead)
         for seq in self.active:
             if seq.phase == "running" and seq.remaining > 1:
                 self._add_chunk(seq, draft)
@@ -125,7 +96,40 @@ class Lane:
         if count:
             self._compute(seq, count, draft)
 
-    def _compute(self, seq: Sequence, count: int, draft: LaneDraft) -> None:
+    def _speculate(self, seq: Sequence, draft: LaneDraft, drafts: int, spare: int) -> tuple[int, int]:
+        """How many of a decoding sequence's drafts to verify, and how many to draft behind it.
+
+        Not beyond its last token, nor beyond blocks that are free. Where states are kept not beyond the next block's
+        end either: the state there could not be kept.
+        """
+        if not self._config.draft_tokens:
+            return 0, 0
+        size, left = self._config.block_size, seq.tokens_left
+        verifies = min(seq.drafts_ready, drafts, left - 1, spare)
+        if self._keeps_states:
+            verifies = min(verifies, size - 1 - seq.computed % size)
+        positions = min(1 + verifies + max(drafts - 1, 0), self._config.max_model_len - seq.computed)
+        room = self._room_without_preempting(seq, draft, positions)
+        verifies = min(verifies, room - 1)
+        end = len(seq.tokens) + seq.pending + verifies
+        return verifies, max(0, min(drafts, left - 2, room - verifies, self._config.max_model_len - end))
+
+    def _room_without_preempting(self, seq: Sequence, draft: LaneDraft, positions: int) -> int:
+        """Grow a sequence's blocks for its next `positions`, if they are free and nobody else is short then.
+
+        Returns:
+            the positions there is room for.
+        """
+        size = self._config.block_size
+        need = self._config.blocks_for(seq.computed + positions) - len(seq.blocks)
+        grown = self.blocks.allocate(need, keep=len(self.active)) if need > 0 else None
+        if grown is not None:
+            seq.blocks += grown
+            draft.batch.grown_rows.extend([seq.row] * len(grown))
+            draft.batch.grown_blocks.extend(grown)
+        return len(seq.blocks) * size - seq.computed
+
+    def _compute(self, seq: Sequence, count: int, draft: LaneDraft, *, verifies: int = 0, drafts: int = 0) -> None:
         """Add a sequence's next positions; keep the state behind them where it pays, if there is a slot for it.
 
         While a sequence decodes that is every block boundary, and the state kept last is given up for the new one.
@@ -138,7 +142,7 @@ class Lane:
             if not self.states.num_blank and seq.newest_state is not None:
                 self.states.replace(seq.newest_state)
             save_to = self.states.take()
-        draft.add(seq, count, -1 if save_to is None else save_to)
+        draft.add(seq, count, -1 if save_to is None else save_to, verifies=verifies, drafts=drafts)
 
     def _grow(self, seq: Sequence, draft: LaneDraft) -> bool:
         """Have a block for the next position, by preempting later sequences if need be; False: wait a step."""
@@ -260,18 +264,29 @@ class Lane:
         seq.ticket = None
         self._settle_to(seq, seq.computed)
 
-    def settle(self, work: Work, *, sound: bool) -> None:
-        """A plan is committed: what it computed may be found by others, if the sequence still has that room."""
+    def settle(self, work: Work, accepted: int = 0) -> None:
+        """A plan is committed: what it computed, up to `accepted` drafts, may be found by others.
+
+        If the sequence still has that room. Tokens behind `work.end` must be known by now.
+        """
+        if work.seq.phase == "running":
+            self._settle_to(work.seq, work.end + accepted)
+
+    def settle_state(self, work: Work, *, sound: bool) -> None:
+        """Keep the state that a committed plan saved, or give up its slot; after `settle`.
+
+        Args:
+            sound: its tokens can be found, and all of its drafts were accepted.
+        """
         seq, slot = work.seq, work.save_to
+        if slot < 0:
+            return
         if not sound or seq.phase != "running":
             self._give_slot(slot)
             return
-        self._settle_to(seq, work.end)
-        if slot < 0:
-            return
-        size = self._config.block_size
-        hashes = seq.hashes(work.end // size, size)
-        if work.end >= seq.known_len:
+        end, size = work.end + work.verifies, self._config.block_size
+        hashes = seq.hashes(end // size, size)
+        if end >= seq.known_len:
             if seq.newest_state is not None:
                 self.states.replace(seq.newest_state)
             seq.newest_state = hashes[-1]

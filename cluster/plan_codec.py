@@ -75,6 +75,8 @@ def encode_work(work: RankWork) -> list[object]:
         batch.first_S,
         batch.counts_S,
         batch.samples_S,
+        batch.verifies_S,
+        batch.drafts_S,
         batch.save_rows,
         batch.save_ends,
         batch.save_to,
@@ -99,10 +101,12 @@ def decode_work(message: object) -> RankWork:
 
 
 def _decode_batch(starts: object, columns: object) -> StepBatch:
-    restore_from, restore_to, grown_rows, grown_blocks, *rest = (_ints(column) for column in as_list(columns, 11))
-    rows, first, counts, samples, save_rows, save_ends, save_to = rest
-    groups = (restore_from, restore_to), (grown_rows, grown_blocks), (rows, first, counts, samples)
-    if any(len({len(column) for column in group}) > 1 for group in (*groups, (save_rows, save_ends, save_to))):
+    restore_from, restore_to, grown_rows, grown_blocks, *rest = (_ints(column) for column in as_list(columns, 13))
+    rows, first, counts, samples, verifies, drafts, save_rows, save_ends, save_to = rest
+    # These two are left out where no row has any.
+    groups = (restore_from, restore_to), (grown_rows, grown_blocks), (rows, first, counts, samples, verifies or rows)
+    more = (rows, drafts or rows), (save_rows, save_ends, save_to)
+    if any(len({len(column) for column in group}) > 1 for group in (*groups, *more)):
         raise CorruptDataError("columns of a batch differ in length")
     return StepBatch(
         starts=_many(starts, _decode_start),
@@ -114,6 +118,8 @@ def _decode_batch(starts: object, columns: object) -> StepBatch:
         first_S=first,
         counts_S=counts,
         samples_S=samples,
+        verifies_S=verifies,
+        drafts_S=drafts,
         save_rows=save_rows,
         save_ends=save_ends,
         save_to=save_to,
@@ -311,7 +317,8 @@ def encode_output(step: int, output: LaneOutput) -> list[object]:
     """A lane's output of one step as a message of kind "output"."""
     logprobs = None if output.logprobs is None else _encode_logprobs(output.logprobs)
     prompt = [[row, _encode_logprobs(columns)] for row, columns in output.prompt_logprobs.items()]
-    return ["output", step, output.rows_N, output.tokens_N, logprobs, prompt, float(output.compute_s)]
+    columns = [output.rows_N, output.tokens_N, output.counts_N]
+    return ["output", step, columns, logprobs, prompt, float(output.compute_s)]
 
 
 def decode_output(message: object) -> tuple[int, LaneOutput]:
@@ -320,11 +327,13 @@ def decode_output(message: object) -> tuple[int, LaneOutput]:
     Raises:
         CorruptDataError: the message is no output.
     """
-    _, step, rows, tokens, logprobs, prompt, compute_s = as_list(message, 7)
+    _, step, columns, logprobs, prompt, compute_s = as_list(message, 6)
+    rows, tokens, counts = (_ints(column) for column in as_list(columns, 3))
     pairs = [as_list(pair, 2) for pair in as_list(prompt)]
     output = LaneOutput(
-        rows_N=_ints(rows),
-        tokens_N=_ints(tokens),
+        rows_N=rows,
+        tokens_N=tokens,
+        counts_N=counts,
         logprobs=None if logprobs is None else _decode_logprobs(logprobs),
         prompt_logprobs={as_typed(row, int): _decode_logprobs(columns) for row, columns in pairs},
         compute_s=as_typed(compute_s, float),

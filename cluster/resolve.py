@@ -53,6 +53,8 @@ class ResolvedEngine:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             prefix_cache=config.prefix_cache,
+            draft_tokens=config.draft_tokens,
+            draft_adaptive=config.draft_policy == "adaptive",
             lease_s=config.lease_s,
             max_waiting=config.max_waiting,
             token_bytes=one.bytes_per_block * tp // config.block_size,
@@ -75,6 +77,7 @@ class ResolvedEngine:
             num_slots=self.num_slots,
             max_rows=config.max_rows,
             max_model_len=self.max_model_len,
+            draft_tokens=config.draft_tokens,
             threads=self.threads,
         )
 
@@ -107,6 +110,8 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     try:
+        model = model.with_drafts(config.draft_tokens)
+        _check_head(config)
         kernels = select_kernels(config.kernels, config.device)
         deterministic = resolve_deterministic(config.deterministic, config.kernels, config.device)
         check_layout(model, config.layout, deterministic=deterministic, groups=config.reduction_groups)
@@ -126,6 +131,15 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         max_model_len=max_model_len,
         threads=config.threads or max(1, len(os.sched_getaffinity(0)) // ranks),
     )
+
+
+def _check_head(config: EngineConfig) -> None:
+    """Refuse drafts where a checkpoint of a family with heads was saved without one, as transformers does."""
+    if config.draft_tokens and f"{MTP_PREFIX}fc.weight" not in CheckpointReader(config.model).names():
+        raise ConfigError(
+            f"draft_tokens={config.draft_tokens} needs a multi-token prediction head, and {config.model} holds no "
+            f"weights of one ({MTP_PREFIX}*); use draft_tokens=0, or the checkpoint as released"
+        )
 
 
 def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
@@ -164,7 +178,7 @@ def weight_bytes(config: EngineConfig) -> int:
     """Weights of the whole model in the engine's dtype, from the headers of the files' tensors that are loaded."""
     reader = CheckpointReader(config.model)
     itemsize = torch_dtype(config.dtype).itemsize
-    unused = (MTP_PREFIX, *load_model_config(config.model).unused_tensors)
+    unused = load_model_config(config.model).unused_tensors + (() if config.draft_tokens else (MTP_PREFIX,))
     loaded = (name for name in reader.names() if not name.startswith(unused))
     return sum(math.prod(reader.shape(name)) * itemsize for name in loaded)
 

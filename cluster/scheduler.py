@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 from cluster.cache_log import CacheChanges
-from cluster.lane import Lane, Pinned, Work
+from cluster.drafting import Drafting
+from cluster.lane import Lane, Pinned
+from cluster.lane_draft import Work
 from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
 from cluster.request_check import check_request
 from cluster.scheduler_config import SchedulerConfig
@@ -42,6 +44,7 @@ class Scheduler:
         self._pulls: dict[int, Sequence] = {}
         self._pinned: dict[str, Pinned] = {}
         self._uncommitted: deque[_Uncommitted] = deque()
+        self._drafting = Drafting(config)
         self._arrivals = count()
         self._steps = count()
         self._pull_ids = count()
@@ -67,6 +70,16 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Running sequences that had to give up their room, since the start."""
         return sum(lane.num_preemptions for lane in self._lanes)
+
+    @property
+    def num_drafted(self) -> int:
+        """Drafts verified, since the start."""
+        return self._drafting.num_drafted
+
+    @property
+    def num_accepted(self) -> int:
+        """Of those, the ones that were right."""
+        return self._drafting.num_accepted
 
     def add(self, request: Request, *, mode: Mode, now: float) -> None:
         """Let a request wait for room; mode "prefill" ends at its first token with a HandoffReady.
@@ -158,9 +171,16 @@ class Scheduler:
         return events
 
     def schedule(self, now: float) -> StepPlan | None:
-        """Plan the next step, or None when there is nothing to do. At most one plan may be uncommitted."""
+        """Plan the next step, or None when there is nothing to do. At most one plan may be uncommitted.
+
+        Also None while a given-out plan verifies drafts: how far its sequences get is not known. Planning the others
+        alone would split the batch in two for good.
+        """
         assert len(self._uncommitted) <= 1, "schedule() with two plans uncommitted"
-        drafts = [lane.plan(now, self._pull_ids) for lane in self._lanes]
+        if any(lane.is_uncertain for lane in self._lanes):
+            return None
+        tokens = self._drafting.choose([lane.num_decoding for lane in self._lanes])
+        drafts = [lane.plan(now, self._pull_ids, tokens) for lane in self._lanes]
         if not any(draft.works or draft.starts for draft in drafts):
             return None
         orders = []
@@ -171,6 +191,7 @@ class Scheduler:
         plan = StepPlan(step=next(self._steps), lanes=tuple(draft.finish() for draft in drafts), pulls=tuple(orders))
         if plan.has_rows:
             self._uncommitted.append(_Uncommitted(step=plan.step, works=tuple(tuple(draft.works) for draft in drafts)))
+            self._drafting.planned(plan, tokens, now)
         return plan
 
     def commit(self, output: StepOutput, now: float) -> list[TokenEvent | HandoffReady]:
@@ -179,6 +200,7 @@ class Scheduler:
         if self._uncommitted and self._uncommitted[0].step == output.step:
             for works, lane_output in zip(self._uncommitted.popleft().works, output.lanes, strict=True):
                 events += self._commit_lane(works, lane_output, now)
+            self._drafting.committed(output, now, busy=bool(self._sequences))
         else:
             assert not any(lane.rows_N for lane in output.lanes), f"results of step {output.step} out of order"
         return [*events, *self.expire(now)]
@@ -188,20 +210,44 @@ class Scheduler:
     ) -> Iterator[TokenEvent | HandoffReady]:
         sampled = [work.row for work in works if work.samples]
         assert sampled == output.rows_N, f"ranks sampled rows {output.rows_N}, the plan rows {sampled}"
-        indices = count()
+        counts = iter(output.counts_N or [1] * len(sampled))
+        end = 0
         for work in works:
-            index = next(indices) if work.samples else -1
-            sound = not work.samples or output.tokens_N[index] != NO_TOKEN
-            self._lanes[work.seq.lane].settle(work, sound=sound)
-            if work.seq.phase == "ended":
-                continue
-            if not sound:
-                yield self._unsound(work.seq)
-                continue
-            if work.row in output.prompt_logprobs:
-                work.seq.collect(output.prompt_logprobs[work.row])
-            if work.samples:
-                yield from self._take(work.seq, output, index, now)
+            begin, end = end, end + (next(counts) if work.samples else 0)
+            if work.verifies:
+                self._drafting.verified(work, end - begin - 1)
+            yield from self._commit_work(work, output, range(begin, end), now)
+
+    def _commit_work(
+        self, work: Work, output: LaneOutput, indices: range, now: float
+    ) -> Iterator[TokenEvent | HandoffReady]:
+        """One sequence's part: `indices` are its tokens in the output, accepted drafts first."""
+        seq, lane = work.seq, self._lanes[work.seq.lane]
+        if seq.phase == "ended":
+            lane.settle_state(work, sound=False)
+            return
+        if work.verifies:
+            seq.resolve(len(indices) - 1)
+        if work.row in output.prompt_logprobs:
+            seq.collect(output.prompt_logprobs[work.row])
+        if not indices:
+            lane.settle(work)
+            lane.settle_state(work, sound=True)
+        for accepted, index in enumerate(indices):
+            if output.tokens_N[index] == NO_TOKEN:
+                # Before its blocks can be found by others.
+                lane.settle_state(work, sound=False)
+                yield self._unsound(seq)
+                return
+            lane.settle(work, accepted)
+            if index == indices[-1]:
+                lane.settle_state(work, sound=accepted == work.verifies)
+            yield from self._take(seq, output, index, now)
+            if seq.phase == "ended":
+                # Tokens behind the end are nobody's.
+                if index != indices[-1]:
+                    lane.settle_state(work, sound=False)
+                return
 
     def _unsound(self, seq: Sequence) -> TokenEvent:
         """End a request whose next token cannot be chosen."""

@@ -34,6 +34,10 @@ class SchedulerConfig:
     """KV of one token on all ranks of a lane, for load reports."""
     state_bytes: int = 0
     """Recurrent state of one sequence on all ranks of a lane, for load reports."""
+    draft_tokens: int = 0
+    """Tokens drafted behind a row in a step, at most."""
+    draft_adaptive: bool = True
+    """Draft as many as pay; else always `draft_tokens`."""
     lease_s: float = 30.0
     """A prefilled sequence waits this long to be fetched."""
     lease_grace_s: float = 2.0

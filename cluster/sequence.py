@@ -29,6 +29,10 @@ class Sequence:
         self.tokens = [*request.prompt_ids, *request.output_ids]
         self.prompt_len = len(request.prompt_ids)
         self.pending = 0
+        self.drafts_ready = 0
+        """Drafts behind the last token that stand in its row on the ranks."""
+        self.uncertain = False
+        """A given-out plan verifies drafts of it: how many of its positions count is known when that is committed."""
         self.computed = 0
         self.settled = 0
         self.registered = 0
@@ -66,9 +70,19 @@ class Sequence:
         return len(self.tokens) + self.pending - self.computed
 
     @property
+    def tokens_left(self) -> int:
+        """Tokens that may still be sampled for it here, beyond those of given-out plans."""
+        return self._last_len - len(self.tokens) - self.pending
+
+    @property
+    def decodes(self) -> bool:
+        """True when its next step computes its last token (and drafts behind it) and samples."""
+        return self.phase == "running" and self.remaining == 1 and not self.all_sampled
+
+    @property
     def all_sampled(self) -> bool:
         """True when given-out plans sample the last token it can have: it needs no further step."""
-        return len(self.tokens) + self.pending >= self._last_len
+        return self.tokens_left <= 0
 
     @property
     def uncomputed_tokens(self) -> int:
@@ -102,6 +116,7 @@ class Sequence:
     def vacate(self) -> None:
         """Hold no room any more."""
         self.blocks = []
+        self.drafts_ready = 0
         self.row = self.slot = -1
 
     def start(self) -> RowStart:
@@ -120,6 +135,12 @@ class Sequence:
         """Keep the prompt log probabilities of one chunk."""
         count = self.request.sampling.prompt_logprobs or 0
         self._prompt_logprobs += [token_logprob(columns, i, count) for i in range(len(columns.logprobs_N))]
+
+    def resolve(self, accepted: int) -> None:
+        """A plan that verified drafts is committed: this many of them count, as computed and as sampled."""
+        self.uncertain = False
+        self.computed += accepted
+        self.pending += accepted
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Commit one sampled token and tell it."""

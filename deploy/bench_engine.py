@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from cluster.config import Dtype, EngineConfig
-from cluster.engine import EngineStats
+from cluster.engine_stats import EngineStats
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
 from deploy.local_engine import stream_all

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cluster.engine import EngineStats
+from cluster.engine_stats import EngineStats
 from shards.step_profile import StepKind, StepProfile
 
 

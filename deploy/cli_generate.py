@@ -75,6 +75,12 @@ def generate(
         bool,
         typer.Option("--no-prefix-cache", help="Never reuse KV and state of equal prefixes.", rich_help_panel=_ENGINE),
     ] = False,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens drafted a step by the multi-token prediction head, at most.", rich_help_panel=_ENGINE
+        ),
+    ] = 0,
     max_tokens: Annotated[int, typer.Option(help="New tokens a prompt, at most.", rich_help_panel=_SAMPLING)] = 128,
     min_tokens: Annotated[
         int, typer.Option(help="New tokens before an end token may come.", rich_help_panel=_SAMPLING)
@@ -130,6 +136,7 @@ def generate(
                 chunk_tokens=chunk,
                 max_model_len=max_model_len,
                 prefix_cache=not no_prefix_cache,
+                draft_tokens=draft_tokens,
             ),
             sampling=SamplingInput(
                 max_tokens=max_tokens,

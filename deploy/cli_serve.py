@@ -125,6 +125,10 @@ def serve(
             names=("--prefix-cache/--no-prefix-cache",),
         ),
     ] = None,
+    draft_tokens: Annotated[
+        int | None,
+        _flag("draft_tokens", _ENGINE, "Tokens drafted a step by the multi-token prediction head, at most; 0: none."),
+    ] = None,
     http_host: Annotated[
         str | None, _flag("http_host", _ENDPOINTS, "Address of the OpenAI API; beyond this machine only with keys.")
     ] = None,

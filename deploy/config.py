@@ -10,7 +10,15 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from cluster.config import DeterministicChoice, Device, Dtype, EngineConfig, KernelChoice
+from cluster.config import (
+    MOST_DRAFT_TOKENS,
+    DeterministicChoice,
+    Device,
+    DraftPolicyChoice,
+    Dtype,
+    EngineConfig,
+    KernelChoice,
+)
 from deploy.sizes import parse_bytes
 from router.errors import ConfigError
 from router.request import Role
@@ -22,6 +30,7 @@ def _bytes(value: object) -> object:
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]
+Draft = Annotated[int, Field(strict=True, ge=0, le=MOST_DRAFT_TOKENS)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, gt=0)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
@@ -51,6 +60,10 @@ class EngineOptions:
     """Reuse KV and recurrent state of equal prefixes."""
     state_cache_share: float = 0.25
     """Part of a rank's kv_memory for recurrent states kept for equal prefixes; not used without prefix_cache."""
+    draft_tokens: Draft = 0
+    """Tokens drafted a row and step by the checkpoint's multi-token prediction head, at most; 0: none."""
+    draft_policy: DraftPolicyChoice = "adaptive"
+    """adaptive: as many drafts as pay, down to none; always: draft_tokens."""
     lease_s: Seconds = 30.0
     """A prefilled sequence waits this long to be fetched."""
     step_timeout_s: Seconds = 60.0
@@ -300,6 +313,8 @@ def engine_config(config: ServeConfig, role: Role) -> EngineConfig:
             max_waiting=pool.max_waiting,
             prefix_cache=options.prefix_cache,
             state_cache_share=options.state_cache_share,
+            draft_tokens=options.draft_tokens,
+            draft_policy=options.draft_policy,
             threads=pool.threads,
             lease_s=options.lease_s,
             step_timeout_s=options.step_timeout_s,

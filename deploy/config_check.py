@@ -166,6 +166,7 @@ def _check_layout(engine: EngineConfig) -> None:
         raise CheckpointError(str(error)) from error
     try:
         deterministic = resolve_deterministic(engine.deterministic, engine.kernels, engine.device)
+        model.with_drafts(engine.draft_tokens)
         check_layout(model, engine.layout, deterministic=deterministic, groups=engine.reduction_groups)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Final
 
-from cluster.engine import Engine, EngineEvent, EngineOutlets, EngineStats, Rejected, TicketReady
+from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected, TicketReady
+from cluster.engine_stats import EngineStats
 from cluster.executor import Ranks
 from cluster.resolve import ResolvedEngine
 from cluster.ticket import ticket_maker

@@ -39,9 +39,10 @@ ENVIRONMENT_USERS = {
 
 MUTABLE_DATACLASSES = {
     "router/request.py TokenEvent": "one is made for every token, and making a frozen one takes three times as long",
-    "cluster/engine.py EngineStats": "counters of the engine thread alone",
+    "cluster/engine_stats.py EngineStats": "counters of the engine thread alone",
     "cluster/executor.py _Pull": "progress of one pull, written by the leader alone",
-    "cluster/lane.py LaneDraft": "a plan while it is being made, of one lane",
+    "cluster/speculation.py _Mean": "a running mean, of one policy",
+    "cluster/lane_draft.py LaneDraft": "a plan while it is being made, of one lane",
     "cluster/states.py _Checkpoint": "use and neighbours of one kept state, written by its pool alone",
     "cluster/member.py _Generation": "what one generation of ranks has started so far, written by the member alone",
 }

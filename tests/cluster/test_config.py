@@ -56,6 +56,8 @@ def test_engine_options_are_these_and_no_others() -> None:
         "max_waiting",
         "prefix_cache",
         "state_cache_share",
+        "draft_tokens",
+        "draft_policy",
         "threads",
         "lease_s",
         "step_timeout_s",

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from cluster.plan_codec import RankWork, decode_output, decode_work, encode_output, encode_work
 from router.errors import CorruptDataError
-from shards.batch import LaneOutput, LogprobColumns
+from shards.batch import LaneOutput, LogprobColumns, StepBatch
 
 
 def make_output_message() -> list[object]:
@@ -22,8 +24,22 @@ def test_an_output_arrives_with_its_log_probabilities() -> None:
     assert output.logprobs.top_logprobs_NK == [[-0.5]]
 
 
+def test_an_output_arrives_with_the_tokens_of_accepted_drafts() -> None:
+    _, output = decode_output(encode_output(3, LaneOutput(rows_N=[0, 2], tokens_N=[4, 5, 6], counts_N=[2, 1])))
+    assert (output.rows_N, output.tokens_N, output.counts_N) == ([0, 2], [4, 5, 6], [2, 1])
+
+
+def test_work_arrives_with_drafts_and_columns_of_another_length_are_refused() -> None:
+    batch = StepBatch(rows_S=[1, 4], first_S=[6, 9], counts_S=[3, 1], samples_S=[1, 1], verifies_S=[2, 0])
+    work = RankWork(step=1, answers=True, batch=batch)
+    assert decode_work(encode_work(work)) == work
+    for broken in (replace(batch, verifies_S=[2]), replace(batch, drafts_S=[1])):
+        with pytest.raises(CorruptDataError, match="differ in length"):
+            decode_work(encode_work(replace(work, batch=broken)))
+
+
 def test_log_probabilities_that_are_no_numbers_are_refused() -> None:
     message = make_output_message()
-    message[4] = [["-0.5"], [1], [[4]], [[-0.5]]]
+    message[3] = [["-0.5"], [1], [[4]], [[-0.5]]]
     with pytest.raises(CorruptDataError, match="list of numbers"):
         decode_output(message)

@@ -66,6 +66,8 @@ def make_config(rng: random.Random) -> SchedulerConfig:
         vocab_size=1 << 20,
         prefix_cache=rng.random() < 0.8,
         state_spacing=rng.choice([1, 4, 11]),
+        draft_tokens=rng.choice([0, 0, 1, 3]),
+        draft_adaptive=False,
         lease_s=12.0,
         lease_grace_s=1.0,
         max_waiting=12,

@@ -18,6 +18,16 @@ def next_token(tokens: tuple[int, ...]) -> int:
     return digest(tokens) % VOCAB
 
 
+def some_right(tokens: tuple[int, ...], count: int) -> list[int]:
+    """Drafts behind `tokens`, most of them right."""
+    drafts: list[int] = []
+    for _ in range(count):
+        known = (*tokens, *drafts)
+        wrong = digest((*known, -1)) % 4 == 0
+        drafts.append((next_token(known) + wrong) % VOCAB)
+    return drafts
+
+
 @dataclass
 class FakeRow:
     tokens: list[int]
@@ -26,6 +36,8 @@ class FakeRow:
     slot: int
     wants_prompt: bool
     wants_logprobs: bool
+    drafts: list[int] = field(default_factory=list)
+    """Behind the last token; some are wrong."""
 
 
 @dataclass
@@ -52,22 +64,50 @@ class FakeLane:
         for row, block in zip(batch.grown_rows, batch.grown_blocks, strict=True):
             self.rows[row].blocks.append(block)
         output = LaneOutput()
-        for row, first, count, samples in zip(
-            batch.rows_S, batch.first_S, batch.counts_S, batch.samples_S, strict=True
-        ):
-            self._compute(row, first, count, output)
+        none = [0] * len(batch.rows_S)
+        columns_S = batch.rows_S, batch.first_S, batch.counts_S, batch.samples_S
+        more = batch.verifies_S or none, batch.drafts_S or none
+        for row, first, count, samples, verifies, drafts in zip(*columns_S, *more, strict=True):
+            self._advance(row, first, count, verifies, output)
             if samples:
-                held = self.rows[row]
-                assert first + count <= len(held.tokens)
-                token = next_token(tuple(held.tokens[: first + count]))
-                del held.tokens[first + count :]
-                held.tokens.append(token)
                 output.rows_N.append(row)
-                output.tokens_N.append(token)
+                output.counts_N.append(self._sample(self.rows[row], first + count, verifies, output))
+            self._end(self.rows[row], first + count, verifies, drafts)
+        if not batch.verifies_S:
+            output.counts_N.clear()
         self._save(batch)
         if any(self.rows[row].wants_logprobs for row in output.rows_N):
             output = replace(output, logprobs=columns(output.tokens_N))
         return output
+
+    def _advance(self, row: int, first: int, count: int, verifies: int, output: LaneOutput) -> None:
+        held = self.rows[row]
+        if verifies:
+            del held.tokens[first + count - verifies :]
+            held.tokens += held.drafts[:verifies]
+        assert first + count <= len(held.tokens)
+        self._compute(row, first, count, output)
+
+    def _end(self, held: FakeRow, end: int, verifies: int, drafts: int) -> None:
+        """State and drafts behind a row's step, of positions up to `end`."""
+        # Blocks for all drafts but the last, behind the positions of this step.
+        assert not drafts or end + drafts - 1 <= len(held.blocks) * BLOCK
+        held.drafts = some_right(tuple(held.tokens), drafts)
+        if held.slot >= 0:
+            accepted = len(held.tokens) - 1 if verifies else end
+            self.states[held.slot] = (accepted, digest(tuple(held.tokens[:accepted])))
+
+    def _sample(self, held: FakeRow, end: int, verifies: int, output: LaneOutput) -> int:
+        """Draw behind each position from that before the drafts on, up to the first wrong one -> how many."""
+        drafts = held.tokens[end - verifies : end]
+        del held.tokens[end - verifies :]
+        for count, draft in enumerate([*drafts, -1], start=1):
+            token = next_token(tuple(held.tokens))
+            held.tokens.append(token)
+            output.tokens_N.append(token)
+            if token != draft:
+                return count
+        raise AssertionError("no token is -1")
 
     def _save(self, batch: StepBatch) -> None:
         ends = {row: first + n for row, first, n in zip(batch.rows_S, batch.first_S, batch.counts_S, strict=True)}
@@ -84,7 +124,6 @@ class FakeLane:
             assert self.kv[place] == digest(tuple(held.tokens[: position + 1])), f"row {row} reads foreign KV"
         if held.slot >= 0:
             assert first == 0 or self.states[held.slot] == (first, digest(tuple(held.tokens[:first])))
-            self.states[held.slot] = (first + count, digest(tuple(held.tokens[: first + count])))
         for position in range(first, first + count):
             place = held.blocks[position // BLOCK], position % BLOCK
             self.kv[place] = digest(tuple(held.tokens[: position + 1]))

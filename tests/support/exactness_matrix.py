@@ -8,7 +8,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from cluster.config import DeterministicChoice, EngineConfig, KernelChoice
-from cluster.engine import Engine, EngineEvent, EngineOutlets, EngineStats, Rejected, TicketReady
+from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected, TicketReady
+from cluster.engine_stats import EngineStats
 from cluster.executor import RankGroup
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica

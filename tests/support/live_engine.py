@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 
 from cluster.config import EngineConfig
-from cluster.engine import Engine, EngineEvent, EngineOutlets, EngineStats, Rejected
+from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected
+from cluster.engine_stats import EngineStats
 from cluster.resolve import resolve_engine
 from cluster.spawn import LocalReplica
 from cluster.ticket import ticket_maker

@@ -1,0 +1,42 @@
+"""What an engine counts, for metrics."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the start, for metrics. The engine's thread writes its own; others get copies."""
+
+    steps: int = 0
+    computed_tokens: int = 0
+    """Prompt and output positions that went through the model."""
+    sampled_tokens: int = 0
+    drafted_tokens: int = 0
+    """Drafts verified."""
+    accepted_tokens: int = 0
+    """Drafts that were right."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    requests: int = 0
+    rejected: int = 0
+    admissions: int = 0
+    """Times a request got room."""
+    preemptions: int = 0
+    """Times a running request had to give up its room for another, and was computed again."""
+    pulls: int = 0
+    failed_pulls: int = 0
+    pulled_bytes: int = 0
+    refetched_frames: int = 0
+    """Damaged on their way and asked for again."""
+    schedule_s: float = 0.0
+    """Seconds that steps were decided in."""
+    launch_s: float = 0.0
+    """Seconds that plans were handed to ranks in."""
+    commit_s: float = 0.0
+    """Seconds that results were taken in and made events of."""
+    compute_s: float = 0.0
+    """Seconds that ranks computed (the slowest lane of each step)."""
+    wait_s: float = 0.0
+    """Seconds the engine waited for ranks."""
+    idle_s: float = 0.0
+    """Seconds without work."""

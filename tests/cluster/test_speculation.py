@@ -1,0 +1,154 @@
+from collections.abc import Callable
+
+import pytest
+
+from cluster.speculation import DraftPolicy
+
+Times = Callable[[int, int], float]
+"""(rows, drafts) -> seconds of a step."""
+
+
+class Machine:
+    """Steps of one policy, rows that all draft alike, and drafts that are right as often as said."""
+
+    def __init__(self, policy: DraftPolicy, times: Times, right: tuple[float, ...]) -> None:
+        self.policy = policy
+        self.times = times
+        self.right = right
+        self.seconds = 0.0
+        self.tokens = 0.0
+        self.chosen: list[int] = []
+        self._ready = 0
+        self._wrong = [0.0] * len(right)
+
+    def step(self, rows: int) -> None:
+        drafts = self.policy.choose(rows)
+        verified = min(drafts, self._ready)
+        seconds = self.times(rows, max(verified, drafts))
+        tokens = 0
+        for _ in range(rows):
+            accepted = self._accept(verified)
+            self.policy.verified(verified, accepted)
+            tokens += accepted + 1
+        self.policy.measured(
+            rows=rows, drafts=drafts if verified == drafts else None, tokens_a_row=tokens / rows, seconds=seconds
+        )
+        self._ready = drafts
+        self.seconds += seconds
+        self.tokens += tokens / rows
+        self.chosen.append(drafts)
+
+    def _accept(self, verified: int) -> int:
+        """Wrong drafts evenly spread: no chance."""
+        for depth in range(verified):
+            self._wrong[depth] += 1 - self.right[depth]
+            if self._wrong[depth] >= 1:
+                self._wrong[depth] -= 1
+                return depth
+        return verified
+
+
+def run(times: Times, right: tuple[float, ...], *, rows: int, steps: int = 3000) -> Machine:
+    machine = Machine(DraftPolicy(len(right), adaptive=True), times, right)
+    for _ in range(steps):
+        machine.step(rows)
+    return machine
+
+
+def cheap(rows: int, drafts: int) -> float:
+    return 0.010 + 0.001 * drafts
+
+
+def dear(rows: int, drafts: int) -> float:
+    """Compute-bound: every position costs."""
+    return 0.002 * rows * (1 + drafts)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 64])
+def test_drafts_that_never_pay_cost_less_than_three_percent(rows: int) -> None:
+    machine = run(dear, (0.1, 0.1), rows=rows)
+
+    assert machine.seconds / machine.tokens < 1.03 * dear(rows, 0)
+    assert machine.chosen[-100:].count(0) > 90
+
+
+@pytest.mark.parametrize(("right", "expected"), [((0.9, 0.9, 0.9), 3), ((0.9, 0.05, 0.05), 1), ((0.05, 0.05, 0.05), 0)])
+def test_as_many_drafts_are_chosen_as_pay(right: tuple[float, ...], expected: int) -> None:
+    machine = run(cheap, right, rows=4)
+
+    assert max(set(machine.chosen[-200:]), key=machine.chosen[-200:].count) == expected
+
+
+def test_batch_sizes_are_judged_apart() -> None:
+    def bound_by_compute_when_large(rows: int, drafts: int) -> float:
+        return cheap(rows, drafts) if rows < 8 else dear(rows, drafts)
+
+    machine = Machine(DraftPolicy(2, adaptive=True), bound_by_compute_when_large, (0.8, 0.8))
+    for _ in range(400):
+        for rows in (2, 2, 2, 2, 2, 2, 2, 2, 32, 32, 32, 32, 32, 32, 32, 32):
+            machine.step(rows)
+    last = machine.chosen[-16:]
+
+    assert last[1:8] == [2] * 7
+    assert last[9:] == [0] * 7
+
+
+def test_what_stopped_paying_is_given_up_and_what_pays_again_is_found() -> None:
+    machine = run(cheap, (0.9,), rows=4)
+    assert machine.chosen[-1] == 1
+
+    machine.right = (0.0,)
+    for _ in range(500):
+        machine.step(4)
+    assert machine.chosen[-1] == 0
+
+    machine.right = (0.9,)
+    for _ in range(3000):
+        machine.step(4)
+    assert machine.chosen[-50:].count(1) > 40
+
+
+def test_drafting_that_gives_fewer_tokens_than_promised_is_bounded_too() -> None:
+    policy, seconds, tokens = DraftPolicy(1, adaptive=True), 0.0, 0.0
+    for _ in range(3000):
+        drafts = policy.choose(1)
+        # Right whenever verified, but some rows had no room to verify any.
+        policy.verified(drafts, drafts)
+        step_s = 0.010 * (1 + 0.5 * drafts)
+        policy.measured(rows=1, drafts=drafts, tokens_a_row=1.2 if drafts else 1.0, seconds=step_s)
+        seconds, tokens = seconds + step_s, tokens + (1.2 if drafts else 1.0)
+
+    assert seconds / tokens < 1.03 * 0.010
+
+
+def test_a_fixed_policy_always_drafts_all_and_measures_nothing() -> None:
+    machine = Machine(DraftPolicy(2, adaptive=False), dear, (0.0, 0.0))
+    for _ in range(20):
+        machine.step(8)
+
+    assert set(machine.chosen) == {2}
+
+
+def test_no_rows_or_no_drafts_need_no_choice() -> None:
+    assert DraftPolicy(0, adaptive=True).choose(5) == 0
+    assert DraftPolicy(3, adaptive=True).choose(0) == 3
+
+
+def test_steps_that_took_no_time_are_not_looked_at() -> None:
+    policy = DraftPolicy(1, adaptive=True)
+    for _ in range(50):
+        policy.choose(1)
+        policy.measured(rows=1, drafts=0, tokens_a_row=1.0, seconds=0.0)
+
+    assert policy.choose(1) == 0
+
+
+def test_expected_tokens_multiply_acceptance_over_depth() -> None:
+    policy = DraftPolicy(2, adaptive=True)
+    assert policy.expected_tokens(2) == 3.0
+    for _ in range(50):
+        policy.verified(2, 1)
+        policy.verified(2, 2)
+
+    assert policy.acceptance(0) == 1.0
+    assert policy.expected_tokens(2) == pytest.approx(2.5, abs=0.02)
