@@ -76,8 +76,10 @@ def _text_model(config: dict[str, object]) -> dict[str, object]:
 def _defaults(generation: dict[str, object], file: Path) -> SamplingDefaults:
     base = SamplingDefaults()
     max_tokens = generation.get("max_new_tokens")
+    # do_sample false asks for greedy decoding, whatever the temperature beside it.
+    greedy = generation.get("do_sample") is False
     return SamplingDefaults(
-        temperature=_number(generation, "temperature", base.temperature, file),
+        temperature=0.0 if greedy else _number(generation, "temperature", base.temperature, file),
         top_p=_number(generation, "top_p", base.top_p, file),
         top_k=int(_number(generation, "top_k", base.top_k, file)),
         min_p=_number(generation, "min_p", base.min_p, file),

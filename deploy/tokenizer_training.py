@@ -2,6 +2,7 @@
 
 import json
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -62,8 +63,12 @@ class SpecialIds:
     turn_end: int
 
 
-def train_tokenizer(vocab_size: int) -> Tokenizer:
+def train_tokenizer(vocab_size: int, texts: Iterable[str] | None = None) -> Tokenizer:
     """Train a tokenizer whose vocabulary and special tokens together have at most `vocab_size` entries.
+
+    Args:
+        vocab_size: upper limit.
+        texts: what to train on instead of Python's documentation.
 
     Raises:
         ConfigError: vocab_size has no room for the 256 bytes and the special tokens.
@@ -86,7 +91,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_training_text(max_chars=250 * vocab_size), trainer)
+    tokenizer.train_from_iterator(_training_text(max_chars=250 * vocab_size) if texts is None else texts, trainer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _TEXT_TOKENS])
     return tokenizer

@@ -34,6 +34,11 @@ def test_text_section_of_a_multimodal_config_is_what_counts(tmp_path: Path) -> N
     assert (model.max_model_len, model.vocab_size, model.eos_token_ids) == (64, 512, (3,))
 
 
+def test_do_sample_false_means_greedy(tmp_path: Path) -> None:
+    generation = {"do_sample": False, "temperature": 0.6}
+    assert load_served_model(make_folder(tmp_path, generation=generation), name="tiny").defaults.temperature == 0.0
+
+
 def test_a_lower_context_can_be_chosen_but_no_higher_one(tmp_path: Path) -> None:
     assert load_served_model(make_folder(tmp_path), name="tiny", max_model_len=32).max_model_len == 32
     with pytest.raises(CheckpointError, match="max_model_len=65"):

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("router", "shards", "cluster", "deploy")
-CODE_FOLDERS = (*PACKAGES, "tests", "benchmarks")
+CODE_FOLDERS = (*PACKAGES, "tests", "benchmarks", "training")
 TEXT_FOLDERS = (*CODE_FOLDERS, "docs", "k8s", ".ci")
 IMPURE = frozenset({"torch", "ray", "grpc", "google", "msgpack", "numpy", "safetensors", "psutil", "pydantic"})
 """Libraries that a pure module does not import, directly or through other modules of ours."""

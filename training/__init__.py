@@ -1,0 +1,1 @@
+"""Trains the demo models that `moefleet demo` serves; not shipped."""
