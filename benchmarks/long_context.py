@@ -39,20 +39,20 @@ _SHAPE: dict[str, Json] = {
     "hidden_size": 256,
     "max_position_embeddings": 1 << 18,
     "moe_intermediate_size": 128,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "num_hidden_layers": 4,
     "num_key_value_heads": 2,
     "vocab_size": 2048,
 }
 # One routed expert less and one of the four a token takes is the shared one: the same parameters, all and active. The
-# delta layers' heads bring their projections as near as whole heads can to those of the attention that they replace.
+# delta layers' heads make their projections as large as those of the attention that they replace.
 MODELS: dict[str, dict[str, Json]] = {
     "qwen3_moe": {"num_experts": 32, "num_experts_per_tok": 4},
     "qwen3_next": {
         "linear_key_head_dim": 128,
-        "linear_num_key_heads": 2,
+        "linear_num_key_heads": 1,
         "linear_num_value_heads": 2,
-        "linear_value_head_dim": 128,
+        "linear_value_head_dim": 112,
         "num_experts": 31,
         "num_experts_per_tok": 3,
         "num_nextn_predict_layers": 0,
