@@ -14,7 +14,7 @@ V, DK, DV = 3, 16, 24
 TOLERANCE = 2e-5
 
 
-def make_inputs(n: int) -> tuple[list[Tensor], Tensor]:
+def make_inputs(n: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """q, k, v, beta, g of one sequence, and a state that it starts from."""
     generator = torch.Generator().manual_seed(n)
 
@@ -23,7 +23,7 @@ def make_inputs(n: int) -> tuple[list[Tensor], Tensor]:
 
     q, k = (torch.nn.functional.normalize(random(1, n, V, DK), dim=-1) for _ in range(2))
     beta, g = random(1, n, V).sigmoid(), -random(1, n, V).exp()
-    return [q * DK**-0.5, k, random(1, n, V, DV), beta, g], random(1, V, DK, DV)
+    return (q * DK**-0.5, k, random(1, n, V, DV), beta, g), random(1, V, DK, DV)
 
 
 @pytest.mark.parametrize("n", [1, LONGEST_RECURRENT, LONGEST_RECURRENT + 1, CHUNK - 1, CHUNK, CHUNK + 1, 200])
