@@ -62,6 +62,8 @@ class ModelConfig:
     pad_token_id: int | None = None
     num_nextn_predict_layers: int = 0
     """Multi-token prediction layers: in a checkpoint's config those it says to hold, in a served model's those used."""
+    weight_block_size: tuple[int, int] | None = None
+    """Rows and columns of a weight that share a scale in a block-FP8 checkpoint; None: weights are not quantised."""
     unused_tensors: tuple[str, ...] = ()
     """Prefixes of tensors that the checkpoint may hold and text needs none of."""
 

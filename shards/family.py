@@ -106,7 +106,24 @@ def read_block(
         bos_token_id=_token_id(fields, "bos_token_id"),
         eos_token_ids=fields.integers("eos_token_id"),
         pad_token_id=_token_id(fields, "pad_token_id"),
+        weight_block_size=read_weight_block(fields),
     )
+
+
+def read_weight_block(fields: Fields) -> tuple[int, int] | None:
+    """quantization_config: block-FP8 is the only form of quantised checkpoints that is read; None where there is none.
+
+    Activations stay in the engine's dtype, so what the config says of them is not looked at.
+    """
+    quantised = fields.section("quantization_config")
+    if quantised is None:
+        return None
+    if quantised.text("quant_method", "") != "fp8" or quantised.text("fmt", "e4m3") != "e4m3":
+        raise fields.error("quantization_config", "only block-FP8 (quant_method fp8, fmt e4m3) is supported")
+    block = quantised.integers("weight_block_size")
+    if len(block) != 2 or not all(block):
+        raise quantised.error("weight_block_size", "it must be two positive integers, such as [128, 128]")
+    return block[0], block[1]
 
 
 def with_attention_bias(fields: Fields, config: ModelConfig) -> ModelConfig:
@@ -160,8 +177,6 @@ def with_delta_layers(fields: Fields, config: ModelConfig) -> ModelConfig:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    if fields.raw("quantization_config") is not None:
-        raise fields.error("quantization_config", "quantised checkpoints are not supported yet; use the bf16 release")
     if fields.text("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "only silu is supported")
     if fields.flag("use_sliding_window", False):

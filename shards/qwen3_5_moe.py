@@ -7,7 +7,15 @@ import dataclasses
 
 from shards.config import ModelConfig
 from shards.config_fields import Fields
-from shards.family import HARMLESS, Family, read_block, with_attention_bias, with_delta_layers, with_experts
+from shards.family import (
+    HARMLESS,
+    Family,
+    read_block,
+    read_weight_block,
+    with_attention_bias,
+    with_delta_layers,
+    with_experts,
+)
 
 _NAME = "qwen3_5_moe_text"
 _HARMLESS_TEXT = HARMLESS | {"intermediate_size"}
@@ -57,12 +65,15 @@ def _read_multimodal(fields: Fields) -> ModelConfig:
         raise fields.error("text_config", "it must hold the config of the text model")
     if text.text("model_type", _NAME) != _NAME:
         raise text.error("model_type", f"the text model of this family is {_NAME}")
-    if fields.raw("quantization_config") is not None:
-        raise fields.error("quantization_config", "quantised checkpoints are not supported yet; use the bf16 release")
     config = _read_text(text)
     text.refuse_unread(_HARMLESS_TEXT)
     tied = config.tie_word_embeddings or fields.flag("tie_word_embeddings", False)
-    return dataclasses.replace(config, tie_word_embeddings=tied, unused_tensors=("model.visual.",))
+    return dataclasses.replace(
+        config,
+        tie_word_embeddings=tied,
+        weight_block_size=config.weight_block_size or read_weight_block(fields),
+        unused_tensors=("model.visual.",),
+    )
 
 
 TEXT_FAMILY = Family(

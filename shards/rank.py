@@ -146,7 +146,7 @@ class Rank:
         cuts = make_cuts(
             self.model_config, config.place, deterministic=self._runtime.exact, groups=config.reduction_groups
         )
-        reader = CheckpointReader(config.model, progress)
+        reader = CheckpointReader(config.model, progress, weight_block=self.model_config.weight_block_size)
         loader = Loader(reader=reader, config=self.model_config, cuts=cuts, dtype=dtype, device=self._device)
         with torch.inference_mode():
             self._model = load_model(loader)

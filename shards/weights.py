@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from shards import fp8
 from shards.safetensors_files import StoredTensor, find_tensors
 
 logger = logging.getLogger(__name__)
@@ -31,17 +32,21 @@ class CheckpointReader:
         ValueError: a file is missing, truncated or corrupt; names file, tensor, expected, found and remedy.
     """
 
-    def __init__(self, path: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, path: Path, progress: Progress | None = None, *, weight_block: tuple[int, int] | None = None
+    ) -> None:
         """Read index and headers.
 
         Args:
             path: the checkpoint's folder.
             progress: told (bytes read, bytes to read) now and then. A rank does not know its share beforehand: the
                 second number is estimated from what it took of the tensors so far, and exact at the end.
+            weight_block: rows and columns that share a scale in a block-FP8 checkpoint, as its config.json says.
         """
         self._path = path
         self._tensors = find_tensors(path)
         self._progress = progress
+        self._weight_block = weight_block
         self._files: dict[Path, safe_open] = {}
         self._stack = ExitStack()
         self._used: set[str] = set()
@@ -51,16 +56,17 @@ class CheckpointReader:
         self._told_bytes = 0
 
     def names(self) -> set[str]:
-        """Every tensor's name."""
-        return set(self._tensors)
+        """Every tensor's name; scales of block-FP8 weights are part of their weight."""
+        return {name for name in self._tensors if not self._is_scale(name)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole tensor's shape; ValueError when it is missing."""
         return self._stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype it is stored in; ValueError when it is missing."""
-        return self._stored(name).dtype
+        """The dtype it is read in: as stored, or what block-FP8 stands for; ValueError when it is missing."""
+        stored = self._stored(name).dtype
+        return fp8.READ_AS if stored == fp8.DTYPE else stored
 
     def head_name(self, *, tied: bool) -> str:
         """The tensor that makes logits: lm_head.weight where it is stored, even when tied (as in transformers)."""
@@ -92,16 +98,17 @@ class CheckpointReader:
             out: filled and returned when given, converting to its dtype and device; of the slices' shape.
 
         Returns:
-            `out`, or a new contiguous CPU tensor in the stored dtype.
+            `out`, or a new contiguous CPU tensor in the dtype that `dtype` tells.
         """
         stored = self._stored(name)
         shape = _sliced_shape(stored.shape, slices)
         if out is None:
-            out = torch.empty(shape, dtype=stored.dtype)
+            out = torch.empty(shape, dtype=self.dtype(name))
         assert tuple(out.shape) == shape, f"{name}: out has shape {tuple(out.shape)}, the slices {shape}"
         if out.numel():
             # The slice is a view of the mapped file: copy, so that no weight lives on a file that may change.
-            out.copy_(self._open(stored.file).get_slice(name)[slices])
+            values = self._open(stored.file).get_slice(name)[slices]
+            out.copy_(self._dequantise(name, values, slices) if stored.dtype == fp8.DTYPE else values)
         self._count(name, out.numel() * stored.dtype.itemsize)
         return out
 
@@ -210,6 +217,27 @@ class CheckpointReader:
                 f"{self._path}: tensor {name} is missing from the safetensors files; "
                 "use the config and weights of one model, or fetch the weights again"
             ) from None
+
+    def _is_scale(self, name: str) -> bool:
+        weight = self._tensors.get(name.removesuffix(fp8.SCALE_SUFFIX))
+        return name.endswith(fp8.SCALE_SUFFIX) and weight is not None and weight.dtype == fp8.DTYPE
+
+    def _dequantise(self, name: str, values: Tensor, slices: tuple[slice, ...]) -> Tensor:
+        """What the stored numbers of a block-FP8 tensor stand for."""
+        stored, block = self._stored(name), self._weight_block
+        if block is None or len(stored.shape) < 2:
+            raise ValueError(
+                f"{stored.file}: tensor {name} of shape {list(stored.shape)} is stored in {stored.dtype}, but "
+                "config.json has no quantization_config.weight_block_size for it; use the config and weights of one "
+                "release"
+            )
+        scale_name = f"{name}{fp8.SCALE_SUFFIX}"
+        self.expect(scale_name, fp8.scale_shape(stored.shape, block))
+        scale_slices, offset = fp8.scale_slices(stored.shape, slices, block)
+        scale = self._stored(scale_name)
+        scales = self._open(scale.file).get_slice(scale_name)[scale_slices]
+        self._count(scale_name, scales.numel() * scale.dtype.itemsize)
+        return fp8.dequantise(values, scales, offset, block)
 
     def _open(self, file: Path) -> safe_open:
         if file not in self._files:
