@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 _ALLOWANCE = 0.01
 """Part of the time that tries may cost."""
-_START_STEPS = 8
+_START_STEPS = 6
 """Steps without drafts whose time tries may cost at once, before any has been saved up."""
 _MOST_CREDIT_STEPS = 64
 """What is saved up or gained counts up to this many steps without drafts: what pays may stop paying."""
@@ -88,9 +88,10 @@ class DraftPolicy:
         batch.steps += 1
         if not _is_known(batch.times[0]):
             return 0
-        if batch.tries_left:
+        if batch.tries_left and not _is_hopeless(batch):
             batch.tries_left -= 1
             return batch.trying
+        batch.tries_left = 0
         best = max(range(self.most + 1), key=lambda drafts: self._rate(batch, drafts))
         if best and self._credit_s is not None and self._credit_s < 0:
             # Whatever the means say, it has not paid.
@@ -154,6 +155,15 @@ class DraftPolicy:
         """Batch sizes up to four by themselves, larger ones by half octaves."""
         key = rows if rows <= 4 else 4 + int(2 * math.log2(rows / 4))
         return self._batches.setdefault(key, _Batch(self.most))
+
+
+def _is_hopeless(batch: _Batch) -> bool:
+    """Whether a try that goes on could not pay if every draft were right: then that is known already."""
+    tried = batch.times[batch.trying]
+    if not tried.count or tried.value < batch.times[0].value * (1 + batch.trying):
+        return False
+    tried.count = max(tried.count, _SAMPLES)
+    return True
 
 
 def _is_known(time: _Mean) -> bool:

@@ -1,0 +1,93 @@
+"""Speed-up by drafts: `python -m benchmarks.speculation MODEL [--prompts FILE] [--rows 1 4 16] [--drafts 1 2 3]`.
+
+Ranks for each number of drafts, greedy; each batch is served in turns by all of them, and medians of the rounds are
+compared; the first round warms up. Every round begins with a policy that knows nothing: learning is counted.
+Prompts are the lines of FILE, repeated as need be; without one they are random, and drafts are right by chance only.
+"""
+
+import argparse
+import random
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from cluster.config import DraftPolicyChoice, EngineConfig
+from deploy.bench_engine import BenchEngine
+from deploy.tokenizer import load_tokenizer
+from shards.families import load_model_config
+
+PROMPT_TOKENS = 64
+
+
+def make_prompts(model: Path, file: Path | None, rows: int) -> list[list[int]]:
+    """Token ids of `rows` prompts."""
+    if file is not None:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        tokenizer = load_tokenizer(model)
+        return [list(tokenizer.encode_rendered(lines[row % len(lines)].replace("\\n", "\n"))) for row in range(rows)]
+    rng, vocab = random.Random(1), load_model_config(model).vocab_size
+    return [[rng.randrange(vocab) for _ in range(PROMPT_TOKENS)] for _ in range(rows)]
+
+
+def open_engine(args: argparse.Namespace, drafts: int, policy: DraftPolicyChoice) -> BenchEngine:
+    """Loaded ranks that draft up to this many tokens."""
+    config = EngineConfig(
+        model=args.model,
+        dtype=args.dtype,
+        threads=args.threads,
+        max_rows=max(args.rows),
+        prefix_cache=False,
+        draft_tokens=drafts,
+        draft_policy=policy,
+    )
+    return BenchEngine(config)
+
+
+def measure(args: argparse.Namespace, engines: Sequence[tuple[str, BenchEngine]], rows: int) -> None:
+    """Print one line an engine: tokens a second, over those of the first, and how many drafts were right."""
+    prompts = make_prompts(args.model, args.prompts, rows)
+    rates: dict[str, list[float]] = {name: [] for name, _ in engines}
+    expected: list[list[int]] = []
+    for round_ in range(args.rounds + 1):
+        for name, engine in engines:
+            found = engine.generate(prompts, args.new)
+            expected = expected or found.tokens
+            assert found.tokens == expected, f"{name} gives other tokens"
+            if round_:
+                seconds = found.wall_s - max(found.ttft_s)
+                rates[name].append(rows * (args.new - 1) / seconds)
+    plain = statistics.median(rates[engines[0][0]])
+    for name, engine in engines:
+        rate, stats = statistics.median(rates[name]), engine.stats
+        right = stats.accepted_tokens / stats.drafted_tokens if stats.drafted_tokens else 0.0
+        shares = f"{stats.drafted_tokens / (rows * args.new):5.2f} drafts a token, {right:4.0%} right"
+        print(f"{rows:4d} rows  {name:12s} {rate:8.1f} tokens/s  {rate / plain:5.2f}x  {shares}", flush=True)
+
+
+def main() -> None:
+    """Measure every batch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompts", type=Path, help="a text a line, \\n for line ends")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--always", action="store_true", help="also engines that draft whether it pays or not")
+    parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    wanted: list[tuple[str, int, DraftPolicyChoice]] = [("none", 0, "adaptive")]
+    for drafts in args.drafts:
+        wanted.append((f"up to {drafts}", drafts, "adaptive"))
+        if args.always:
+            wanted.append((f"always {drafts}", drafts, "always"))
+    with ExitStack() as stack:
+        engines = [(name, stack.enter_context(open_engine(args, drafts, policy))) for name, drafts, policy in wanted]
+        for rows in args.rows:
+            measure(args, engines, rows)
+
+
+if __name__ == "__main__":
+    main()
