@@ -13,6 +13,7 @@ import typer
 from deploy.cli_bench import bench
 from deploy.cli_generate import generate
 from deploy.cli_serve import serve
+from deploy.cli_simulate import simulate
 from router.errors import MoefleetError
 
 _INPUT: Final = "Input"
@@ -33,6 +34,7 @@ app.command(
     epilog="Example: moefleet serve --model DIR --prefill-tp 2 --decode-members 2 --kv-memory 1GiB",
 )(serve)
 app.command(epilog='Example: moefleet generate --model DIR --prompt "Hello" --max-tokens 16 --tp 2 --json')(generate)
+app.command(epilog="Example: moefleet simulate --trace FILE --members 16 --members 256")(simulate)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(bench, name="bench")
 

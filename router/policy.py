@@ -18,8 +18,9 @@ class PolicyConfig:
     """Bandwidth of a hand-off between two members."""
     output_tokens: float = 256.0
     """Tokens that a request is expected to produce, if it may; limits that clients set are far above what they use."""
-    others_weight: float = 1.0
-    """How much a second that others wait for this request counts against a second that it waits itself."""
+    others_weight: float = 2.0
+    """How much a second that others wait for this request counts against a second that it waits itself. Over 1, because
+    a delay is passed on for as long as there is a queue: 1 / (1 - utilisation) times in theory."""
     tie_s: float = 0.0005
     """Costs this close count as equal."""
 
@@ -39,6 +40,8 @@ class Extra:
     requests: int = 0
     tokens: int = 0
     """Prompt tokens to compute or to fetch."""
+    arrivals_per_s: float = 0.0
+    """Requests that come to a member of its pool, on average."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +62,9 @@ def prefill_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price
         step_tokens=load.step_tokens, decode_rows=load.running_requests, context_tokens=load.context_tokens
     )
     queue_s = (load.waiting_tokens + extra.tokens) * token_s
-    # Whoever comes behind waits for these tokens too: as long as there is a queue, somebody does.
-    behind = load.waiting_requests + extra.requests
+    # Whoever comes while the queue lasts waits for these tokens too: where it is long, computing anew what is cached
+    # elsewhere costs many.
+    behind = extra.arrivals_per_s * queue_s
     shared_s = token_s * (1.0 + config.others_weight * behind)
     return Price(base_s=queue_s + _room_s(load, extra, config), token_s=shared_s, output_s=0.0)
 

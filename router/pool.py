@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from math import inf
+from math import exp, inf
 from typing import Final, Literal
 from zlib import crc32
 
@@ -18,6 +18,8 @@ Part = Literal["prefill", "decode", "both"]
 _Pricing = Callable[[MemberLoad, Extra, PolicyConfig], Price]
 _PRICING: Final[dict[Part, _Pricing]] = {"prefill": prefill_price, "decode": decode_price, "both": mixed_price}
 _MAX_SETS: Final = 4096
+_MEMORY_S: Final = 30.0
+"""Over which arrivals are averaged."""
 _NOBODY: Final = Price(base_s=inf, token_s=0.0, output_s=0.0)
 
 
@@ -88,6 +90,13 @@ class Pool:
         self._free: list[int] = []
         self._recurrent = False
         self._slots: dict[int, tuple[int, ...]] = {}
+        self._arrivals = 0.0
+        self._arrived_s = -inf
+
+    @property
+    def arrivals_per_s(self) -> float:
+        """Requests that were sent to a member, on average over the last while."""
+        return self._arrivals / _MEMORY_S / max(len(self._loads) - len(self._free), 1)
 
     def add(self, load: MemberLoad) -> int:
         """Take a member in; returns its slot."""
@@ -120,8 +129,10 @@ class Pool:
         self._index.remove(slot, events.removed, events.removed_states)
         self._index.store(slot, events.stored, events.stored_states)
 
-    def expect(self, offer: Offer, prompt: Prompt, until_s: float) -> None:
+    def expect(self, offer: Offer, prompt: Prompt, now: float, until_s: float) -> None:
         """The prompt goes to a member, and will be in its cache."""
+        self._arrivals = self._arrivals * exp(min(self._arrived_s - now, 0.0) / _MEMORY_S) + 1.0
+        self._arrived_s = now
         load = self._loads[offer.slot]
         if load is not None and load.prefix_cache:
             new = prompt.hashes(self.block_size)[offer.cached_tokens // self.block_size :]

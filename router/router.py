@@ -73,7 +73,8 @@ class _Member:
 
     def reprice(self) -> None:
         tokens = sum(entry.tokens for entry in self.routed)
-        self.pool.update(self.slot, self.load, Extra(requests=len(self.routed), tokens=tokens))
+        extra = Extra(requests=len(self.routed), tokens=tokens, arrivals_per_s=self.pool.arrivals_per_s)
+        self.pool.update(self.slot, self.load, extra)
 
     def settle(self, now: float) -> None:
         """Forget what was routed long enough ago. A request may cross the first report on the way, not the second."""
@@ -188,7 +189,7 @@ class Router:
         member.routed.append(entry)
         self._recent.append(entry)
         member.reprice()
-        member.pool.expect(offer, prompt, now + self._config.expected_s)
+        member.pool.expect(offer, prompt, now, now + self._config.expected_s)
 
     def _forget_old(self, now: float) -> None:
         """Price members anew that have not reported for long after something was routed to them."""

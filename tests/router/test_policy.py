@@ -36,10 +36,13 @@ def test_decode_rows_slow_a_prompt_down() -> None:
     assert prefill_price(busy, NOTHING, ALONE).token_s == pytest.approx((0.1 + 0.95 + 0.1 + 0.4) / 95)
 
 
-def test_computing_costs_more_where_others_wait_behind_it() -> None:
-    queued = replace(LOAD, waiting_requests=3)
-    weighed = prefill_price(queued, Extra(requests=1), PolicyConfig(others_weight=1.0)).token_s
-    assert weighed == pytest.approx(5 * prefill_price(queued, Extra(requests=1), ALONE).token_s)
+def test_computing_costs_more_where_others_will_come_behind_it() -> None:
+    queued, often = replace(LOAD, waiting_tokens=100), Extra(arrivals_per_s=2.0)
+    price = prefill_price(queued, often, ALONE)
+    # While the queue of 1.1 s lasts, 2.2 requests come.
+    weighed = prefill_price(queued, often, PolicyConfig(others_weight=3.0))
+    assert weighed.token_s == pytest.approx((1 + 3 * 2.2) * price.token_s)
+    assert weighed.base_s == price.base_s
 
 
 def test_a_hand_off_pays_for_its_bytes_and_a_step_for_its_rows() -> None:

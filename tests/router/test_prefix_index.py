@@ -79,3 +79,13 @@ def test_a_block_expected_of_two_members_in_turn_is_the_later_ones_until_its_own
     index.forget(10.0)
     assert index.depths([1, 2]) == [(2, 0b10), (1, 0b01)]
     assert index.depths([1, 2, 3]) == [(2, 0b10), (1, 0b01)]
+
+
+def test_a_member_that_leaves_takes_only_its_own_expectations_along() -> None:
+    index = make_index((), ())
+    index.expect(0, [1, 2], 10.0)
+    index.expect(1, [5, 6], 10.0)
+    index.store(1, (), ())
+    index.clear(1)
+    assert index.depths([1, 2]) == [(2, 0b01)]
+    assert index.depths([5, 6]) == []

@@ -1,0 +1,81 @@
+"""The simulation runs every policy on one trace, and the cost model is the best of them on sessions under load."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from router.choosers import POLICIES
+from router.errors import ConfigError
+from router.simulate import SimulateOptions, as_json, compare, main, table
+
+
+def write_sessions(folder: Path, *, sessions: int = 150, turns: int = 6) -> Path:
+    """Sessions whose prompts grow turn by turn behind a common block."""
+    rng = random.Random(1)
+    lines = []
+    fresh = iter(range(1, 1_000_000))
+    for _ in range(sessions):
+        at, blocks = rng.uniform(0, 600e3), [0]
+        for _ in range(turns):
+            blocks = [*blocks, *(next(fresh) for _ in range(rng.randrange(2, 12)))]
+            output = rng.choice((1, 100, 300))
+            lines.append(
+                {"timestamp": at, "input_length": 512 * len(blocks), "output_length": output, "hash_ids": blocks}
+            )
+            at += rng.uniform(5e3, 60e3)
+    path = folder / "trace.jsonl"
+    path.write_text("\n".join(json.dumps(each) for each in sorted(lines, key=lambda each: each["timestamp"])))
+    return path
+
+
+def test_the_cost_model_beats_the_simple_policies_on_sessions(tmp_path: Path) -> None:
+    options = SimulateOptions(trace=write_sessions(tmp_path), members=(4,), requests=900, utilisation=0.85)
+    (comparison,) = compare(options)
+    results = {result.policy: result for result in comparison.results}
+    ours = results.pop("cost")
+    assert comparison.utilisation == pytest.approx(0.85, rel=0.05)
+    assert ours.mean_ttft_s < min(result.mean_ttft_s for result in results.values())
+    assert ours.good_share >= max(result.good_share for result in results.values())
+    assert ours.hit_bound * 0.95 <= ours.hit_rate <= ours.hit_bound
+    assert ours.hit_bound_in_room == ours.hit_bound
+    assert results["round-robin"].hit_rate < ours.hit_rate
+    assert json.loads(as_json(comparison))["results"][0]["policy"] == "round-robin"
+    assert len(table(comparison).splitlines()) == 2 + len(POLICIES)
+
+
+def test_the_program_prints_tables_or_json_and_tells_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = str(write_sessions(tmp_path, sessions=3))
+    flags = ["--trace", trace, "--members", "2", "--policies", "least-load", "--requests", "5"]
+    assert main(flags) == 0
+    assert "least-load" in capsys.readouterr().out
+    assert main([*flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["members"] == 2
+    assert main(["--trace", str(tmp_path / "none")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["--trace", trace, "--policies", "best"]) == 2
+    assert "best is none of round-robin" in capsys.readouterr().err
+
+
+def test_options_and_traces_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with pytest.raises(ConfigError, match=r"simulate\.utilisation must be positive"):
+        SimulateOptions(trace=trace, utilisation=0.0)
+    with pytest.raises(ConfigError, match="members"):
+        SimulateOptions(trace=trace, members=(0,))
+    with pytest.raises(ConfigError, match="policies"):
+        SimulateOptions(trace=trace, policies=())
+    trace.write_text('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [1]}')
+    with pytest.raises(ConfigError, match="spans no time"):
+        next(compare(SimulateOptions(trace=trace)))
+
+
+def test_answers_of_one_token_have_no_gaps(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [
+        {"timestamp": 1000 * number, "input_length": 5, "output_length": 1, "hash_ids": [number]} for number in range(9)
+    ]
+    trace.write_text("\n".join(json.dumps(each) for each in lines))
+    (comparison,) = compare(SimulateOptions(trace=trace, policies=("cost",), requests=9))
+    assert comparison.results[0].p99_itl_s == 0.0
