@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
+from cluster.gate import Gate
 from cluster.journey import Journey, RequestTrace
 from cluster.member_client import ClientLimits, MemberClient, MemberStream
 from cluster.member_codec import SubmitMode
@@ -73,11 +74,11 @@ class Dispatcher:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._router = router
-        self._admission = admission
         self._token = token
         self._config = config or DispatcherConfig()
         self._on_trace = on_trace
         self._clock = clock
+        self._gate = Gate(admission, lambda: router.loads, clock)
         self._credentials = credentials
         self._clients: dict[MemberId, MemberClient] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -133,6 +134,7 @@ class Dispatcher:
         def on_load(load: MemberLoad) -> None:
             if is_current():
                 self._router.update(load, self._clock())
+                self._gate.refresh()
 
         def on_cache(events: CacheEvents) -> bool:
             # What a client that is being replaced still says is nobody's.
@@ -141,6 +143,7 @@ class Dispatcher:
         def on_lost(member_id: MemberId) -> None:
             if is_current():
                 self._router.remove(member_id)
+                self._gate.refresh()
 
         client = MemberClient(
             info,
@@ -169,17 +172,18 @@ class Dispatcher:
             DeadlineExceededError: its deadline passed.
         """
         journey = Journey(request, self._clock)
-        self._admission.admit(request, self._clock())
-        journey.mark("admitted_s")
+        turn = self._gate.enter(request)
         try:
+            await journey.within(turn)
+            journey.mark("admitted_s")
             async for event in self._serve(journey):
                 if journey.num_emitted == 0:
-                    self._admission.started(request.id, self._clock())
+                    self._gate.started(request.id)
                 journey.take(event)
                 yield event
         finally:
             self._leave(journey)
-            self._admission.done(request.id, self._clock())
+            self._gate.leave(request.id)
             journey.mark("done_s")
             if self._on_trace is not None:
                 self._on_trace(journey.trace())

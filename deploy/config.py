@@ -9,6 +9,7 @@ from typing import Annotated, Final, get_args, get_type_hints
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 from cluster.config import (
     MOST_DRAFT_TOKENS,
@@ -34,6 +35,7 @@ Draft = Annotated[int, Field(strict=True, ge=0, le=MOST_DRAFT_TOKENS)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, gt=0)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
+Weight = Annotated[float, Field(strict=True, gt=0)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 _CLOSED: Final = ConfigDict(extra="forbid")
@@ -157,6 +159,8 @@ class GatewayConfig:
     """Requests a gateway serves at once; more are refused with a time to come again."""
     max_queue: Count = 256
     """Of these, those without a first token."""
+    tenant_weights: dict[Text, Weight] = Field(default_factory=dict)
+    """What tenants get of a busy fleet, by their names in http.api_keys_file; 1 for those not named."""
 
     def __post_init__(self) -> None:
         if self.max_queue > self.max_in_flight:
@@ -330,7 +334,11 @@ def config_keys(owner: type = ServeConfig, prefix: str = "") -> dict[str, object
     for field in fields(owner):
         inner = _nested(hints[field.name])
         if inner is None:
-            keys[prefix + field.name] = None if field.name == "model" else field.default
+            default: object = None if field.name == "model" else field.default
+            # A default that must not be shared is made anew each time.
+            keys[prefix + field.name] = (
+                default.get_default(call_default_factory=True) if isinstance(default, FieldInfo) else default
+            )
         else:
             keys |= config_keys(inner, f"{prefix}{field.name}.")
     return keys

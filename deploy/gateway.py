@@ -81,7 +81,11 @@ async def start_gateway(config: ServeConfig) -> GatewayApp:
     max_model_len = min(membership.max_model_len[role] for role, _ in config.pools.roles)
     model = load_served_model(Path(config.model), name=config.served_name, max_model_len=max_model_len)
     metrics = GatewayMetrics(model.name)
-    admission = AdmissionConfig(max_in_flight=config.gateway.max_in_flight, max_queue=config.gateway.max_queue)
+    admission = AdmissionConfig(
+        max_in_flight=config.gateway.max_in_flight,
+        max_queue=config.gateway.max_queue,
+        tenant_weights=config.gateway.tenant_weights,
+    )
     dispatcher = Dispatcher(Router(), Admission(admission), token, on_trace=metrics.stages)
     dispatcher.update_members(membership.members)
     tokenizer = await asyncio.to_thread(load_tokenizer, Path(config.model))

@@ -1,14 +1,21 @@
-"""Whether a request may enter: bounds on what is in flight and on what waits for its first token."""
+"""Who may enter, and when: bounds on what is in flight and waits, and fair turns while the fleet is busy."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import exp
+from typing import Final
 
 from router.errors import ConfigError, DeadlineExceededError, InvalidRequestError, OverloadedError
+from router.fair_queue import FairQueue, Flow, Waiting
 from router.request import Request, RequestId
+
+_RATE_S: Final = 10.0
+"""Over which the pace of first tokens is averaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionConfig:
-    """Bounds of one gateway."""
+    """Bounds of one gateway, and what tenants and classes get of a busy fleet."""
 
     max_in_flight: int = 1024
     """Requests admitted and not done."""
@@ -17,9 +24,17 @@ class AdmissionConfig:
     min_retry_s: float = 0.5
     max_retry_s: float = 30.0
     """Bounds of what a refused client is told to wait."""
+    expected_output: int = 256
+    """Tokens that a request is taken to produce, if it may; limits that clients set are far above what they use."""
+    starting_per_member: float = 1.0
+    """Requests without a first token that members get at once: few, so that a turn comes soon; enough for all."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """Shares of tenants; 1 for those not named."""
+    class_weight: float = 4.0
+    """What requests of positive priority get for each token of those of none, and these for those of negative."""
 
     def __post_init__(self) -> None:
-        for name in ("max_in_flight", "max_queue"):
+        for name in ("max_in_flight", "max_queue", "expected_output"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"admission.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.min_retry_s <= self.max_retry_s:
@@ -27,31 +42,54 @@ class AdmissionConfig:
                 f"admission.min_retry_s must be positive and at most max_retry_s, got {self.min_retry_s} and "
                 f"{self.max_retry_s}"
             )
+        weights = {"starting_per_member": self.starting_per_member, "class_weight": self.class_weight}
+        weights |= {f"tenant_weights.{tenant}": weight for tenant, weight in self.tenant_weights.items()}
+        for name, weight in weights.items():
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"admission.{name} must be positive, got {weight}")
 
 
-class _Pace:
-    """How fast places become free, and how many were refused since the last one did."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entrant:
+    """What admission needs of a request."""
 
-    _WEIGHT = 0.1
-    """Of the newest gap in the mean: about the last twenty gaps count."""
+    id: RequestId
+    tokens: int
+    """Of its prompt, and those emitted so far."""
+    max_output: int
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
 
-    def __init__(self) -> None:
-        self._last_s: float | None = None
-        self._gap_s = 1.0
-        self._refused = 0
 
-    def freed(self, now: float) -> None:
-        """A place became free."""
-        if self._last_s is not None:
-            self._gap_s += self._WEIGHT * (max(now - self._last_s, 0.0) - self._gap_s)
-        self._last_s = now
-        self._refused = 0
+def entrant_of(request: Request) -> Entrant:
+    """A request at the gate."""
+    return Entrant(
+        id=request.id,
+        tokens=len(request.prompt_ids) + len(request.output_ids),
+        max_output=request.sampling.max_tokens,
+        tenant=request.tenant,
+        priority=request.priority,
+        deadline_s=request.deadline_unix_s,
+    )
 
-    def wait_s(self, now: float) -> float:
-        """Seconds until this refused request may expect a place: behind those refused before it."""
-        self._refused += 1
-        stalled = 0.0 if self._last_s is None else now - self._last_s
-        return self._refused * max(self._gap_s, stalled)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """The members that compute prompts."""
+
+    members: int
+    step_tokens: int
+    """Tokens that one computes in a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """What became of requests that waited."""
+
+    released: tuple[RequestId, ...]
+    """To be routed now, in this order."""
+    refused: tuple[tuple[RequestId, OverloadedError | DeadlineExceededError], ...]
 
 
 class Admission:
@@ -60,9 +98,12 @@ class Admission:
     def __init__(self, config: AdmissionConfig | None = None) -> None:
         self._config = config or AdmissionConfig()
         self._in_flight: set[RequestId] = set()
-        self._queue: set[RequestId] = set()
-        self._ends = _Pace()
-        self._starts = _Pace()
+        self._waiting: dict[RequestId, Waiting] = {}
+        self._starting: dict[RequestId, int] = {}
+        self._queue = FairQueue()
+        self._refused: list[tuple[RequestId, OverloadedError | DeadlineExceededError]] = []
+        self._paced = 0.0
+        self._paced_s = 0.0
 
     @property
     def num_in_flight(self) -> int:
@@ -72,43 +113,128 @@ class Admission:
     @property
     def num_queued(self) -> int:
         """Requests admitted that have no first token."""
-        return len(self._queue)
+        return len(self._waiting) + len(self._starting)
 
-    def admit(self, request: Request, now: float) -> None:
-        """Let a request in; `done` must follow.
+    def waiting(self) -> dict[Flow, int]:
+        """Requests that wait for their turn, by tenant and class."""
+        return self._queue.counts()
+
+    def admit(self, request: Entrant, now: float) -> None:
+        """Let a request wait for its turn, which `decide` gives; `done` must follow.
+
+        Where all places are taken, the newest request of whoever has most waiting for its share makes room, be it this
+        one or another.
 
         Raises:
-            DeadlineExceededError: nobody waits for it any more.
+            DeadlineExceededError: nobody waits for it any more, or it would not get its turn in time.
             InvalidRequestError: its id is in flight.
             OverloadedError: a bound is reached; says when to come back.
         """
-        if request.deadline_unix_s is not None and request.deadline_unix_s <= now:
-            late = now - request.deadline_unix_s
-            raise DeadlineExceededError(f"{request.id}: deadline passed {late:.3f} s ago; send it with a later one")
         if request.id in self._in_flight:
             raise InvalidRequestError(f"request id {request.id} is in flight already; use a new one", field="id")
-        if len(self._in_flight) >= self._config.max_in_flight:
-            raise self._overloaded("max_in_flight", self._config.max_in_flight, self._ends, now)
-        if len(self._queue) >= self._config.max_queue:
-            raise self._overloaded("max_queue", self._config.max_queue, self._starts, now)
+        item, weight = self._item(request), self._weight(request)
+        wait_s = self._wait_s(item, weight, now)
+        self._check_deadline(item, wait_s, now)
+        bound = self._bound_reached()
+        if bound:
+            last = self._queue.last_of_longest()
+            burden = self._queue.burden(item.flow) + item.tokens / weight
+            if last is None or last.flow == item.flow or self._queue.burden(last.flow) <= burden:
+                raise self._overloaded(bound, wait_s)
+            self._refuse(last, self._overloaded(bound, wait_s))
         self._in_flight.add(request.id)
-        self._queue.add(request.id)
+        self._waiting[request.id] = item
+        self._queue.push(item, weight)
+
+    def decide(self, capacity: Capacity, now: float) -> Decisions:
+        """Give turns while the members have room for more first tokens; without members all go, to be told so."""
+        released: list[RequestId] = []
+        limit = capacity.members * self._config.starting_per_member
+        while not capacity.members or self._has_room(limit, limit * capacity.step_tokens):
+            item = self._queue.pop()
+            if item is None:
+                break
+            del self._waiting[item.request_id]
+            if item.deadline_s is not None and item.deadline_s <= now:
+                error = DeadlineExceededError(f"{item.request_id}: its deadline passed in the queue; allow more time")
+                self._refused.append((item.request_id, error))
+                continue
+            self._starting[item.request_id] = item.tokens
+            released.append(item.request_id)
+        refused = tuple(self._refused)
+        self._refused.clear()
+        return Decisions(released=tuple(released), refused=refused)
+
+    def _has_room(self, requests: float, tokens: float) -> bool:
+        return len(self._starting) < requests or sum(self._starting.values()) < tokens
 
     def started(self, request_id: RequestId, now: float) -> None:
-        """The request has its first token: it leaves the queue. More calls change nothing."""
-        if request_id in self._queue:
-            self._queue.remove(request_id)
-            self._starts.freed(now)
+        """The request has its first token. More calls change nothing."""
+        tokens = self._starting.pop(request_id, None)
+        if tokens is not None:
+            self._paced = self._paced * exp(min(self._paced_s - now, 0.0) / _RATE_S) + tokens
+            self._paced_s = now
 
     def done(self, request_id: RequestId, now: float) -> None:
         """The request ended, however it did; ids that are not in flight change nothing."""
-        if request_id in self._in_flight:
-            self.started(request_id, now)
-            self._in_flight.remove(request_id)
-            self._ends.freed(now)
+        self.started(request_id, now)
+        item = self._waiting.pop(request_id, None)
+        if item is not None:
+            self._queue.remove(item)
+        self._in_flight.discard(request_id)
 
-    def _overloaded(self, bound: str, value: int, pace: _Pace, now: float) -> OverloadedError:
-        retry_s = min(max(pace.wait_s(now), self._config.min_retry_s), self._config.max_retry_s)
-        return OverloadedError(
-            f"admission.{bound}={value} requests reached; try again in {retry_s:.1f} s", retry_after_s=retry_s
+    def _item(self, request: Entrant) -> Waiting:
+        return Waiting(
+            request_id=request.id,
+            flow=(request.tenant, _class_of(request)),
+            tokens=request.tokens + min(request.max_output, self._config.expected_output),
+            deadline_s=request.deadline_s,
         )
+
+    def _weight(self, request: Entrant) -> float:
+        tenant = self._config.tenant_weights.get(request.tenant, 1.0)
+        return tenant * self._config.class_weight ** _class_of(request)
+
+    def _wait_s(self, item: Waiting, weight: float, now: float) -> float:
+        """Seconds until a new request has its turn, at the pace of late."""
+        pace = self._paced * exp(min(self._paced_s - now, 0.0) / _RATE_S) / _RATE_S
+        before = self._queue.tokens_before(item.flow, item.tokens, weight) - item.tokens
+        if before <= 0:
+            return 0.0
+        return before / pace if pace > 0 else self._config.min_retry_s
+
+    def _check_deadline(self, item: Waiting, wait_s: float, now: float) -> None:
+        if item.deadline_s is None:
+            return
+        if item.deadline_s <= now:
+            ago = f"{now - item.deadline_s:.3f} s ago"
+            raise DeadlineExceededError(f"{item.request_id}: deadline passed {ago}; send it with a later one")
+        if item.deadline_s <= now + wait_s:
+            raise DeadlineExceededError(
+                f"{item.request_id}: its turn comes in {wait_s:.1f} s, its deadline in {item.deadline_s - now:.1f} s; "
+                "send it with a later one"
+            )
+
+    def _bound_reached(self) -> str:
+        if len(self._in_flight) >= self._config.max_in_flight:
+            return f"max_in_flight={self._config.max_in_flight}"
+        if self.num_queued >= self._config.max_queue:
+            return f"max_queue={self._config.max_queue}"
+        return ""
+
+    def _refuse(self, item: Waiting, error: OverloadedError) -> None:
+        self._queue.remove(item)
+        del self._waiting[item.request_id]
+        self._in_flight.discard(item.request_id)
+        self._refused.append((item.request_id, error))
+
+    def _overloaded(self, bound: str, wait_s: float) -> OverloadedError:
+        retry_s = min(max(wait_s, self._config.min_retry_s), self._config.max_retry_s)
+        return OverloadedError(
+            f"admission.{bound} requests reached; try again in {retry_s:.1f} s", retry_after_s=retry_s
+        )
+
+
+def _class_of(request: Entrant) -> int:
+    """1, 0 or -1: requests of positive, no and negative priority."""
+    return (request.priority > 0) - (request.priority < 0)

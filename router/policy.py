@@ -74,7 +74,7 @@ def decode_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     state_s = load.state_bytes / config.transfer_bytes_per_s
     token_s = load.token_bytes / config.transfer_bytes_per_s
     base_s = state_s + extra.tokens * token_s + _room_s(load, extra, config)
-    return Price(base_s=base_s, token_s=token_s, output_s=_sharing_s(load, extra, config))
+    return Price(base_s=base_s, token_s=token_s, output_s=_sharing_s(load, extra))
 
 
 def mixed_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
@@ -84,7 +84,7 @@ def mixed_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     return Price(
         base_s=prefill.base_s,
         token_s=prefill.token_s + stall_s,
-        output_s=_sharing_s(load, extra, config),
+        output_s=_sharing_s(load, extra),
     )
 
 
@@ -93,11 +93,10 @@ def _rows(load: MemberLoad, extra: Extra) -> int:
     return min(load.running_requests + load.waiting_requests + extra.requests, load.max_requests)
 
 
-def _sharing_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:
-    """Seconds a decode step takes longer for the others in it, and they for the new row."""
-    step, rows = load.step_time, _rows(load, extra)
-    others_s = rows * step.decode_row_s + load.context_tokens * step.context_token_s
-    return others_s + config.others_weight * rows * step.decode_row_s
+def _sharing_s(load: MemberLoad, extra: Extra) -> float:
+    """Seconds a decode step takes longer for the others in it."""
+    step = load.step_time
+    return _rows(load, extra) * step.decode_row_s + load.context_tokens * step.context_token_s
 
 
 def _room_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:

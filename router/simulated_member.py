@@ -45,6 +45,7 @@ class Job:
         self.new_tokens = 0
         """To compute, as it looked when it came to the member."""
         self.cached_tokens = 0
+        self.refused = False
         self.first_token_s = -1.0
         self.end_s = -1.0
 

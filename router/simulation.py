@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from router.admission import Admission, AdmissionConfig, Capacity, Entrant
 from router.choosers import Chooser, PolicyName, make_chooser
+from router.errors import DeadlineExceededError, OverloadedError
 from router.prompt import Prompt
-from router.request import MemberId
+from router.request import MemberId, RequestId
 from router.router import RouterConfig
 from router.simulated_member import Job, MemberSpec, Progress, SimulatedMember
 from router.trace import TraceRequest, reusable_tokens
@@ -30,6 +32,8 @@ class Fleet:
     members: int
     spec: MemberSpec
     router: RouterConfig = field(default_factory=RouterConfig)
+    admission: AdmissionConfig | None = None
+    """None: every request is routed as it comes."""
     min_report_gap_s: float = 0.05
 
 
@@ -62,6 +66,9 @@ class _Run:
         self._order = {member.member_id: number for number, member in enumerate(members)}
         self._ends: list[tuple[float, int, int, MemberId]] = []
         self._reported: dict[MemberId, float] = {}
+        self._admission = Admission(fleet.admission) if fleet.admission is not None else None
+        self._capacity = Capacity(members=fleet.members, step_tokens=fleet.spec.step_tokens)
+        self._at_gate: dict[RequestId, Job] = {}
         self.recorder = _Recorder()
         for member in members:
             self._report(member, 0.0)
@@ -70,11 +77,37 @@ class _Run:
         """Run until every request has ended."""
         for job in jobs:
             self._run_until(job.arrival_s)
-            self._arrive(job)
+            self._enter(job)
         self._run_until(math.inf)
 
-    def _arrive(self, job: Job) -> None:
-        now, spec = job.arrival_s, self._fleet.spec
+    def _enter(self, job: Job) -> None:
+        if self._admission is None:
+            self._route(job, job.arrival_s)
+            return
+        request = job.request
+        entrant = Entrant(
+            id=RequestId(str(job.number)),
+            tokens=request.prompt_tokens,
+            max_output=request.output_tokens,
+            tenant=request.tenant,
+        )
+        try:
+            self._admission.admit(entrant, job.arrival_s)
+        except (OverloadedError, DeadlineExceededError):
+            job.refused = True
+            return
+        self._at_gate[entrant.id] = job
+        self._decide(self._admission, job.arrival_s)
+
+    def _decide(self, admission: Admission, now: float) -> None:
+        decisions = admission.decide(self._capacity, now)
+        for request_id in decisions.released:
+            self._route(self._at_gate.pop(request_id), now)
+        for request_id, _ in decisions.refused:
+            self._at_gate.pop(request_id).refused = True
+
+    def _route(self, job: Job, now: float) -> None:
+        spec = self._fleet.spec
         blocks = job.request.full_blocks(spec.block_size)
         prompt = Prompt(
             f"r{job.number}",
@@ -102,6 +135,15 @@ class _Run:
                 self._chooser.ended(member_id)
             if next_end is None or now - self._reported[member_id] >= self._fleet.min_report_gap_s:
                 self._report(member, now)
+            if self._admission is not None and (progress.started or progress.ended):
+                self._tell(self._admission, progress, now)
+
+    def _tell(self, admission: Admission, progress: Progress, now: float) -> None:
+        for job in progress.started:
+            admission.started(RequestId(str(job.number)), now)
+        for job in progress.ended:
+            admission.done(RequestId(str(job.number)), now)
+        self._decide(admission, now)
 
     def _report(self, member: SimulatedMember, now: float) -> None:
         self._reported[member.member_id] = now
@@ -139,12 +181,29 @@ def simulate(
 ) -> Result:
     """Serve a trace. Requests that no member has room for are left out."""
     members = [SimulatedMember(MemberId(f"m{number}"), fleet.spec) for number in range(fleet.members)]
+    jobs, recorder = _serve(trace, fleet, policy, members)
+    return _result(policy, fleet, jobs, members, recorder, objective or Objective())
+
+
+def simulate_tenants(trace: Sequence[TraceRequest], fleet: Fleet, policy: PolicyName) -> dict[str, list[float]]:
+    """Serve a trace -> the times to first token of each tenant's requests, sorted, without those refused."""
+    members = [SimulatedMember(MemberId(f"m{number}"), fleet.spec) for number in range(fleet.members)]
+    jobs, _ = _serve(trace, fleet, policy, members)
+    times: dict[str, list[float]] = {}
+    for job in jobs:
+        if not job.refused:
+            times.setdefault(job.request.tenant, []).append(job.first_token_s - job.arrival_s)
+    return {tenant: sorted(each) for tenant, each in times.items()}
+
+
+def _serve(
+    trace: Sequence[TraceRequest], fleet: Fleet, policy: PolicyName, members: Sequence[SimulatedMember]
+) -> tuple[list[Job], _Recorder]:
     served = [each for each in trace if members[0].can_hold(each)]
     jobs = [Job(number=number, request=each, arrival_s=each.arrival_s) for number, each in enumerate(served)]
-    chooser = make_chooser(policy, [member.member_id for member in members], fleet.router)
-    run = _Run(fleet, chooser, members)
+    run = _Run(fleet, make_chooser(policy, [member.member_id for member in members], fleet.router), members)
     run.serve(jobs)
-    return _result(policy, fleet, jobs, members, run.recorder, objective or Objective())
+    return jobs, run.recorder
 
 
 def _result(

@@ -1,0 +1,72 @@
+"""Where requests wait at the gateway for their turn: the admission's decisions as futures. Lives on the event loop."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from router.admission import Admission, Capacity, entrant_of
+from router.load import MemberLoad
+from router.request import Request, RequestId
+
+
+class Gate:
+    """Asks `admission` for decisions whenever something changed.
+
+    Args:
+        admission: who may enter, and when.
+        loads: the members' latest reports.
+        clock: unix seconds.
+    """
+
+    def __init__(
+        self, admission: Admission, loads: Callable[[], Iterable[MemberLoad]], clock: Callable[[], float]
+    ) -> None:
+        self._admission = admission
+        self._loads = loads
+        self._clock = clock
+        self._turns: dict[RequestId, asyncio.Future[None]] = {}
+
+    def enter(self, request: Request) -> "asyncio.Future[None]":
+        """Let a request wait; `leave` must follow. The result comes with its turn, or its refusal as an error.
+
+        Raises:
+            DeadlineExceededError, InvalidRequestError, OverloadedError: as `Admission.admit`.
+        """
+        self._admission.admit(entrant_of(request), self._clock())
+        turn = self._turns[request.id] = asyncio.get_running_loop().create_future()
+        self._decide()
+        return turn
+
+    def started(self, request_id: RequestId) -> None:
+        """It has its first token: others may have their turn."""
+        self._admission.started(request_id, self._clock())
+        self._decide()
+
+    def leave(self, request_id: RequestId) -> None:
+        """It ended, however it did."""
+        self._turns.pop(request_id, None)
+        self._admission.done(request_id, self._clock())
+        self._decide()
+
+    def refresh(self) -> None:
+        """Members came, left or told of themselves."""
+        if self._turns:
+            self._decide()
+
+    def _decide(self) -> None:
+        decisions = self._admission.decide(_capacity(self._loads()), self._clock())
+        for request_id in decisions.released:
+            turn = self._turns.pop(request_id)
+            # Whoever was cancelled is about to leave.
+            if not turn.done():
+                turn.set_result(None)
+        for request_id, error in decisions.refused:
+            turn = self._turns.pop(request_id)
+            if not turn.done():
+                turn.set_exception(error)
+
+
+def _capacity(loads: Iterable[MemberLoad]) -> Capacity:
+    """Of the members that compute prompts: the prefill pool, or all where there is none."""
+    able = [load for load in loads if not load.draining]
+    able = [load for load in able if load.role == "prefill"] or able
+    return Capacity(members=len(able), step_tokens=max((load.step_tokens for load in able), default=0))

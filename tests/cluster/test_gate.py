@@ -1,0 +1,84 @@
+"""Requests at the gateway get their turn, or an error, and leave nothing behind."""
+
+import asyncio
+
+import pytest
+
+from cluster.gate import Gate
+from router.admission import Admission, AdmissionConfig
+from router.errors import OverloadedError
+from router.load import MemberLoad
+from router.request import MemberId, Request, RequestId, Role, SamplingParams
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def make_load(name: str, role: Role = "mixed") -> MemberLoad:
+    return MemberLoad(member_id=MemberId(name), role=role, step_tokens=1)
+
+
+def make_request(name: str, tenant: str = "") -> Request:
+    return Request(id=RequestId(name), prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1), tenant=tenant)
+
+
+class Fleet:
+    """A gate over members that can be changed."""
+
+    def __init__(self, *loads: MemberLoad, config: AdmissionConfig | None = None) -> None:
+        self.loads = loads
+        self.admission = Admission(config)
+        self.gate = Gate(self.admission, lambda: self.loads, lambda: 0.0)
+
+
+async def test_turns_go_on_with_first_tokens_and_ends() -> None:
+    fleet = Fleet(make_load("p", "prefill"), make_load("d", "decode"))
+    turns = {name: fleet.gate.enter(make_request(name)) for name in "abcd"}
+    assert [name for name, turn in turns.items() if turn.done()] == ["a"]
+    fleet.gate.started(RequestId("a"))
+    assert turns["b"].done()
+    fleet.gate.leave(RequestId("b"))
+    assert turns["c"].done()
+    fleet.gate.leave(RequestId("d"))
+    for name in "abc":
+        fleet.gate.leave(RequestId(name))
+    assert (fleet.admission.num_in_flight, fleet.admission.num_queued) == (0, 0)
+
+
+async def test_a_new_member_gives_turns_to_those_who_wait() -> None:
+    fleet = Fleet(make_load("a"))
+    fleet.gate.refresh()
+    fleet.gate.enter(make_request("a"))
+    turn = fleet.gate.enter(make_request("b"))
+    fleet.gate.refresh()
+    assert not turn.done()
+    fleet.loads = (make_load("a"), make_load("b"))
+    fleet.gate.refresh()
+    assert turn.done()
+
+
+async def test_whoever_makes_room_for_others_is_told() -> None:
+    fleet = Fleet(make_load("a"), config=AdmissionConfig(max_queue=4))
+    hogs = [fleet.gate.enter(make_request(f"hog{number}", "hog")) for number in range(4)]
+    fleet.gate.enter(make_request("other", "other"))
+    with pytest.raises(OverloadedError, match="max_queue=4"):
+        await hogs[3]
+    hogs[2].cancel()
+    fleet.gate.enter(make_request("another", "third"))
+    fleet.gate.leave(RequestId("hog2"))
+    assert fleet.admission.waiting() == {("hog", 0): 1, ("other", 0): 1, ("third", 0): 1}
+
+
+async def test_a_turn_that_comes_for_somebody_who_was_cancelled_is_passed_over() -> None:
+    fleet = Fleet(make_load("a"))
+    fleet.gate.enter(make_request("a"))
+    turn = fleet.gate.enter(make_request("b"))
+    turn.cancel()
+    fleet.gate.leave(RequestId("a"))
+    await asyncio.sleep(0)
+    fleet.gate.leave(RequestId("b"))
+    assert fleet.admission.num_in_flight == 0
