@@ -91,8 +91,6 @@ class Lane:
 
     def _add_chunk(self, seq: Sequence, draft: LaneDraft) -> None:
         count = min(seq.remaining, self._config.chunk_tokens, draft.budget)
-        if seq.checkpoint_ends:
-            count = min(count, seq.checkpoint_ends[0] - seq.computed)
         if count:
             self._compute(seq, count, draft)
 
@@ -130,19 +128,20 @@ class Lane:
         return len(seq.blocks) * size - seq.computed
 
     def _compute(self, seq: Sequence, count: int, draft: LaneDraft, *, verifies: int = 0, drafts: int = 0) -> None:
-        """Add a sequence's next positions; keep the state behind them where it pays, if there is a slot for it.
+        """Add a sequence's next positions; keep states behind them where it pays, as far as there are slots.
 
         While a sequence decodes that is every block boundary, and the state kept last is given up for the new one.
         """
-        end, save_to = seq.computed + count, None
-        if seq.checkpoint_ends and end == seq.checkpoint_ends[0]:
-            del seq.checkpoint_ends[0]
-            save_to = self.states.take()
-        elif self._keeps_states and end >= seq.known_len and end % self._config.block_size == 0:
+        end = seq.computed + count
+        wanted = [position for position in seq.checkpoint_ends if position <= end]
+        del seq.checkpoint_ends[: len(wanted)]
+        if self._keeps_states and end >= seq.known_len and end % self._config.block_size == 0:
             if not self.states.num_blank and seq.newest_state is not None:
                 self.states.replace(seq.newest_state)
-            save_to = self.states.take()
-        draft.add(seq, count, -1 if save_to is None else save_to, verifies=verifies, drafts=drafts)
+            wanted.append(end)
+        slots = ((position, self.states.take()) for position in reversed(wanted))
+        saves = [(position, slot) for position, slot in slots if slot is not None][::-1]
+        draft.add(seq, count, saves, verifies=verifies, drafts=drafts)
 
     def _grow(self, seq: Sequence, draft: LaneDraft) -> bool:
         """Have a block for the next position, by preempting later sequences if need be; False: wait a step."""
@@ -273,24 +272,23 @@ class Lane:
             self._settle_to(work.seq, work.end + accepted)
 
     def settle_state(self, work: Work, *, sound: bool) -> None:
-        """Keep the state that a committed plan saved, or give up its slot; after `settle`.
+        """Keep the states that a committed plan saved, or give up their slots; after `settle`.
 
         Args:
             sound: its tokens can be found, and all of its drafts were accepted.
         """
-        seq, slot = work.seq, work.save_to
-        if slot < 0:
-            return
+        seq, size = work.seq, self._config.block_size
         if not sound or seq.phase != "running":
-            self._give_slot(slot)
+            for _, slot in work.saves:
+                self.states.give(slot)
             return
-        end, size = work.end + work.verifies, self._config.block_size
-        hashes = seq.hashes(end // size, size)
-        if end >= seq.known_len:
-            if seq.newest_state is not None:
-                self.states.replace(seq.newest_state)
-            seq.newest_state = hashes[-1]
-        self.states.keep(slot, hashes, size)
+        for end, slot in work.saves:
+            hashes = seq.hashes(end // size, size)
+            if end >= seq.known_len:
+                if seq.newest_state is not None:
+                    self.states.replace(seq.newest_state)
+                seq.newest_state = hashes[-1]
+            self.states.keep(slot, hashes, size)
 
     def _settle_to(self, seq: Sequence, end: int) -> None:
         seq.settled = end
@@ -361,7 +359,8 @@ class Lane:
         rows = sorted([*self._free_rows, *(seq.row for seq in self.active)])
         assert rows == list(range(self._config.max_rows)), f"lane {self.index}: rows free or held: {rows}"
         owners = (self.active, pinned)
-        held = [owner.slot for group in owners for owner in group] + [work.save_to for work in uncommitted]
+        held = [owner.slot for group in owners for owner in group]
+        held += [slot for work in uncommitted for _, slot in work.saves]
         self.states.check_integrity(slot for slot in held if slot >= 0)
         for seq in self.waiting:
             assert seq.phase == "waiting", f"{seq.request.id} is {seq.phase} but in the waiting list"

@@ -18,8 +18,8 @@ class Work:
     samples: bool
     verifies: int = 0
     """Drafts among what it computes, behind `end`."""
-    save_to: int = -1
-    """Slot that gets the state behind `end` and all drafts; -1: it is not kept."""
+    saves: tuple[tuple[int, int], ...] = ()
+    """(position, slot): the slot gets the state behind that many positions, all drafts among them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +34,9 @@ class LaneDraft:
     pulls: list[tuple[PullOrder, Sequence]] = field(default_factory=list)
     preempted: bool = False
 
-    def add(self, seq: Sequence, count: int, save_to: int, *, verifies: int = 0, drafts: int = 0) -> None:
+    def add(
+        self, seq: Sequence, count: int, saves: list[tuple[int, int]], *, verifies: int = 0, drafts: int = 0
+    ) -> None:
         """Compute the next `count` positions of a sequence, drafts among them, and sample behind the last it has."""
         samples = count - verifies == seq.remaining
         self.batch.rows_S.append(seq.row)
@@ -48,12 +50,12 @@ class LaneDraft:
         seq.drafts_ready = drafts
         seq.uncertain = verifies > 0
         self.budget -= count
-        work = Work(seq=seq, row=seq.row, end=seq.computed, samples=samples, verifies=verifies, save_to=save_to)
+        work = Work(seq=seq, row=seq.row, end=seq.computed, samples=samples, verifies=verifies, saves=tuple(saves))
         self.works.append(work)
-        if save_to >= 0:
+        for end, slot in saves:
             self.batch.save_rows.append(seq.row)
-            self.batch.save_ends.append(seq.computed + verifies)
-            self.batch.save_to.append(save_to)
+            self.batch.save_ends.append(end)
+            self.batch.save_to.append(slot)
 
     def finish(self) -> StepBatch:
         """The batch as the ranks get it."""

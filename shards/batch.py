@@ -78,8 +78,8 @@ class StepBatch:
     save_rows: list[int] = field(default_factory=list)
     save_ends: list[int] = field(default_factory=list)
     save_to: list[int] = field(default_factory=list)
-    """The state of row save_rows[i] behind its first save_ends[i] positions, the last ones of this step among them,
-    is copied to slot save_to[i], which no row of the step has."""
+    """The state of row save_rows[i] behind its first save_ends[i] positions, the last of which this step computes, is
+    copied to slot save_to[i], which no row of the step has. Rows that verify drafts keep none behind their middle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

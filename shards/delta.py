@@ -13,6 +13,7 @@ from shards.kernels.interface import DeltaWeights
 from shards.linear import RowLinear, Runtime
 from shards.loading import Loader, as_slice
 from shards.rows import StepTensors
+from shards.segments import Segment
 from shards.verify import Replay
 
 
@@ -58,9 +59,24 @@ class Delta:
         projected_TN = runtime.kernels.linear(x_TC, self.in_proj_NC)
         if step.verified_U is not None:
             step.delta_inputs.append(projected_TN[step.verified_U])
-        where = (step.state_slots_S, step.query_start_S1, step.fresh_S, step.advance_S)
-        out_TN = runtime.kernels.delta_net(projected_TN, self.weights, conv_state_MQW, state_MVDD, *where)
+        if step.segments:
+            pieces = [self._run(runtime, projected_TN, part, conv_state_MQW, state_MVDD) for part in step.segments]
+            out_TN = torch.cat(pieces)
+        else:
+            where = (step.state_slots_S, step.query_start_S1, step.fresh_S, step.advance_S)
+            out_TN = runtime.kernels.delta_net(projected_TN, self.weights, conv_state_MQW, state_MVDD, *where)
         return self.out_proj.forward(runtime, runtime.comms.tp, out_TN)
+
+    def _run(
+        self, runtime: Runtime, projected_TN: Tensor, part: Segment, conv_state_MQW: Tensor, state_MVDD: Tensor
+    ) -> Tensor:
+        """One segment's tokens, and then the states to keep behind them."""
+        projected_UN = projected_TN[part.first_token : part.end_token]
+        where = (part.state_slots_S, part.query_start_S1, part.fresh_S, part.advance_S)
+        out_UN = runtime.kernels.delta_net(projected_UN, self.weights, conv_state_MQW, state_MVDD, *where)
+        part.keep(conv_state_MQW)
+        part.keep(state_MVDD)
+        return out_UN
 
     def replay(
         self, runtime: Runtime, projected_UN: Tensor, replay: Replay, conv_state_MQW: Tensor, state_MVDD: Tensor

@@ -170,7 +170,7 @@ class Rank:
             lane_tokens, *lane_drafts = self._lane_counts(batch)
             output = self._compute(self._model, batch, lane_tokens, lane_drafts) if any(lane_tokens) else LaneOutput()
             with part(self._profile, "states"):
-                self.cache.copy_states(self._rows.state_slots(batch.save_rows), batch.save_to)
+                self._keep_states(batch)
         if not self.config.place.is_lane_leader:
             return None
         return dataclasses.replace(output, compute_s=time.monotonic() - started)
@@ -179,6 +179,13 @@ class Rank:
         """Let go of cache and weights."""
         self._model = None
         self.cache.close()
+
+    def _keep_states(self, batch: StepBatch) -> None:
+        """Copy the states that are kept behind the ends of rows; those before that are copied in the layers."""
+        ends = {row: first + n for row, first, n in zip(batch.rows_S, batch.first_S, batch.counts_S, strict=True)}
+        at_end = [i for i, row in enumerate(batch.save_rows) if batch.save_ends[i] == ends[row]]
+        rows = [batch.save_rows[i] for i in at_end]
+        self.cache.copy_states(self._rows.state_slots(rows), [batch.save_to[i] for i in at_end])
 
     def _lane_counts(self, batch: StepBatch) -> list[tuple[int, ...]]:
         """Every lane's number of tokens in this step, then for each depth its number of rows that draft that far."""

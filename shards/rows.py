@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shards.batch import RowSampling, RowStart, StepBatch
+from shards.segments import Segment, cut
 
 Ints = NDArray[np.int64]
 
@@ -44,6 +45,8 @@ class StepTensors:
     """T of every lane."""
     advance_S: Tensor | None = None
     """bool: the row's recurrent state advances; rows that verify drafts leave theirs as it is. None: all advance."""
+    segments: tuple[Segment, ...] = ()
+    """Where recurrent states are kept behind the middle of a row: the pieces in which delta layers run the step."""
     verified_U: Tensor | None = None
     """int64: which of the step's tokens are of rows that verify drafts. None: no row does."""
     delta_inputs: list[Tensor] = field(default_factory=list)
@@ -126,6 +129,7 @@ class Rows:
             fresh_S=self._send(first_S) == 0,
             lane_tokens=lane_tokens,
             advance_S=advance_S,
+            segments=cut(batch, self.state_slots(batch.rows_S), self.device),
             verified_U=verified_U,
         )
 
