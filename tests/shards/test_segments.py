@@ -15,6 +15,21 @@ from tests.support.stepping import needs_native
 CPU = torch.device("cpu")
 
 
+def make_rank(model: Path, kernels: KernelsName) -> Rank:
+    config = RankConfig(
+        model=model,
+        place=Place(layout=Layout(), rank=0),
+        kernels=kernels,
+        num_blocks=8,
+        num_slots=4,
+        max_rows=2,
+        max_model_len=64,
+    )
+    rank = Rank(config, Comms.local())
+    rank.load()
+    return rank
+
+
 def test_a_step_whose_states_are_kept_behind_rows_is_in_one_piece() -> None:
     batch = StepBatch(
         rows_S=[3, 1], first_S=[4, 0], counts_S=[1, 8], samples_S=[1, 0], save_rows=[1], save_ends=[8], save_to=[5]
@@ -52,17 +67,7 @@ def test_a_step_is_cut_where_states_are_kept_and_copies_follow_their_segment() -
 def test_a_sequence_goes_on_from_a_state_kept_behind_the_middle_of_a_chunk(
     next_checkpoint: Path, kernels: KernelsName
 ) -> None:
-    config = RankConfig(
-        model=next_checkpoint,
-        place=Place(layout=Layout(), rank=0),
-        kernels=kernels,
-        num_blocks=8,
-        num_slots=4,
-        max_rows=2,
-        max_model_len=64,
-    )
-    rank = Rank(config, Comms.local())
-    rank.load()
+    rank = make_rank(next_checkpoint, kernels)
     prompt = tuple(range(5, 45))
     starts = [
         RowStart(row=row, token_ids=prompt, prompt_len=40, blocks=blocks, state_slot=row, sampling=RowSampling())
