@@ -12,20 +12,6 @@
 namespace kernels {
 namespace {
 
-// Operands as float32, whatever they are stored as.
-template <class T>
-struct WidenedKeys {
-    using scalar = T;
-    static constexpr int PAIR = 1;
-    static FN vec items(const T* p) { return read(p); }
-    static FN vec items(const T* p, int n) { return read(p, n); }
-    static FN vec add_product(vec acc, vec x, vec y) { return fused(x, y, acc); }
-    static FN void join(const vec* x, float* out) { write(out, x[0]); }
-    static FN void weights(const float* p, float* out) {
-        for (int j = 0; j < KEYS; j += LANES) write(out + j, read(p + j));
-    }
-};
-
 // c[r, n] = c[r, n] * keep[r] + sum over s of a[r, s] * b[s, n]; without `keep` from zero.
 template <class Kind, int R, int N>
 FN void product_tile(const float* a, int a_stride, const float* b, int b_stride, int steps, const float* keep, float* c,
@@ -67,12 +53,25 @@ FN void product_last(int rows, const float* a, int a_stride, const float* b, int
     }
 }
 
-// `rows` <= ATTEND_ROWS rows of a product.
-template <class Kind>
-FN void product(int rows, const float* a, int a_stride, const float* b, int b_stride, int steps, const float* keep,
-                float* c, int c_stride, int vectors) {
-    product_last<Kind, ATTEND_ROWS>(rows, a, a_stride, b, b_stride, steps, keep, c, c_stride, vectors);
-}
+// Operands as float32, whatever they are stored as.
+template <class T>
+struct WidenedKeys {
+    using scalar = T;
+    // Items that share a float's place; rows of a product at once; keys to which a block of values is filled up.
+    static constexpr int PAIR = 1, ROWS = ATTEND_ROWS, KEY_STEP = 1;
+    static FN vec items(const T* p) { return read(p); }
+    static FN vec items(const T* p, int n) { return read(p, n); }
+    static FN vec add_product(vec acc, vec x, vec y) { return fused(x, y, acc); }
+    static FN void join(const vec* x, float* out) { write(out, x[0]); }
+    static FN void weights(const float* p, float* out) {
+        for (int j = 0; j < KEYS; j += LANES) write(out + j, read(p + j));
+    }
+    // `rows` <= ROWS rows.
+    static FN void product(int rows, const float* a, int a_stride, const float* b, int b_stride, int steps,
+                           const float* keep, float* c, int c_stride, int vectors) {
+        product_last<WidenedKeys, ROWS>(rows, a, a_stride, b, b_stride, steps, keep, c, c_stride, vectors);
+    }
+};
 
 template <class Kind>
 FN int steps_of(int D) {
@@ -152,23 +151,23 @@ FN float soften(float* p, int count, float scale, float* top, float* total) {
 
 template <class Kind>
 ENTRY void attend(Rows<typename Kind::scalar> k, Rows<typename Kind::scalar> v, int keys, Attending& a) {
-    constexpr int R = ATTEND_ROWS, WEIGHTS = KEYS / Kind::PAIR;
+    constexpr int R = Kind::ROWS, WEIGHTS = KEYS / Kind::PAIR;
     int vectors = (keys + LANES - 1) / LANES;
     take_keys<Kind>(k, vectors, a);
-    take_values<Kind>(v, keys, a);
+    take_values<Kind>(v, (keys + Kind::KEY_STEP - 1) / Kind::KEY_STEP * Kind::KEY_STEP, a);
     for (int r = 0; r < a.rows; r += R) {
         int rows = a.rows - r < R ? a.rows - r : R, seen = 0;
         for (int i = 0; i < rows; i++) seen = a.counts[r + i] > seen ? a.counts[r + i] : seen;
         if (seen == 0) continue;
         float *scores = a.scores, *weights = a.weights;
-        product<Kind>(rows, a.queries + r * a.stride, a.stride, a.keys, KEYS, steps_of<Kind>(a.D), nullptr, scores,
+        Kind::product(rows, a.queries + r * a.stride, a.stride, a.keys, KEYS, steps_of<Kind>(a.D), nullptr, scores,
                       KEYS, vectors);
         for (int i = 0; i < rows; i++) {
             float* p = scores + i * KEYS;
             a.keep[r + i] = soften(p, a.counts[r + i], a.scale, a.top + r + i, a.total + r + i);
             Kind::weights(p, weights + i * WEIGHTS);
         }
-        product<Kind>(rows, weights, WEIGHTS, a.values, a.stride, (seen + Kind::PAIR - 1) / Kind::PAIR, a.keep + r,
+        Kind::product(rows, weights, WEIGHTS, a.values, a.stride, (seen + Kind::PAIR - 1) / Kind::PAIR, a.keep + r,
                       a.acc + r * a.stride, a.stride, a.stride / LANES);
     }
 }
