@@ -1,36 +1,17 @@
 """Prefill on one member, decode on another, with equal and different tp: the tokens of one member that does both."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from router.request import Request, SamplingParams, TokenEvent
+from router.request import SamplingParams
 from shards.mesh import Layout
+from tests.support.disaggregated import serve_apart
 from tests.support.exactness import make_prompts, make_requests, same_bits
 from tests.support.exactness_matrix import ARCHITECTURES, CASES, Serving, describe, engine_config, replica, run_case
 from tests.support.reference import make_reference
 
 PAIRS = ((Layout(), Layout()), (Layout(tp=2), Layout()), (Layout(), Layout(tp=2)), (Layout(dp=2), Layout(tp=2)))
-
-
-def serve_apart(prefill: Serving, decode: Serving, requests: Sequence[Request]) -> list[list[TokenEvent]]:
-    """Each request's first token from one engine, the rest from the other."""
-    ids = [request.id for request in requests]
-    for request in requests:
-        prefill.engine.submit(request, mode="prefill")
-    first, tickets = prefill.collect(ids)
-    for request in requests:
-        token = first[request.id][0].token_id
-        assert token is not None
-        decode.engine.submit_handoff(replace(request, output_ids=(token,)), tickets[request.id].ticket)
-    rest, _ = decode.collect(ids)
-    for ready in tickets.values():
-        prefill.engine.release_ticket(ready.ticket.id)
-    assert prefill.engine.drain(5)
-    assert prefill.engine.load().free_blocks == prefill.engine.load().total_blocks
-    return [[*first[request_id], *rest[request_id]] for request_id in ids]
 
 
 @pytest.mark.parametrize(
