@@ -8,7 +8,16 @@ import pytest
 from router.request import Request, RequestId, SamplingParams, TokenEvent
 from shards.mesh import Layout
 from tests.support.exactness import make_prompts, same_bits
-from tests.support.exactness_matrix import ARCHITECTURES, CASES, FEW_CASES, Case, engine_config, replica, run_case
+from tests.support.exactness_matrix import (
+    ARCHITECTURES,
+    CASES,
+    FEW_CASES,
+    Case,
+    engine_config,
+    layouts,
+    replica,
+    run_case,
+)
 from tests.support.reference import make_reference
 
 SAMPLINGS = (
@@ -59,7 +68,7 @@ def test_sampled_tokens_do_not_depend_on_batch_chunk_cache_or_preemption(archite
 def test_sampled_tokens_do_not_depend_on_the_layout(architecture: str, tmp_path: Path) -> None:
     make_reference(tmp_path, architecture)
     (first,) = serve(tmp_path, Layout(), CASES[:1])
-    for layout in (Layout(tp=2), Layout(dp=2), Layout(tp=2, ep=2), Layout(dp=2, ep=2)):
+    for layout in (layout for layout in layouts(architecture) if layout.world == 2):
         for case, events in zip(FEW_CASES, serve(tmp_path, layout, FEW_CASES), strict=True):
             assert same_bits(first, events), f"{layout}, {case.name}"
 
