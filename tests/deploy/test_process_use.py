@@ -10,7 +10,7 @@ BIG = "b'x' * (64 << 20); input()"
 def test_peak_memory_counts_children_and_what_is_freed_again() -> None:
     before = peak_rss_mb(os.getpid())
     with subprocess.Popen(
-        [sys.executable, "-c", f"print(len(bytes(64 << 20)), flush=True); {BIG}"], stdin=-1, stdout=-1
+        [sys.executable, "-c", f"print(len(b'x' * (64 << 20)), flush=True); {BIG}"], stdin=-1, stdout=-1
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
