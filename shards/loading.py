@@ -8,6 +8,7 @@ from torch import Tensor
 from shards.config import ModelConfig
 from shards.cuts import Cuts
 from shards.linear import DenseMlp, RowLinear
+from shards.weight_memory import empty_weights
 from shards.weights import CheckpointReader
 
 
@@ -29,11 +30,11 @@ class Loader:
     def tensor(self, name: str, shape: tuple[int, ...], *slices: slice, dtype: torch.dtype | None = None) -> Tensor:
         """The given slices of tensor `name`, which has `shape` in the checkpoint."""
         self.reader.expect(name, shape)
-        return self.reader.read(name, *slices).to(self.device, dtype or self.dtype)
+        return self.reader.read(name, *slices, dtype=dtype or self.dtype).to(self.device)
 
     def stacked(self, parts: list[tuple[str, int, slice]], tail: tuple[int, ...]) -> Tensor:
         """Row slices of several tensors under one another; a part is (name, its rows in the checkpoint, slice)."""
-        out = torch.empty(sum(s.stop - s.start for _, _, s in parts), *tail, dtype=self.dtype, device=self.device)
+        out = empty_weights((sum(s.stop - s.start for _, _, s in parts), *tail), self.dtype, self.device)
         end = 0
         for name, rows, part in parts:
             begin, end = end, end + part.stop - part.start
@@ -63,5 +64,5 @@ class Loader:
         """Gate and up [E, 2I, C], down [E, C, I] of the experts and columns held here."""
         config, columns = self.config, as_slice(self.cuts.expert_columns)
         sizes = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
-        gate_up, down = self.reader.read_experts(prefix, self.cuts.experts, columns, expect=sizes)
-        return gate_up.to(self.device, self.dtype), down.to(self.device, self.dtype)
+        gate_up, down = self.reader.read_experts(prefix, self.cuts.experts, columns, expect=sizes, dtype=self.dtype)
+        return gate_up.to(self.device), down.to(self.device)

@@ -28,6 +28,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     num_bytes: int
+    offset: int
+    """Where in the file its first byte lies; rows follow one another without gaps."""
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -78,7 +80,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = _parse_header(file, opened.read(length))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    return _place_tensors(file, header, size - _LENGTH_BYTES - length)
+    return _place_tensors(file, header, size, _LENGTH_BYTES + length)
 
 
 def _only_file(folder: Path, single: Path) -> Path:
@@ -144,7 +146,7 @@ def _refuse_twins(pairs: Iterable[tuple[str, Json]]) -> dict[str, Json]:
     return found
 
 
-def _place_tensors(file: Path, header: dict[str, Json], data_bytes: int) -> dict[str, StoredTensor]:
+def _place_tensors(file: Path, header: dict[str, Json], size: int, data_offset: int) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -156,8 +158,10 @@ def _place_tensors(file: Path, header: dict[str, Json], data_bytes: int) -> dict
                 f"found {end - begin}; {_FETCH}"
             )
         spans.append((begin, end, name))
-        tensors[name] = StoredTensor(file=file, shape=shape, dtype=dtype, num_bytes=expected)
-    reached = 0
+        tensors[name] = StoredTensor(
+            file=file, shape=shape, dtype=dtype, num_bytes=expected, offset=data_offset + begin
+        )
+    reached, data_bytes = 0, size - data_offset
     for begin, end, name in sorted(spans):
         if begin != reached:
             raise ValueError(f"{file}: is corrupt, {name} should begin at byte {reached}, found {begin}; {_FETCH}")

@@ -5,15 +5,15 @@ E experts, I expert width, C hidden size.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from shards import fp8
 from shards.safetensors_files import StoredTensor, find_tensors
+from shards.tensor_files import Part, TensorFiles, halves, waits_well, whole_pages
+from shards.weight_memory import empty_weights
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ Progress = Callable[[int, int], None]
 MTP_PREFIX = "mtp."
 """Multi-token prediction: read only where drafts are asked for."""
 _REPORTS = 200
+_CPU = torch.device("cpu")
 _NAMES_SHOWN = 8
 
 
@@ -47,8 +48,7 @@ class CheckpointReader:
         self._tensors = find_tensors(path)
         self._progress = progress
         self._weight_block = weight_block
-        self._files: dict[Path, safe_open] = {}
-        self._stack = ExitStack()
+        self._files = TensorFiles()
         self._used: set[str] = set()
         self._stored_bytes = sum(t.num_bytes for name, t in self._tensors.items() if not name.startswith(MTP_PREFIX))
         self._seen_bytes = 0
@@ -89,31 +89,37 @@ class CheckpointReader:
                 "use the config and weights of one model"
             )
 
-    def read(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
+    def read(self, name: str, *slices: slice, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Read the given slices of the leading axes (all where none is given).
 
         Args:
             name: the tensor.
             slices: one per leading axis, step 1, within the tensor.
             out: filled and returned when given, converting to its dtype and device; of the slices' shape.
+            dtype: of a new tensor; None takes what `dtype` tells.
 
         Returns:
-            `out`, or a new contiguous CPU tensor in the dtype that `dtype` tells.
+            `out`, or a new contiguous CPU tensor.
         """
         stored = self._stored(name)
-        shape = _sliced_shape(stored.shape, slices)
+        part = _part_of(stored.shape, slices)
+        shape = tuple(len(axis) for axis in part)
         if out is None:
-            out = torch.empty(shape, dtype=self.dtype(name))
+            out = empty_weights(shape, dtype or self.dtype(name), _CPU)
         assert tuple(out.shape) == shape, f"{name}: out has shape {tuple(out.shape)}, the slices {shape}"
         if out.numel():
-            # The slice is a view of the mapped file: copy, so that no weight lives on a file that may change.
-            values = self._open(stored.file).get_slice(name)[slices]
-            out.copy_(self._dequantise(name, values, slices) if stored.dtype == fp8.DTYPE else values)
+            self._read_part(name, part, out)
         self._count(name, out.numel() * stored.dtype.itemsize)
         return out
 
     def read_experts(
-        self, prefix: str, experts: range, columns: slice, *, expect: tuple[int, int, int] | None = None
+        self,
+        prefix: str,
+        experts: range,
+        columns: slice,
+        *,
+        expect: tuple[int, int, int] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read some columns of some experts, stored one by one or fused.
 
@@ -122,13 +128,14 @@ class CheckpointReader:
             experts: ids to read, consecutive.
             columns: which of the I columns of each expert.
             expect: (E, I, C) that the whole layer must have; None takes the stored sizes.
+            dtype: of the result; None takes what `dtype` tells.
 
         Returns:
-            gate_up [E, 2I, C] (gate rows, then up rows) and down [E, C, I] of what was asked for, in the stored dtype.
+            gate_up [E, 2I, C] (gate rows, then up rows) and down [E, C, I] of what was asked for.
         """
         if f"{prefix}.gate_up_proj" in self._tensors:
-            return self._read_fused(prefix, experts, columns, expect)
-        return self._read_one_by_one(prefix, experts, columns, expect)
+            return self._read_fused(prefix, experts, columns, expect, dtype)
+        return self._read_one_by_one(prefix, experts, columns, expect, dtype)
 
     def finish(self, ignored_prefixes: tuple[str, ...] = (MTP_PREFIX,)) -> None:
         """Close the files; raise ValueError when a tensor was never used, but for the ignored prefixes."""
@@ -148,11 +155,15 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Close the files."""
-        self._files.clear()
-        self._stack.close()
+        self._files.close()
 
     def _read_fused(
-        self, prefix: str, experts: range, columns: slice, expect: tuple[int, int, int] | None
+        self,
+        prefix: str,
+        experts: range,
+        columns: slice,
+        expect: tuple[int, int, int] | None,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         gate_up_name, down_name = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
         num_experts, width, hidden = expect or self._fused_sizes(gate_up_name)
@@ -160,13 +171,18 @@ class CheckpointReader:
         self.expect(down_name, (num_experts, hidden, width))
         ids = slice(experts.start, experts.stop)
         taken = columns.stop - columns.start
-        gate_up = torch.empty(len(experts), 2 * taken, hidden, dtype=self.dtype(gate_up_name))
+        gate_up = empty_weights((len(experts), 2 * taken, hidden), dtype or self.dtype(gate_up_name), _CPU)
         self.read(gate_up_name, ids, columns, out=gate_up[:, :taken])
         self.read(gate_up_name, ids, slice(width + columns.start, width + columns.stop), out=gate_up[:, taken:])
-        return gate_up, self.read(down_name, ids, slice(None), columns)
+        return gate_up, self.read(down_name, ids, slice(None), columns, dtype=dtype)
 
     def _read_one_by_one(
-        self, prefix: str, experts: range, columns: slice, expect: tuple[int, int, int] | None
+        self,
+        prefix: str,
+        experts: range,
+        columns: slice,
+        expect: tuple[int, int, int] | None,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         num_experts, width, hidden = expect or self._single_sizes(prefix)
         for expert in range(num_experts):
@@ -174,10 +190,11 @@ class CheckpointReader:
                 self.expect(name, (width, hidden))
             self.expect(f"{prefix}.{expert}.down_proj.weight", (hidden, width))
         taken = columns.stop - columns.start
-        gate_up = torch.empty(
-            len(experts), 2 * taken, hidden, dtype=self.dtype(f"{prefix}.{experts.start}.gate_proj.weight")
-        )
-        down = torch.empty(len(experts), hidden, taken, dtype=self.dtype(f"{prefix}.{experts.start}.down_proj.weight"))
+        first = f"{prefix}.{experts.start}"
+        gate_up_dtype = dtype or self.dtype(f"{first}.gate_proj.weight")
+        gate_up = empty_weights((len(experts), 2 * taken, hidden), gate_up_dtype, _CPU)
+        down_dtype = dtype or self.dtype(f"{first}.down_proj.weight")
+        down = empty_weights((len(experts), hidden, taken), down_dtype, _CPU)
         for place, expert in enumerate(experts):
             self.read(f"{prefix}.{expert}.gate_proj.weight", columns, out=gate_up[place, :taken])
             self.read(f"{prefix}.{expert}.up_proj.weight", columns, out=gate_up[place, taken:])
@@ -218,11 +235,24 @@ class CheckpointReader:
                 "use the config and weights of one model, or fetch the weights again"
             ) from None
 
+    def _read_part(self, name: str, part: Part, out: Tensor) -> None:
+        """Into its place where it can be, else in pieces that are converted."""
+        stored = self._tensors[name]
+        plain = out.dtype == stored.dtype and out.device.type == "cpu" and whole_pages(stored, part)
+        if plain and out.is_contiguous():
+            self._files.read(stored, part, out)
+        elif not plain and waits_well(stored, part):
+            values = self._files.values(stored, part)
+            out.copy_(self._dequantise(name, values, part) if stored.dtype == fp8.DTYPE else values)
+        else:
+            for half, place, axis in halves(part):
+                self._read_part(name, half, out.narrow(axis, place.start or 0, len(half[axis])))
+
     def _is_scale(self, name: str) -> bool:
         weight = self._tensors.get(name.removesuffix(fp8.SCALE_SUFFIX))
         return name.endswith(fp8.SCALE_SUFFIX) and weight is not None and weight.dtype == fp8.DTYPE
 
-    def _dequantise(self, name: str, values: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    def _dequantise(self, name: str, values: Tensor, part: Part) -> Tensor:
         """What the stored numbers of a block-FP8 tensor stand for."""
         stored, block = self._stored(name), self._weight_block
         if block is None or len(stored.shape) < 2:
@@ -233,16 +263,10 @@ class CheckpointReader:
             )
         scale_name = f"{name}{fp8.SCALE_SUFFIX}"
         self.expect(scale_name, fp8.scale_shape(stored.shape, block))
+        slices = tuple(slice(axis.start, axis.stop) for axis in part)
         scale_slices, offset = fp8.scale_slices(stored.shape, slices, block)
-        scale = self._stored(scale_name)
-        scales = self._open(scale.file).get_slice(scale_name)[scale_slices]
-        self._count(scale_name, scales.numel() * scale.dtype.itemsize)
+        scales = self.read(scale_name, *scale_slices)
         return fp8.dequantise(values, scales, offset, block)
-
-    def _open(self, file: Path) -> safe_open:
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(str(file), framework="pt"))
-        return self._files[file]
 
     def _count(self, name: str, num_bytes: int) -> None:
         if name not in self._used:
@@ -256,12 +280,12 @@ class CheckpointReader:
         self._progress(self._done_bytes, total)
 
 
-def _sliced_shape(shape: tuple[int, ...], slices: tuple[slice, ...]) -> tuple[int, ...]:
+def _part_of(shape: tuple[int, ...], slices: tuple[slice, ...]) -> Part:
     assert len(slices) <= len(shape)
-    sliced = list(shape)
-    for axis, part in enumerate(slices):
-        start, stop, step = part.indices(shape[axis])
+    part = [range(size) for size in shape]
+    for axis, taken in enumerate(slices):
+        start, stop, step = taken.indices(shape[axis])
         assert step == 1
-        assert part.stop is None or part.stop <= shape[axis], f"slice {part} exceeds the axis of {shape[axis]}"
-        sliced[axis] = max(stop - start, 0)
-    return tuple(sliced)
+        assert taken.stop is None or taken.stop <= shape[axis], f"slice {taken} exceeds the axis of {shape[axis]}"
+        part[axis] = range(start, max(stop, start))
+    return tuple(part)
