@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
 from cluster.handoff import Puller, source_rank
-from cluster.plan import KvLayout, KvTicket, PullOrder, SourceRank
+from cluster.plan import KvLayout, KvTicket, PullDone, PullOrder, SourceRank
 from cluster.transport import KvServer
 from shards.cache import KvCache, cache_shape
 from shards.config import ModelConfig
@@ -113,7 +114,16 @@ def measure_pull(
     """Pull all blocks and a slot into a tp-1 cache."""
     cache = make_cache(1, 0, num_blocks)
     layout = make_layout(tp, num_blocks)
-    puller = Puller(cache, make_model(), make_layout(1, num_blocks), tp_rank=0, token=TOKEN, same_host=same_host)
+    ended: SimpleQueue[PullDone] = SimpleQueue()
+    puller = Puller(
+        cache,
+        make_model(),
+        make_layout(1, num_blocks),
+        tp_rank=0,
+        token=TOKEN,
+        on_done=ended.put,
+        same_host=same_host,
+    )
     blocks = tuple(range(num_blocks))
     order = tuple(int(block) for block in np.random.default_rng(0).permutation(num_blocks)) if scattered else blocks
     num_bytes = 0
@@ -131,11 +141,10 @@ def measure_pull(
             expires_unix_s=time.time() + 60,
         )
         puller.start(PullOrder(pull_id=0, ticket=ticket, lane=0, first=0, dst_blocks=blocks, dst_slot=1))
-        while not (done := puller.poll()):
-            time.sleep(0.0001)
-        if done[0].error:
-            raise RuntimeError(done[0].error)
-        num_bytes = done[0].num_bytes
+        done = ended.get()
+        if done.error:
+            raise RuntimeError(done.error)
+        num_bytes = done.num_bytes
 
     seconds = best_s(pull, repeats)
     puller.close()

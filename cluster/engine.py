@@ -225,6 +225,7 @@ class Engine:
         for done in self._ranks.poll_pulls():
             self._stats.pulls += 1
             self._stats.pulled_bytes += done.num_bytes
+            self._stats.pull_s += done.seconds
             self._stats.refetched_frames += done.refetches
             if done.error:
                 self._stats.failed_pulls += 1

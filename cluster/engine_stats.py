@@ -26,6 +26,8 @@ class EngineStats:
     pulls: int = 0
     failed_pulls: int = 0
     pulled_bytes: int = 0
+    pull_s: float = 0.0
+    """Seconds from the start to the end of each pull on its slowest rank, summed."""
     refetched_frames: int = 0
     """Damaged on their way and asked for again."""
     schedule_s: float = 0.0

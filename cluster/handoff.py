@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _WORKERS = 2
 _MAX_MAPS = 16
+_MAX_LAYOUTS = 16
 _MAX_IDLE_CONNECTIONS = 32
 _IO_TIMEOUT_S = 5.0
 _PIPELINED = 2
@@ -69,6 +70,15 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Cuts:
+    """What of a source lane this rank takes."""
+
+    shapes: Sequence[CacheShape]
+    """Of the source's ranks."""
+    recut: Recut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Moved:
     """What one pull brought."""
 
@@ -77,7 +87,7 @@ class _Moved:
 
 
 class Puller:
-    """Carries out the pulls of one rank. `start` and `poll` belong to the rank's thread and never block.
+    """Carries out the pulls of one rank. `start` never blocks.
 
     Args:
         cache: this rank's cache; pulls write rows that no step touches.
@@ -85,6 +95,7 @@ class Puller:
         layout: this member's geometry, to be compared with the ticket's.
         tp_rank: this rank's place in its lane.
         token: the cluster token, for sources on other hosts.
+        on_done: told the end of each pull, in a thread of the puller.
         now: unix seconds.
         same_host: map the memory of sources whose host_key equals ours; off reads everything over TCP.
     """
@@ -97,6 +108,7 @@ class Puller:
         *,
         tp_rank: int,
         token: str,
+        on_done: Callable[[PullDone], None],
         now: Callable[[], float] = time.time,
         same_host: bool = True,
     ) -> None:
@@ -105,11 +117,13 @@ class Puller:
         self._model = model
         self._layout = layout
         self._tp_rank = tp_rank
+        self._on_done = on_done
         self._now = now
+        self._cuts: dict[KvLayout, _Cuts] = {}
+        """By the source's geometry; of a few members' kinds."""
         self._host_key = host_key() if same_host else ""
         self._sources = _Sources(token)
         self._orders: queue.SimpleQueue[PullOrder | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[PullDone] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"kv-pull-{index}", daemon=True) for index in range(_WORKERS)
         ]
@@ -117,15 +131,8 @@ class Puller:
             thread.start()
 
     def start(self, order: PullOrder) -> None:
-        """Begin a pull; `poll` tells its end. Orders are as many as the scheduler has rows for."""
+        """Begin a pull. Orders are as many as the scheduler has rows for."""
         self._orders.put(order)
-
-    def poll(self) -> list[PullDone]:
-        """The pulls that ended since the last call."""
-        done: list[PullDone] = []
-        while not self._done.empty():
-            done.append(self._done.get())
-        return done
 
     def close(self) -> None:
         """End the threads; pulls under way fail."""
@@ -148,7 +155,7 @@ class Puller:
                 # A pull that is never told of would hold its sequence for ever.
                 error = f"{type(problem).__name__}: {problem}"
                 logger.exception("ticket %s: pull failed", order.ticket.id)
-            self._done.put(
+            self._on_done(
                 PullDone(
                     pull_id=order.pull_id,
                     error=error,
@@ -166,17 +173,27 @@ class Puller:
             raise HandoffError(f"ticket {ticket.id} names {len(ticket.ranks)} ranks of a lane of {ticket.layout.tp}")
         if order.dst_slot >= 0 and ticket.state_slot < 0:
             raise HandoffError(f"ticket {ticket.id} has no recurrent state, which this model needs")
-        shapes = self._source_shapes(ticket.layout)
-        pieces = self._fragments(order, recut(shapes, self._shape, self._tp_rank))
+        cuts = self._cuts_of(ticket.layout)
+        pieces = self._fragments(order, cuts.recut)
         by_source: dict[int, list[Fragment]] = {}
         for piece in pieces:
             by_source.setdefault(piece.source, []).append(piece)
         ranks = {rank.tp_rank: rank for rank in ticket.ranks}
         refetches = 0
         for source, part in by_source.items():
-            refetches += self._read_source(ticket, ranks[source], shapes[source], part)
+            refetches += self._read_source(ticket, ranks[source], cuts.shapes[source], part)
         self._check_expiry(ticket)
         return _Moved(num_bytes=sum(piece.dst.total_bytes for piece in pieces), refetches=refetches)
+
+    def _cuts_of(self, layout: KvLayout) -> "_Cuts":
+        """Made once for each geometry: it takes longer than a small pull."""
+        found = self._cuts.get(layout)
+        if found is None:
+            shapes = self._source_shapes(layout)
+            found = self._cuts[layout] = _Cuts(shapes=shapes, recut=recut(shapes, self._shape, self._tp_rank))
+            if len(self._cuts) > _MAX_LAYOUTS:
+                self._cuts.pop(next(iter(self._cuts)), None)
+        return found
 
     def _source_shapes(self, layout: KvLayout) -> list[CacheShape]:
         return [

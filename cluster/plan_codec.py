@@ -21,11 +21,6 @@ class RankWork:
     batch: StepBatch
     pulls: tuple[PullOrder, ...] = ()
 
-    @staticmethod
-    def nothing() -> "RankWork":
-        """No step: the rank only looks at its pulls."""
-        return RankWork(step=-1, answers=False, batch=StepBatch())
-
 
 def as_list(value: object, length: int | None = None) -> list[object]:
     """The value as a list of `length` fields (any if None), or CorruptDataError."""

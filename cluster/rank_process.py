@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Final, TypeVar
 
 import torch
@@ -30,8 +30,6 @@ from shards.step_profile import StepProfile, part
 
 logger = logging.getLogger(__name__)
 
-_PULL_POLL_S: Final = 0.0005
-"""Between two looks at pulls under way, when no work comes."""
 _PROGRESS_S: Final = 0.2
 _HANG_S: Final = 10.0
 """A rank that is still busy this long after rank 0 is gone and its groups are closed ends itself."""
@@ -162,7 +160,10 @@ class RankRunner:
         server = KvServer(rank.cache.buffer, config.token, host=config.host)
         tp_rank = config.place.tp_rank
         layout = config.engine.kv_layout()
-        puller = Puller(rank.cache, rank.model_config, layout, tp_rank=tp_rank, token=config.token)
+        # The end of a pull is told past the steps: whoever waits for it does not wait for the step that runs.
+        puller = Puller(
+            rank.cache, rank.model_config, layout, tp_rank=tp_rank, token=config.token, on_done=self._report
+        )
         try:
             self._report(RankReady(source=source_rank(rank.cache, tp_rank, server)))
             self._loop(rank, puller)
@@ -171,27 +172,17 @@ class RankRunner:
             server.close()
 
     def _loop(self, rank: Rank, puller: Puller | None) -> None:
-        pulling = 0
         while True:
-            try:
-                with part(self._profile, "idle"):
-                    work = self.inbox.get(timeout=_PULL_POLL_S if pulling else None)
-            except Empty:
-                work = RankWork.nothing()
+            with part(self._profile, "idle"):
+                work = self.inbox.get()
             if work is None:
                 return
             if puller is not None:
                 for order in work.pulls:
                     puller.start(order)
-                pulling += len(work.pulls)
-            if work.step >= 0:
-                output = rank.step(work.batch)
-                if output is not None and work.answers:
-                    self._report(StepAnswer(step=work.step, output=output))
-            if puller is not None and pulling:
-                for done in puller.poll():
-                    pulling -= 1
-                    self._report(done)
+            output = rank.step(work.batch)
+            if output is not None and work.answers:
+                self._report(StepAnswer(step=work.step, output=output))
 
     def _tell_progress(self, done_bytes: int, total_bytes: int) -> None:
         now = time.monotonic()

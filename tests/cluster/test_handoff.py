@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import queue
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,13 +69,39 @@ def make_order(ticket: KvTicket) -> PullOrder:
     )
 
 
-def wait_for(puller: Puller, num: int = 1) -> list[PullDone]:
-    done: list[PullDone] = []
-    deadline = time.monotonic() + 20
-    while len(done) < num and time.monotonic() < deadline:
-        done += puller.poll()
-        time.sleep(0.001)
-    return done
+class Pulling:
+    """A puller, and what it told."""
+
+    def __init__(
+        self,
+        cache: KvCache,
+        source: Source,
+        geometry: Geometry,
+        *,
+        tp_rank: int = 0,
+        token: str = TOKEN,
+        same_host: bool = True,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._done: queue.SimpleQueue[PullDone] = queue.SimpleQueue()
+        self.puller = Puller(
+            cache,
+            source.model,
+            geometry.layout(source.model),
+            tp_rank=tp_rank,
+            token=token,
+            on_done=self._done.put,
+            now=now,
+            same_host=same_host,
+        )
+
+    def run(self, *orders: PullOrder) -> list[PullDone]:
+        """Carry out orders and end."""
+        for order in orders:
+            self.puller.start(order)
+        done = [self._done.get(timeout=20) for _ in orders]
+        self.puller.close()
+        return done
 
 
 def pull(
@@ -84,12 +111,8 @@ def pull(
     lane = make_lane(source.model, geometry)
     done: list[PullDone] = []
     for rank, cache in enumerate(lane):
-        puller = Puller(
-            cache, source.model, geometry.layout(source.model), tp_rank=rank, token=token, same_host=same_host
-        )
-        puller.start(make_order(ticket))
-        done += wait_for(puller)
-        puller.close()
+        pulling = Pulling(cache, source, geometry, tp_rank=rank, token=token, same_host=same_host)
+        done += pulling.run(make_order(ticket))
     return lane, done
 
 
@@ -150,14 +173,10 @@ def test_a_dead_source_of_another_host_fails_the_pull() -> None:
 def test_a_pull_that_fails_in_an_unforeseen_way_is_told_and_the_next_one_works() -> None:
     with sourcing(make_moe_config(), Geometry(tp=1)) as source:
         (cache,) = make_lane(source.model, Geometry(tp=1))
-        puller = Puller(cache, source.model, Geometry(tp=1).layout(source.model), tp_rank=0, token=TOKEN)
         order = make_order(source.ticket)
         outside = dataclasses.replace(order, pull_id=6, dst_blocks=tuple(10**6 for _ in order.dst_blocks))
         # More than there are threads.
-        for broken in (outside, outside, outside, order):
-            puller.start(broken)
-        done = wait_for(puller, 4)
-        puller.close()
+        done = Pulling(cache, source, Geometry(tp=1)).run(outside, outside, outside, order)
         assert sorted((each.pull_id, bool(each.error)) for each in done) == [(5, False), *[(6, True)] * 3]
 
 
@@ -174,11 +193,8 @@ def test_a_ticket_that_expires_during_the_copy_fails_the_pull() -> None:
         expires = source.ticket.expires_unix_s
         times = iter([expires - 1.0])
         cache = make_lane(source.model, Geometry(tp=1))[0]
-        layout = Geometry(tp=1).layout(source.model)
-        puller = Puller(cache, source.model, layout, tp_rank=0, token=TOKEN, now=lambda: next(times, expires + 0.5))
-        puller.start(make_order(source.ticket))
-        assert "expired 0.500 s before" in wait_for(puller)[0].error
-        puller.close()
+        pulling = Pulling(cache, source, Geometry(tp=1), now=lambda: next(times, expires + 0.5))
+        assert "expired 0.500 s before" in pulling.run(make_order(source.ticket))[0].error
 
 
 def test_another_cluster_token_is_refused() -> None:
@@ -201,28 +217,17 @@ def test_a_ticket_without_all_ranks_or_state_is_refused() -> None:
     with sourcing(make_next_config(), Geometry(tp=2)) as source:
         half = dataclasses.replace(source.ticket, ranks=source.ticket.ranks[:1])
         assert "names 1 ranks" in pull(source, half, Geometry(tp=1))[1][0].error
-        puller = Puller(
-            make_lane(source.model, Geometry(tp=1))[0],
-            source.model,
-            Geometry(tp=1).layout(source.model),
-            tp_rank=0,
-            token=TOKEN,
-        )
         stateless = dataclasses.replace(source.ticket, state_slot=-1)
-        puller.start(dataclasses.replace(make_order(source.ticket), ticket=stateless))
-        assert "no recurrent state" in wait_for(puller)[0].error
-        puller.close()
+        order = dataclasses.replace(make_order(source.ticket), ticket=stateless)
+        (cache,) = make_lane(source.model, Geometry(tp=1))
+        assert "no recurrent state" in Pulling(cache, source, Geometry(tp=1)).run(order)[0].error
 
 
 def test_many_pulls_run_one_after_the_other_over_kept_connections() -> None:
     with sourcing(make_next_config(), Geometry(tp=2)) as source:
         cache = make_lane(source.model, Geometry(tp=1))[0]
-        layout = Geometry(tp=1).layout(source.model)
-        puller = Puller(cache, source.model, layout, tp_rank=0, token=TOKEN, same_host=False)
-        for number in range(20):
-            puller.start(dataclasses.replace(make_order(source.ticket), pull_id=number))
-        done = wait_for(puller, 20)
-        puller.close()
+        orders = [dataclasses.replace(make_order(source.ticket), pull_id=number) for number in range(20)]
+        done = Pulling(cache, source, Geometry(tp=1), same_host=False).run(*orders)
         assert {one.pull_id for one in done} == set(range(20))
         assert not any(one.error for one in done)
         assert_moved([cache], source.state, BLOCKS, (2, 1))
@@ -274,11 +279,8 @@ def test_a_member_with_blocks_of_another_size_pulls_from_behind_what_it_holds(sa
     with sourcing(model, Geometry(tp=2)) as source:
         geometry = Geometry(tp=1, block_size=2)
         (cache,) = make_lane(model, geometry)
-        puller = Puller(cache, model, geometry.layout(model), tp_rank=0, token=TOKEN, same_host=same_host)
         order = dataclasses.replace(make_order(source.ticket), first=2, dst_blocks=(5, 1, 0, 9, 4))
-        puller.start(order)
-        (done,) = wait_for(puller)
-        puller.close()
+        (done,) = Pulling(cache, source, geometry, same_host=same_host).run(order)
         assert done.error == ""
         k, v, _, _ = rank_part(source.state, cache)
         for pool, part in zip(cache.k_pools + cache.v_pools, k + v, strict=True):

@@ -12,9 +12,9 @@ def make_output_message() -> list[object]:
     return encode_output(3, LaneOutput(rows_N=[0], tokens_N=[4], logprobs=columns))
 
 
-def test_work_without_a_step_arrives_as_such() -> None:
-    work = decode_work(encode_work(RankWork.nothing()))
-    assert (work.step, work.answers, work.pulls, list(work.batch.rows_S)) == (-1, False, (), [])
+def test_work_without_rows_arrives_as_such() -> None:
+    work = decode_work(encode_work(RankWork(step=4, answers=False, batch=StepBatch())))
+    assert (work.step, work.answers, work.pulls, list(work.batch.rows_S)) == (4, False, (), [])
 
 
 def test_an_output_arrives_with_its_log_probabilities() -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cluster.config import EngineConfig
+from cluster.config import Dtype, EngineConfig
 from cluster.dispatcher import Dispatcher
 from cluster.engine import Engine, EngineOutlets
 from cluster.member_codec import MemberHello
@@ -37,14 +37,16 @@ class EngineMember:
         max_rows: int = 8,
         lease_s: float = 30.0,
         max_model_len: int = 220,
+        step_tokens: int = 64,
+        dtype: Dtype = "float32",
     ) -> None:
         config = EngineConfig(
             model=checkpoint,
             layout=Layout(tp=tp),
-            dtype="float32",
+            dtype=dtype,
             kv_memory_bytes=kv_memory_bytes,
             max_rows=max_rows,
-            max_step_tokens=64,
+            max_step_tokens=step_tokens,
             chunk_tokens=chunk,
             max_model_len=max_model_len,
             threads=1,
