@@ -1,4 +1,4 @@
-"""How fast KV and state move between two ranks, against the plain copy and the plain socket below it.
+"""How fast KV and state move between two ranks, against a plain copy, a plain socket and plain gloo below it.
 
     python -m benchmarks.handoff [--tokens 4096] [--repeats 7]
 
@@ -19,9 +19,13 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from cluster.config import KvTransport
 from cluster.handoff import Puller, source_rank
+from cluster.pair import READER, SOURCE, Pair, join_store, open_store
 from cluster.plan import KvLayout, KvTicket, PullDone, PullOrder, SourceRank
-from cluster.transport import KvServer
+from cluster.rank_memory import RankMemory
+from cluster.transport import MAX_PAYLOAD_BYTES, KvServer
+from cluster.transports import make_transports
 from shards.cache import KvCache, cache_shape
 from shards.config import ModelConfig
 from shards.rope_config import RopeConfig
@@ -29,6 +33,8 @@ from shards.rope_config import RopeConfig
 TOKEN = "benchmark-token-of-no-cluster"
 BLOCK_SIZE = 16
 NUM_SLOTS = 2
+WAYS: tuple[KvTransport, ...] = ("auto", "tcp", "p2p")
+"""auto is shared memory on one host."""
 
 
 def make_model() -> ModelConfig:
@@ -109,7 +115,7 @@ def best_s(work: Callable[[], None], repeats: int) -> float:
 
 
 def measure_pull(
-    ranks: list[SourceRank], tp: int, num_blocks: int, *, scattered: bool, same_host: bool, repeats: int
+    ranks: list[SourceRank], tp: int, num_blocks: int, *, scattered: bool, way: KvTransport, repeats: int
 ) -> dict[str, object]:
     """Pull all blocks and a slot into a tp-1 cache."""
     cache = make_cache(1, 0, num_blocks)
@@ -120,9 +126,8 @@ def measure_pull(
         make_model(),
         make_layout(1, num_blocks),
         tp_rank=0,
-        token=TOKEN,
+        transports=make_transports(way, RankMemory(cache.buffer), TOKEN),
         on_done=ended.put,
-        same_host=same_host,
     )
     blocks = tuple(range(num_blocks))
     order = tuple(int(block) for block in np.random.default_rng(0).permutation(num_blocks)) if scattered else blocks
@@ -148,7 +153,7 @@ def measure_pull(
 
     seconds = best_s(pull, repeats)
     puller.close()
-    name = f"pull {'shm' if same_host else 'tcp'} tp{tp}->tp1 {'scattered' if scattered else 'in order'}"
+    name = f"pull {'shm' if way == 'auto' else way} tp{tp}->tp1 {'scattered' if scattered else 'in order'}"
     return {"what": name, "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
 
 
@@ -185,6 +190,33 @@ def measure_socket(num_bytes: int, repeats: int) -> dict[str, object]:
     return {"what": "socket", "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
 
 
+def measure_gloo(num_bytes: int, repeats: int) -> dict[str, object]:
+    """As many bytes over a pair, in frames as a pull has them, without checksum or scatter."""
+    store, device = open_store("127.0.0.1"), torch.device("cpu")
+    frame = torch.zeros(MAX_PAYLOAD_BYTES, dtype=torch.uint8)
+    frames = -(-num_bytes // MAX_PAYLOAD_BYTES)
+
+    def send() -> None:
+        pair = Pair(store, "raw", rank=SOURCE, host="127.0.0.1", device=device, timeout_s=10)
+        data = torch.ones_like(frame)
+        for _ in range(frames * (repeats + 1)):
+            pair.send(data, timeout_s=60)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    reader = join_store("127.0.0.1", store.port, timeout_s=10)
+    pair = Pair(reader, "raw", rank=READER, host="127.0.0.1", device=device, timeout_s=10)
+
+    def receive() -> None:
+        for _ in range(frames):
+            pair.receive(frame, timeout_s=60)
+
+    seconds = best_s(receive, repeats)
+    sender.join()
+    total = frames * MAX_PAYLOAD_BYTES
+    return {"what": "gloo", "bytes": total, "ms": seconds * 1e3, "gb_s": total / seconds / 1e9}
+
+
 def main() -> None:
     """Print one JSON line a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,16 +231,14 @@ def main() -> None:
         child = context.Process(target=serve, args=(tp, num_blocks, theirs), daemon=True)
         child.start()
         ranks = ours.recv()
-        for same_host in (True, False):
+        for way in WAYS:
             for scattered in (False, True):
-                result = measure_pull(
-                    ranks, tp, num_blocks, scattered=scattered, same_host=same_host, repeats=args.repeats
-                )
+                result = measure_pull(ranks, tp, num_blocks, scattered=scattered, way=way, repeats=args.repeats)
                 print(json.dumps(result), flush=True)
                 num_bytes = int(str(result["bytes"]))
         ours.send(None)
         child.join(10)
-    for measure in (measure_copy, measure_socket):
+    for measure in (measure_copy, measure_socket, measure_gloo):
         print(json.dumps(measure(num_bytes, args.repeats)), flush=True)
 
 

@@ -84,7 +84,7 @@ class RankHost:
     @ray.method
     def open(self, config: EngineConfig, host: str, ranks_here: int) -> tuple[int, int]:
         """Check the engine against model and machine, open the replica's rendezvous -> (store port, max_model_len)."""
-        from cluster.rank_process import open_store
+        from cluster.pair import open_store
         from cluster.resolve import resolve_engine
 
         self._resolved = resolve_engine(config, ranks_here=ranks_here)

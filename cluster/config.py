@@ -13,6 +13,7 @@ Device = Literal["cpu", "cuda"]
 KernelChoice = Literal["auto", "native", "torch"]
 DeterministicChoice = Literal["auto", "on", "off"]
 DraftPolicyChoice = Literal["adaptive", "always"]
+KvTransport = Literal["auto", "tcp", "p2p"]
 MOST_DRAFT_TOKENS = 8
 """More never pay: drafts at that depth are hardly ever right."""
 
@@ -63,6 +64,9 @@ class EngineConfig:
     """Compute threads a rank; None: the machine's cores shared by the ranks that run on it."""
     lease_s: float = 30.0
     """A prefilled sequence waits this long to be fetched."""
+    kv_transport: KvTransport = "auto"
+    """How KV comes from prefill members: auto: shared memory on one host, TCP from others, P2P between GPUs; tcp; p2p:
+    torch.distributed, gloo between CPUs and NCCL between GPUs."""
     step_timeout_s: float = 60.0
     """A step that takes longer counts as hung, and its replica as lost; more than the slowest step takes."""
 
@@ -72,6 +76,7 @@ class EngineConfig:
         _one_of("kernels", self.kernels, get_args(KernelChoice))
         _one_of("deterministic", self.deterministic, get_args(DeterministicChoice))
         _one_of("draft_policy", self.draft_policy, get_args(DraftPolicyChoice))
+        _one_of("kv_transport", self.kv_transport, get_args(KvTransport))
         _check_draft_tokens(self.draft_tokens)
         for name in ("block_size", "kv_memory_bytes", "max_rows", "max_step_tokens", "max_waiting"):
             _at_least_one(name, getattr(self, name))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from router.request import RequestId
 from shards.batch import LaneOutput, StepBatch
 
-KV_FORMAT = 2
+KV_FORMAT = 3
 """Version of what a ticket means and of the bytes between a KV server and its readers. Raise it with either."""
 
 

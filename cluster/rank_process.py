@@ -15,11 +15,13 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from cluster.executor import RankGroup
-from cluster.handoff import Puller, host_key, source_rank
+from cluster.handoff import Puller, source_rank
 from cluster.plan_codec import RankWork, decode_work
+from cluster.rank_memory import RankMemory
 from cluster.reports import LoadProgress, RankEnded, RankReady, Report, StepAnswer, encode_report
 from cluster.resolve import ResolvedEngine
 from cluster.transport import KvServer
+from cluster.transports import host_key, make_transports
 from cluster.wire import Channel, accept, connect, listen
 from router.errors import ConfigError, CorruptDataError, MemberLostError
 from shards.collectives import TIMEOUT_S, make_comms
@@ -63,14 +65,6 @@ class RankProcessConfig:
     def place(self) -> Place:
         """This rank's place."""
         return Place(layout=self.engine.config.layout, rank=self.rank)
-
-
-def open_store(host: str) -> TCPStore:
-    """The rendezvous store of a replica, on a free port of `host` alone; lives in rank 0's process."""
-    # Left to itself the store listens on every interface. It closes the socket at its end.
-    with listen(host) as listener:
-        port = listener.getsockname()[1]
-        return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 class _RefusedError(Exception):
@@ -157,12 +151,14 @@ class RankRunner:
             self._report(RankReady())
             self._loop(rank, None)
             return
+        choice, memory = config.engine.config.kv_transport, RankMemory(rank.cache.buffer)
+        transports = _checked(lambda choice: make_transports(choice, memory, config.token), choice)
         server = KvServer(rank.cache.buffer, config.token, host=config.host)
         tp_rank = config.place.tp_rank
         layout = config.engine.kv_layout()
         # The end of a pull is told past the steps: whoever waits for it does not wait for the step that runs.
         puller = Puller(
-            rank.cache, rank.model_config, layout, tp_rank=tp_rank, token=config.token, on_done=self._report
+            rank.cache, rank.model_config, layout, tp_rank=tp_rank, transports=transports, on_done=self._report
         )
         try:
             self._report(RankReady(source=source_rank(rank.cache, tp_rank, server)))

@@ -9,7 +9,8 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 
 from cluster.executor import RankGroup
-from cluster.rank_process import RankProcessConfig, open_store, run_peer, start_leader
+from cluster.pair import open_store
+from cluster.rank_process import RankProcessConfig, run_peer, start_leader
 from cluster.reports import LoadProgress
 from cluster.resolve import ResolvedEngine
 from cluster.security import new_token
@@ -21,13 +22,20 @@ _JOIN_S = 15.0
 
 
 class LocalReplica:
-    """Rank 0 in this process and a child process for each other rank. A context manager that leaves none behind."""
+    """Rank 0 in this process and a child process for each other rank. A context manager that leaves none behind.
+
+    Args:
+        handoff: serve the caches to other members and pull from theirs.
+        token: the cluster token of members that hand over by sockets; "" draws one for this replica alone.
+        on_progress, profile: as `start_leader`.
+    """
 
     def __init__(
         self,
         engine: ResolvedEngine,
         *,
         handoff: bool = False,
+        token: str = "",
         on_progress: Callable[[LoadProgress], None] | None = None,
         profile: StepProfile | None = None,
     ) -> None:
@@ -37,7 +45,7 @@ class LocalReplica:
             rank=0,
             store_host=_HOST,
             store_port=self._store.port,
-            token=new_token(),
+            token=token or new_token(),
             host=_HOST,
             handoff=handoff,
         )

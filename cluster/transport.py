@@ -2,9 +2,13 @@
 
 After the token hello the reader sends requests and gets one frame for each, in order:
 
-    request   "<HIdI": format version, number of spans, ticket expiry (unix seconds), length of the ticket id; the id;
-              4 uint64 a span
+    request   "<HBIdI": format version, kind, number of spans, ticket expiry (unix seconds), length of the ticket id;
+              the id; 4 uint64 a span
     frame     "<BII": status, CRC-32 and length of the payload: the spans' bytes one after the other, or a message
+
+A request of kind "pair" (no spans; the id is "<name> <device>") forms a torch.distributed group of the two ranks: its
+frame holds the port of the source's store. From then on kind "send" has the payload follow its frame over that group
+and not over this connection, with a CRC-32 between CPUs and none between GPUs.
 
 A damaged payload leaves the stream in step: its spans can be asked for again.
 
@@ -19,12 +23,16 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
+from cluster.pair import READER, SOURCE, Pair, join_store, open_store
 from cluster.plan import KV_FORMAT
+from cluster.rank_memory import ByteArray, RankMemory
 from cluster.recut import Span
 from cluster.security import client_hello, server_hello
 from router.errors import CorruptDataError, HandoffError
@@ -37,86 +45,17 @@ MAX_SPANS = 4096
 MAX_CONNECTIONS = 64
 IDLE_TIMEOUT_S = 60.0
 _MAX_ID_BYTES = 256
-_REQUEST = struct.Struct("<HIdI")
+_REQUEST = struct.Struct("<HBIdI")
 _SPAN = struct.Struct("<4Q")
 _FRAME = struct.Struct("<BII")
 _OK, _EXPIRED, _REFUSED = 0, 1, 2
+_READ, _PAIR, _SEND = 0, 1, 2
+_PAIR_TIMEOUT_S = 5.0
+"""Longest wait for the other end, to form a pair and in each of its sends."""
 
 
 class DamagedFrameError(CorruptDataError):
     """A frame's bytes are not those that were sent; the connection still works."""
-
-
-ByteArray = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-
-
-class RankMemory:
-    """Spans of a flat uint8 buffer, on the CPU or a device, read and written by rows."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self._buffer = buffer
-        # numpy copies byte rows with memmove on the calling thread; torch would start a thread pool for each caller.
-        self._bytes: ByteArray | None = buffer.numpy() if buffer.device.type == "cpu" else None
-
-    def holds(self, span: Span) -> bool:
-        """Whether the span lies inside of the buffer, row by row."""
-        fits = span.num_bytes > 0 and span.rows > 0 and span.end <= self._buffer.numel()
-        return fits and (span.rows == 1 or span.stride >= span.num_bytes)
-
-    def gather(self, spans: Sequence[Span]) -> ByteArray:
-        """The bytes of the spans, one after the other."""
-        if self._bytes is None:
-            parts = [_window(self._buffer, span).reshape(-1) for span in spans]
-            gathered: ByteArray = torch.cat(parts).cpu().numpy()
-            return gathered
-        out = np.empty(sum(span.total_bytes for span in spans), dtype=np.uint8)
-        at = 0
-        for span in spans:
-            np.copyto(rows_at(out, at, span), rows_of(self._bytes, span))
-            at += span.total_bytes
-        return out
-
-    def scatter(self, payload: ByteArray, spans: Sequence[Span]) -> None:
-        """Write what `gather` of equally long spans gave."""
-        source = payload if self._bytes is not None else torch.from_numpy(payload).to(self._buffer.device)
-        at = 0
-        for span in spans:
-            self._write(source, at, span)
-            at += span.total_bytes
-        if self._bytes is None:
-            # A rank's next step may run on another stream.
-            torch.cuda.synchronize(self._buffer.device)
-
-    def _write(self, source: "ByteArray | Tensor", at: int, span: Span) -> None:
-        if isinstance(source, Tensor):
-            part = source[at : at + span.total_bytes].view(span.rows, span.num_bytes)
-            _window(self._buffer, span).copy_(part)
-        else:
-            assert self._bytes is not None
-            np.copyto(rows_of(self._bytes, span), rows_at(source, at, span))
-
-    def copy_from(self, source: ByteArray, src: Span, dst: Span) -> None:
-        """Copy a span of another process's mapped cache into this one."""
-        if self._bytes is None:
-            packed = np.ascontiguousarray(rows_of(source, src)).reshape(-1)
-            self.scatter(packed, [dst])
-        else:
-            np.copyto(rows_of(self._bytes, dst), rows_of(source, src))
-
-
-def rows_of(array: ByteArray, span: Span) -> ByteArray:
-    """A view [rows, num_bytes] of a flat array; the caller has checked the bounds."""
-    shape, strides = (span.rows, span.num_bytes), (span.stride, 1)
-    return np.ndarray(shape, np.uint8, buffer=array.data, offset=span.offset, strides=strides)
-
-
-def rows_at(array: ByteArray, at: int, span: Span) -> ByteArray:
-    """The packed bytes of a span that begin at `at`, as [rows, num_bytes]."""
-    return array[at : at + span.total_bytes].reshape(span.rows, span.num_bytes)
-
-
-def _window(buffer: Tensor, span: Span) -> Tensor:
-    return buffer.as_strided((span.rows, span.num_bytes), (span.stride, 1), span.offset)
 
 
 class KvServer:
@@ -145,6 +84,8 @@ class KvServer:
         self._memory = RankMemory(buffer)
         self._token = token
         self._now = now
+        self._host = host
+        self._store: TCPStore | None = None
         self._listener = socket.create_server((host, port), backlog=MAX_CONNECTIONS)
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
@@ -182,55 +123,120 @@ class KvServer:
 
     def _serve(self, sock: socket.socket) -> None:
         """One connection, until its reader closes it or breaks the protocol."""
+        session = _Session(self._memory, sock, self._open_store, self._now)
         try:
             _tune(sock)
             server_hello(sock, self._token)
             sock.settimeout(IDLE_TIMEOUT_S)
-            while self._answer(sock):
+            while session.answer():
                 pass
-        except (CorruptDataError, OSError) as error:
+        except (CorruptDataError, HandoffError, OSError) as error:
             if not self._closed:
                 logger.warning("kv server %s: connection ended: %s", self.address, error)
         finally:
             with self._lock:
                 self._connections.discard(sock)
-            sock.close()
+            session.close()
 
-    def _answer(self, sock: socket.socket) -> bool:
+    def _open_store(self) -> TCPStore:
+        """Where pairs meet; opened for the first."""
+        with self._lock:
+            if self._store is None:
+                self._store = open_store(self._host)
+            return self._store
+
+
+class _Session:
+    """The source's side of one connection, and of the pair that its reader asked for."""
+
+    def __init__(
+        self, memory: RankMemory, sock: socket.socket, open_pairs: Callable[[], TCPStore], now: Callable[[], float]
+    ) -> None:
+        self._memory = memory
+        self._sock = sock
+        self._open_pairs = open_pairs
+        self._now = now
+        self._pair: Pair | None = None
+
+    def close(self) -> None:
+        """Cut connection and pair."""
+        self._sock.close()
+        if self._pair is not None:
+            self._pair.close()
+
+    def answer(self) -> bool:
         """Serve one request; False at the end of the stream."""
-        header = _receive(sock, _REQUEST.size, end_allowed=True)
+        header = _receive(self._sock, _REQUEST.size, end_allowed=True)
         if header is None:
             return False
-        version, num_spans, expires_unix_s, id_bytes = _REQUEST.unpack(header)
+        version, kind, num_spans, expires_unix_s, id_bytes = _REQUEST.unpack(header)
         if version != KV_FORMAT:
             # What follows cannot be read: say why and end.
-            message = f"KV format {KV_FORMAT} to a reader of format {version}; run one release on both pools".encode()
-            sock.sendall(_FRAME.pack(_REFUSED, zlib.crc32(message), len(message)) + message)
+            self._frame(
+                _REFUSED, f"KV format {KV_FORMAT} to a reader of format {version}; run one release on both pools"
+            )
             return False
         if num_spans > MAX_SPANS or id_bytes > _MAX_ID_BYTES:
             raise CorruptDataError(f"read of {num_spans} spans, ticket id of {id_bytes} bytes: over the limits")
-        ticket_id = bytes(_receive(sock, id_bytes) or b"").decode(errors="replace")
-        packed = bytes(_receive(sock, num_spans * _SPAN.size) or b"")
+        name = bytes(_receive(self._sock, id_bytes) or b"").decode(errors="replace")
+        if kind == _PAIR:
+            self._form(name)
+            return True
+        packed = bytes(_receive(self._sock, num_spans * _SPAN.size) or b"")
         spans = [
             Span(offset=offset, stride=stride, num_bytes=num_bytes, rows=rows)
             for offset, stride, num_bytes, rows in _SPAN.iter_unpack(packed)
         ]
-        status, payload = self._read(spans, expires_unix_s, ticket_id)
-        sock.sendall(_FRAME.pack(status, zlib.crc32(payload), len(payload)))
-        sock.sendall(payload)
+        self._read(spans, expires_unix_s, name, paired=kind == _SEND)
         return True
 
-    def _read(self, spans: list[Span], expires_unix_s: float, ticket_id: str) -> tuple[int, memoryview]:
+    def _form(self, wanted: str) -> None:
+        """Form the pair that the reader names; its device must be of our kind."""
+        name, _, device = wanted.partition(" ")
+        ours = self._memory.device.type
+        if device != ours:
+            self._frame(_REFUSED, f"KV on {ours} to a reader on {device}; use kv_transport=tcp on both pools")
+            return
+        store = self._open_pairs()
+        self._frame(_OK, str(store.port))
+        host = self._sock.getsockname()[0]
+        self._pair = Pair(store, name, rank=SOURCE, host=host, device=self._memory.device, timeout_s=_PAIR_TIMEOUT_S)
+
+    def _frame(self, status: int, message: str) -> None:
+        payload = message.encode()
+        self._sock.sendall(_FRAME.pack(status, zlib.crc32(payload), len(payload)) + payload)
+
+    def _read(self, spans: list[Span], expires_unix_s: float, ticket_id: str, *, paired: bool) -> None:
         bad = next((span for span in spans if not self._memory.holds(span)), None)
         total = sum(span.total_bytes for span in spans)
         if bad is not None or not 0 < total <= MAX_PAYLOAD_BYTES:
-            message = f"ticket {ticket_id}: read of {total} bytes refused, span {bad}; the layouts do not agree"
-            return _REFUSED, memoryview(message.encode())
-        if self._now() < expires_unix_s:
-            payload = self._memory.gather(spans)
-            if self._now() < expires_unix_s:
-                return _OK, payload.data
-        return _EXPIRED, memoryview(b"")
+            self._frame(
+                _REFUSED, f"ticket {ticket_id}: read of {total} bytes refused, span {bad}; the layouts do not agree"
+            )
+            return
+        payload = self._gather(spans, expires_unix_s)
+        if payload is None:
+            self._frame(_EXPIRED, "")
+            return
+        self._sock.sendall(_FRAME.pack(_OK, _checksum(payload), total))
+        if not paired:
+            self._sock.sendall(payload.cpu().numpy().data)
+        elif self._pair is None:
+            raise CorruptDataError(f"ticket {ticket_id}: a payload was asked for over a pair that was not formed")
+        else:
+            self._pair.send(payload, timeout_s=_PAIR_TIMEOUT_S)
+
+    def _gather(self, spans: list[Span], expires_unix_s: float) -> Tensor | None:
+        """The bytes as they were before the expiry; None behind it."""
+        if self._now() >= expires_unix_s:
+            return None
+        payload = self._memory.gather_there(spans)
+        return payload if self._now() < expires_unix_s else None
+
+
+def _checksum(payload: Tensor) -> int:
+    """CRC-32; 0 for bytes on a device, which a host would have to fetch."""
+    return zlib.crc32(payload.numpy().data) if payload.device.type == "cpu" else 0
 
 
 class KvConnection:
@@ -245,9 +251,13 @@ class KvConnection:
         self.address = address
         self.used_s = time.monotonic()
         """When the last frame came, on the monotonic clock."""
+        self._pair: Pair | None = None
+        self._device = torch.device("cpu")
+        self._timeout_s = timeout_s
         host, _, port = address.rpartition(":")
         try:
-            self._sock = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
+            self._host = host.strip("[]")
+            self._sock = socket.create_connection((self._host, int(port)), timeout=timeout_s)
         except (OSError, ValueError) as error:
             raise HandoffError(f"hand-off: source rank at {address} cannot be reached: {error}") from error
         try:
@@ -259,7 +269,8 @@ class KvConnection:
 
     def set_timeout(self, seconds: float) -> None:
         """Longest wait of each following send and receive."""
-        self._sock.settimeout(max(seconds, 1e-3))
+        self._timeout_s = max(seconds, 1e-3)
+        self._sock.settimeout(self._timeout_s)
 
     def request(self, ticket_id: str, expires_unix_s: float, spans: Sequence[Span]) -> None:
         """Ask for spans of at most MAX_PAYLOAD_BYTES together; `receive` gets them.
@@ -267,43 +278,81 @@ class KvConnection:
         Raises:
             HandoffError: the source is gone.
         """
+        self._ask(_READ if self._pair is None else _SEND, ticket_id, expires_unix_s, spans)
+
+    def form_pair(self, device: torch.device) -> None:
+        """Have payloads come over a torch.distributed group of two from now on, into memory of `device`.
+
+        Raises:
+            HandoffError: the source refuses, is gone, or does not come to the group.
+            CorruptDataError: as `receive`.
+        """
+        name = uuid4().hex
+        self._ask(_PAIR, f"{name} {device.type}", 0.0, ())
+        status, _, length = self._header()
+        answer = bytes(self._payload(length)).decode(errors="replace")
+        if status != _OK or not answer.isdigit():
+            raise HandoffError(f"hand-off: {self.address} forms no pair: {answer[:500]}")
+        store = join_store(self._host, int(answer), timeout_s=self._timeout_s)
+        host = self._sock.getsockname()[0]
+        self._pair = Pair(store, name, rank=READER, host=host, device=device, timeout_s=self._timeout_s)
+        self._device = device
+
+    def _ask(self, kind: int, ticket_id: str, expires_unix_s: float, spans: Sequence[Span]) -> None:
         name = ticket_id.encode()
-        parts = [_REQUEST.pack(KV_FORMAT, len(spans), expires_unix_s, len(name)), name]
+        parts = [_REQUEST.pack(KV_FORMAT, kind, len(spans), expires_unix_s, len(name)), name]
         parts += [_SPAN.pack(span.offset, span.stride, span.num_bytes, span.rows) for span in spans]
         try:
             self._sock.sendall(b"".join(parts))
         except OSError as error:
             raise self._lost(error) from error
 
-    def receive(self, num_bytes: int) -> ByteArray:
-        """The next frame's payload, num_bytes long.
+    def receive(self, num_bytes: int) -> ByteArray | Tensor:
+        """The next frame's payload, num_bytes long; a tensor where it came over a pair.
 
         Raises:
             HandoffError: the ticket expired, the source refused, or it is gone.
             DamagedFrameError: its checksum does not match; `request` may ask for it again.
             CorruptDataError: its length is none that a frame can have.
         """
-        try:
-            header = _receive(self._sock, _FRAME.size)
-            status, checksum, length = _FRAME.unpack(header or b"")
-            if length > MAX_PAYLOAD_BYTES:
-                raise CorruptDataError(f"hand-off: frame of {length} bytes from {self.address} is over the limit")
-            payload = _receive(self._sock, length)
-        except OSError as error:
-            raise self._lost(error) from error
+        status, checksum, length = self._header()
+        payload = self._from_pair(length) if status == _OK and self._pair is not None else self._payload(length)
         self.used_s = time.monotonic()
-        if payload is None or zlib.crc32(payload) != checksum:
+        if (_checksum(payload) if isinstance(payload, Tensor) else zlib.crc32(payload)) != checksum:
             raise DamagedFrameError(f"hand-off: checksum of {length} bytes from {self.address} does not match")
         if status == _EXPIRED:
             raise HandoffError("hand-off: the ticket expired at the source; raise the lease or add decode capacity")
         if status != _OK or length != num_bytes:
-            text = bytes(payload[:500]).decode(errors="replace") if status != _OK else f"{length} bytes"
+            text = f"{length} bytes" if status == _OK else bytes(payload[:500]).decode(errors="replace")
             raise HandoffError(f"hand-off: {self.address} answered {text} to a read of {num_bytes} bytes")
-        return np.frombuffer(payload, dtype=np.uint8)
+        return payload if isinstance(payload, Tensor) else np.frombuffer(payload, dtype=np.uint8)
+
+    def _header(self) -> tuple[int, int, int]:
+        try:
+            status, checksum, length = _FRAME.unpack(_receive(self._sock, _FRAME.size) or b"")
+        except OSError as error:
+            raise self._lost(error) from error
+        if length > MAX_PAYLOAD_BYTES:
+            raise CorruptDataError(f"hand-off: frame of {length} bytes from {self.address} is over the limit")
+        return status, checksum, length
+
+    def _payload(self, length: int) -> bytearray:
+        try:
+            return _receive(self._sock, length) or bytearray()
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def _from_pair(self, length: int) -> Tensor:
+        assert self._pair is not None
+        payload = torch.empty(length, dtype=torch.uint8, device=self._device)
+        self._pair.receive(payload, timeout_s=self._timeout_s)
+        return payload
 
     def close(self) -> None:
         """Cut the connection; a thread inside of `receive` gets HandoffError."""
         _shut(self._sock)
+        if self._pair is not None:
+            self._pair.close()
 
     def _lost(self, error: OSError) -> HandoffError:
         return HandoffError(f"hand-off: source rank at {self.address} was lost: {error}")

@@ -19,6 +19,7 @@ from cluster.config import (
     Dtype,
     EngineConfig,
     KernelChoice,
+    KvTransport,
 )
 from deploy.sizes import parse_bytes
 from router.errors import ConfigError
@@ -68,6 +69,8 @@ class EngineOptions:
     """adaptive: as many drafts as pay, down to none; always: draft_tokens."""
     lease_s: Seconds = 30.0
     """A prefilled sequence waits this long to be fetched."""
+    kv_transport: KvTransport = "auto"
+    """How KV comes from prefill members; auto: shared memory on one host, TCP from others, P2P between GPUs."""
     step_timeout_s: Seconds = 60.0
     """A step that takes longer counts as hung, and its member as lost; more than the slowest step takes."""
 
@@ -321,6 +324,7 @@ def engine_config(config: ServeConfig, role: Role) -> EngineConfig:
             draft_policy=options.draft_policy,
             threads=pool.threads,
             lease_s=options.lease_s,
+            kv_transport=options.kv_transport,
             step_timeout_s=options.step_timeout_s,
         )
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Makes a replica's groups of ranks, and is the only caller of torch.distributed's operations."""
+"""Makes a replica's groups of ranks, and is the only caller of torch.distributed's operations on them."""
 
 import ctypes
 import threading

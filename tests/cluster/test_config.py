@@ -27,6 +27,7 @@ from shards.weights import CheckpointReader
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"reduction_groups": 3}, "reduction_groups must be a power of two, such as 4, got 3"),
         ({"max_step_tokens": 8}, "max_step_tokens=8 must be at least max_rows=64"),
+        ({"kv_transport": "shm"}, "kv_transport must be one of auto, tcp, p2p, got 'shm'"),
         ({"lease_s": 0.0}, "lease_s must be positive"),
         ({"step_timeout_s": -1.0}, "step_timeout_s must be positive seconds, got -1.0"),
         ({"step_timeout_s": math.nan}, "step_timeout_s must be positive seconds, got nan"),
@@ -60,6 +61,7 @@ def test_engine_options_are_these_and_no_others() -> None:
         "draft_policy",
         "threads",
         "lease_s",
+        "kv_transport",
         "step_timeout_s",
     }
 

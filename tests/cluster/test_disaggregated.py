@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import KvTransport
 from cluster.dispatcher import Dispatcher
 from router.request import Request, RequestId, SamplingParams, TokenEvent
 from tests.support.fleet import until
@@ -67,6 +68,22 @@ async def test_prefill_and_decode_members_give_the_tokens_of_one_mixed_member(
         assert stats.pulled_bytes > 0
         assert stats.computed_tokens <= 15 * len(LENGTHS)
         await until(lambda: all(member.is_idle for member in members))
+
+
+@pytest.mark.parametrize("way", ["tcp", "p2p"])
+async def test_members_on_any_transport_give_the_same_tokens(
+    make_checkpoint: Callable[..., Path], way: KvTransport
+) -> None:
+    checkpoint = make_checkpoint("qwen3_next")
+    wanted = await mixed_tokens(checkpoint)
+    members = [
+        EngineMember("p", "prefill", checkpoint),
+        EngineMember("d", "decode", checkpoint, kv_transport=way),
+    ]
+    async with dispatching(members) as dispatcher:
+        assert tokens_of(await run_all(dispatcher)) == wanted
+        stats = members[1].engine.stats()
+        assert (stats.pulls, stats.failed_pulls) == (len(LENGTHS), 0)
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])

@@ -1,20 +1,27 @@
-"""Pulls between real caches: over shared memory and TCP, any tp to any tp, and every way they may fail."""
+"""Pulls between real caches: over shared memory, TCP and P2P, any tp to any tp, and every way they may fail."""
 
 import dataclasses
 import os
 import queue
+import socket
+import struct
 import subprocess
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from cluster.handoff import Puller, host_key, source_rank
+from cluster.config import KvTransport
+from cluster.handoff import Puller, source_rank
 from cluster.plan import KV_FORMAT, KvTicket, PullDone, PullOrder
-from cluster.security import new_token
+from cluster.rank_memory import RankMemory
+from cluster.security import new_token, server_hello
 from cluster.transport import KvServer
+from cluster.transports import host_key, make_transports
 from shards.cache import KvCache
 from shards.config import ModelConfig
 from tests.support.kv_patterns import Geometry, GlobalState, assert_moved, fill, make_global, make_lane, rank_part
@@ -22,6 +29,8 @@ from tests.support.model_configs import make_moe_config, make_next_config
 from tests.support.relay import damaging
 
 TOKEN = new_token()
+WAYS: tuple[KvTransport, ...] = ("auto", "tcp", "p2p")
+"""auto is shared memory here."""
 BLOCKS = ((7, 2), (8, 3), (1, 9))
 
 
@@ -58,6 +67,29 @@ def sourcing(model: ModelConfig, geometry: Geometry, *, lease_s: float = 60) -> 
             server.close()
 
 
+@contextmanager
+def silent_pair() -> Iterator[str]:
+    """A source that agrees to form a pair, names a port where nobody listens, and is gone."""
+    listener, closed = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+    port = str(closed.getsockname()[1]).encode()
+    closed.close()
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            server_hello(sock, TOKEN)
+            sock.recv(4096)
+            sock.sendall(struct.pack("<BII", 0, zlib.crc32(port), len(port)) + port)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        thread.join(5)
+        listener.close()
+
+
 def make_order(ticket: KvTicket) -> PullOrder:
     return PullOrder(
         pull_id=5,
@@ -80,7 +112,7 @@ class Pulling:
         *,
         tp_rank: int = 0,
         token: str = TOKEN,
-        same_host: bool = True,
+        way: KvTransport = "auto",
         now: Callable[[], float] = time.time,
     ) -> None:
         self._done: queue.SimpleQueue[PullDone] = queue.SimpleQueue()
@@ -89,11 +121,15 @@ class Pulling:
             source.model,
             geometry.layout(source.model),
             tp_rank=tp_rank,
-            token=token,
+            transports=make_transports(way, RankMemory(cache.buffer), token, now=now),
             on_done=self._done.put,
             now=now,
-            same_host=same_host,
         )
+
+    def wait(self, order: PullOrder) -> PullDone:
+        """Carry out one order."""
+        self.puller.start(order)
+        return self._done.get(timeout=20)
 
     def run(self, *orders: PullOrder) -> list[PullDone]:
         """Carry out orders and end."""
@@ -105,26 +141,26 @@ class Pulling:
 
 
 def pull(
-    source: Source, ticket: KvTicket, geometry: Geometry, *, same_host: bool = True, token: str = TOKEN
+    source: Source, ticket: KvTicket, geometry: Geometry, *, way: KvTransport = "auto", token: str = TOKEN
 ) -> tuple[Sequence[KvCache], list[PullDone]]:
     """Every rank of a fresh lane pulls; returns the lane and how the pulls ended."""
     lane = make_lane(source.model, geometry)
     done: list[PullDone] = []
     for rank, cache in enumerate(lane):
-        pulling = Pulling(cache, source, geometry, tp_rank=rank, token=token, same_host=same_host)
+        pulling = Pulling(cache, source, geometry, tp_rank=rank, token=token, way=way)
         done += pulling.run(make_order(ticket))
     return lane, done
 
 
-@pytest.mark.parametrize("same_host", [True, False], ids=["shm", "tcp"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make_config", [make_moe_config, make_next_config])
 @pytest.mark.parametrize(("src_tp", "dst_tp"), [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 4)])
 def test_a_pull_moves_blocks_and_state_between_lanes_of_any_tp(
-    make_config: Callable[[], ModelConfig], src_tp: int, dst_tp: int, same_host: bool
+    make_config: Callable[[], ModelConfig], src_tp: int, dst_tp: int, way: KvTransport
 ) -> None:
     with sourcing(make_config(), Geometry(tp=src_tp, dtype=torch.bfloat16)) as source:
         geometry = Geometry(tp=dst_tp, dtype=torch.bfloat16, num_blocks=10, num_slots=2)
-        lane, done = pull(source, source.ticket, geometry, same_host=same_host)
+        lane, done = pull(source, source.ticket, geometry, way=way)
         assert [one.error for one in done] == [""] * dst_tp
         assert all(one.pull_id == 5 and one.seconds > 0 for one in done)
         shape = lane[0].shape
@@ -163,10 +199,11 @@ def test_a_file_too_small_to_be_the_source_cache_is_refused() -> None:
         assert "does not belong" in done[0].error
 
 
-def test_a_dead_source_of_another_host_fails_the_pull() -> None:
+@pytest.mark.parametrize("way", ["tcp", "p2p"])
+def test_a_dead_source_of_another_host_fails_the_pull(way: KvTransport) -> None:
     with sourcing(make_moe_config(), Geometry(tp=1)) as source:
         source.servers[0].close()
-        _, done = pull(source, source.ticket, Geometry(tp=1), same_host=False)
+        _, done = pull(source, source.ticket, Geometry(tp=1), way=way)
         assert "cannot be reached" in done[0].error
 
 
@@ -180,12 +217,38 @@ def test_a_pull_that_fails_in_an_unforeseen_way_is_told_and_the_next_one_works()
         assert sorted((each.pull_id, bool(each.error)) for each in done) == [(5, False), *[(6, True)] * 3]
 
 
-@pytest.mark.parametrize("same_host", [True, False], ids=["shm", "tcp"])
-def test_an_expired_ticket_is_not_pulled(same_host: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_expired_ticket_is_not_pulled(way: KvTransport) -> None:
     with sourcing(make_moe_config(), Geometry(tp=1), lease_s=-1) as source:
-        lane, done = pull(source, source.ticket, Geometry(tp=1), same_host=same_host)
+        lane, done = pull(source, source.ticket, Geometry(tp=1), way=way)
         assert "expired" in done[0].error
         assert not lane[0].buffer.any()
+
+
+@pytest.mark.parametrize("way", ["tcp", "p2p"])
+def test_a_source_killed_between_two_pulls_fails_the_second_and_its_successor_serves_again(way: KvTransport) -> None:
+    model, geometry = make_moe_config(), Geometry(tp=1)
+    with sourcing(model, geometry) as source:
+        (cache,) = make_lane(model, geometry)
+        pulling = Pulling(cache, source, geometry, way=way)
+        order = make_order(source.ticket)
+        assert pulling.wait(order).error == ""
+        # Cuts the kept connection and its pair, as the death of the process does.
+        source.servers[0].close()
+        assert "hand-off" in pulling.wait(order).error
+        successor = KvServer(source.lane[0].buffer, TOKEN)
+        rank = dataclasses.replace(source.ticket.ranks[0], address=successor.address)
+        again = dataclasses.replace(order, ticket=dataclasses.replace(source.ticket, ranks=(rank,)))
+        assert pulling.wait(again).error == ""
+        pulling.run()
+        successor.close()
+
+
+def test_a_source_that_dies_before_its_pair_is_formed_fails_the_pull() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source, silent_pair() as address:
+        rank = dataclasses.replace(source.ticket.ranks[0], address=address)
+        _, done = pull(source, dataclasses.replace(source.ticket, ranks=(rank,)), Geometry(tp=1), way="p2p")
+        assert "cannot be reached" in done[0].error
 
 
 def test_a_ticket_that_expires_during_the_copy_fails_the_pull() -> None:
@@ -197,9 +260,10 @@ def test_a_ticket_that_expires_during_the_copy_fails_the_pull() -> None:
         assert "expired 0.500 s before" in pulling.run(make_order(source.ticket))[0].error
 
 
-def test_another_cluster_token_is_refused() -> None:
+@pytest.mark.parametrize("way", ["tcp", "p2p"])
+def test_another_cluster_token_is_refused(way: KvTransport) -> None:
     with sourcing(make_moe_config(), Geometry(tp=1)) as source:
-        _, done = pull(source, source.ticket, Geometry(tp=1), same_host=False, token=new_token())
+        _, done = pull(source, source.ticket, Geometry(tp=1), way=way, token=new_token())
         assert "token" in done[0].error
 
 
@@ -223,11 +287,12 @@ def test_a_ticket_without_all_ranks_or_state_is_refused() -> None:
         assert "no recurrent state" in Pulling(cache, source, Geometry(tp=1)).run(order)[0].error
 
 
-def test_many_pulls_run_one_after_the_other_over_kept_connections() -> None:
+@pytest.mark.parametrize("way", ["tcp", "p2p"])
+def test_many_pulls_run_one_after_the_other_over_kept_connections(way: KvTransport) -> None:
     with sourcing(make_next_config(), Geometry(tp=2)) as source:
         cache = make_lane(source.model, Geometry(tp=1))[0]
         orders = [dataclasses.replace(make_order(source.ticket), pull_id=number) for number in range(20)]
-        done = Pulling(cache, source, Geometry(tp=1), same_host=False).run(*orders)
+        done = Pulling(cache, source, Geometry(tp=1), way=way).run(*orders)
         assert {one.pull_id for one in done} == set(range(20))
         assert not any(one.error for one in done)
         assert_moved([cache], source.state, BLOCKS, (2, 1))
@@ -248,7 +313,7 @@ def pull_through(offsets: tuple[int, ...]) -> tuple[PullDone, bool]:
     with sourcing(model, Geometry(tp=1)) as source, damaging(source.servers[0].address, offsets) as address:
         rank = dataclasses.replace(source.ticket.ranks[0], address=address)
         ticket = dataclasses.replace(source.ticket, ranks=(rank,))
-        lane, (done,) = pull(source, ticket, Geometry(tp=1), same_host=False)
+        lane, (done,) = pull(source, ticket, Geometry(tp=1), way="tcp")
         if done.error:
             return done, False
         assert_moved(lane, source.state, BLOCKS, None)
@@ -273,14 +338,14 @@ def test_bytes_that_are_damaged_every_time_fail_the_pull() -> None:
     assert "checksum" in done.error
 
 
-@pytest.mark.parametrize("same_host", [True, False], ids=["shm", "tcp"])
-def test_a_member_with_blocks_of_another_size_pulls_from_behind_what_it_holds(same_host: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_member_with_blocks_of_another_size_pulls_from_behind_what_it_holds(way: KvTransport) -> None:
     model = make_next_config()
     with sourcing(model, Geometry(tp=2)) as source:
         geometry = Geometry(tp=1, block_size=2)
         (cache,) = make_lane(model, geometry)
         order = dataclasses.replace(make_order(source.ticket), first=2, dst_blocks=(5, 1, 0, 9, 4))
-        (done,) = Pulling(cache, source, geometry, same_host=same_host).run(order)
+        (done,) = Pulling(cache, source, geometry, way=way).run(order)
         assert done.error == ""
         k, v, _, _ = rank_part(source.state, cache)
         for pool, part in zip(cache.k_pools + cache.v_pools, k + v, strict=True):

@@ -14,8 +14,8 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.executor import RankGroup
+from cluster.pair import open_store
 from cluster.plan import StepPlan
-from cluster.rank_process import open_store
 from cluster.resolve import resolve_engine
 from cluster.spawn import LocalReplica
 from router.errors import CheckpointError, MemberLostError

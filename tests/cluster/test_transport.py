@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cluster.plan import KV_FORMAT
+from cluster.rank_memory import RankMemory
 from cluster.recut import Span
 from cluster.security import client_hello, new_token, server_hello
-from cluster.transport import _FRAME, MAX_PAYLOAD_BYTES, KvConnection, KvServer, RankMemory
+from cluster.transport import _FRAME, MAX_PAYLOAD_BYTES, KvConnection, KvServer
 from router.errors import CorruptDataError, HandoffError
 
 TOKEN = new_token()
@@ -189,7 +190,7 @@ def test_a_reader_of_another_format_version_is_told() -> None:
         host, port = server.address.split(":")
         with socket.create_connection((host, int(port)), timeout=5) as sock:
             client_hello(sock, TOKEN, timeout_s=5)
-            sock.sendall(struct.pack("<HIdI", KV_FORMAT + 1, 0, FAR, 0))
+            sock.sendall(struct.pack("<HBIdI", KV_FORMAT + 1, 0, 0, FAR, 0))
             assert f"KV format {KV_FORMAT}".encode() in sock.recv(400)
             assert sock.recv(1) == b""
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cluster.config import Dtype, EngineConfig
+from cluster.config import Dtype, EngineConfig, KvTransport
 from cluster.dispatcher import Dispatcher
 from cluster.engine import Engine, EngineOutlets
 from cluster.member_codec import MemberHello
@@ -39,6 +39,7 @@ class EngineMember:
         max_model_len: int = 220,
         step_tokens: int = 64,
         dtype: Dtype = "float32",
+        kv_transport: KvTransport = "auto",
     ) -> None:
         config = EngineConfig(
             model=checkpoint,
@@ -51,12 +52,13 @@ class EngineMember:
             max_model_len=max_model_len,
             threads=1,
             lease_s=lease_s,
+            kv_transport=kv_transport,
         )
         self.member_id = MemberId(name)
         self.role: Role = role
         resolved = resolve_engine(config)
         layout = resolved.kv_layout()
-        self._replica = LocalReplica(resolved, handoff=True)
+        self._replica = LocalReplica(resolved, handoff=True, token=TOKEN)
         hello = MemberHello(member_id=self.member_id, role=role, generation=0, layout=layout)
         self.service = MemberService(hello, TOKEN)
         outlets = EngineOutlets(
