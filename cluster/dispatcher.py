@@ -40,9 +40,9 @@ _HASHED_AT_ONCE = 512
 class DispatcherConfig:
     """Limits of the hand-off as the gateway sees it, and of its streams."""
 
-    max_decode_wait_s: float = 5.0
-    """A prefilled request whose decode members all refuse waits this long, then it is refused."""
     first_retry_s: float = 0.02
+    """Pauses of a prefilled request whose decode members all refuse, growing up to max_retry_s. It waits until its
+    deadline, and has its prompt computed again where its lease ends first."""
     max_retry_s: float = 0.5
     abort_wait_s: float = 1.0
     """The prefill member's KV is released when the decode member has confirmed an abort, or after its lease."""
@@ -247,8 +247,8 @@ class Dispatcher:
         journey.decode = self._client(member_id).submit(journey.onward, mode=mode, ticket=journey.ticket)
 
     async def _next_decoded(self, journey: Journey) -> TokenEvent:
-        """The next token of the decode member; a refusal before its first one is worked around for a while."""
-        pause_s, give_up_s = self._config.first_retry_s, self._clock() + self._config.max_decode_wait_s
+        """The next token of the decode member; a refusal before its first one is worked around."""
+        pause_s = self._config.first_retry_s
         while True:
             assert journey.decode is not None
             try:
@@ -260,9 +260,11 @@ class Dispatcher:
                 self._release(journey)
                 self._submit_onward(journey, journey.decode_member)
             except OverloadedError:
-                if not journey.handed_over or journey.is_decoding or self._clock() + pause_s > give_up_s:
+                if not journey.handed_over or journey.is_decoding:
                     raise
                 await journey.within(asyncio.sleep(pause_s))
+                if journey.ticket is not None and journey.ticket.expires_unix_s <= self._clock():
+                    self._release(journey)
                 pause_s = min(2 * pause_s, self._config.max_retry_s)
                 self._submit_onward(journey, self._another_decoder(journey))
             else:

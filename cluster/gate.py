@@ -66,7 +66,22 @@ class Gate:
 
 
 def _capacity(loads: Iterable[MemberLoad]) -> Capacity:
-    """Of the members that compute prompts: the prefill pool, or all where there is none."""
+    """Of the members that compute prompts, the prefill pool, or all where there is none; and of those that decode."""
     able = [load for load in loads if not load.draining]
-    able = [load for load in able if load.role == "prefill"] or able
-    return Capacity(members=len(able), step_tokens=max((load.step_tokens for load in able), default=0))
+    prefill = [load for load in able if load.role == "prefill"]
+    decode = [load for load in able if load.role != "prefill"]
+    computing = prefill or able
+    return Capacity(
+        members=len(computing),
+        step_tokens=max((load.step_tokens for load in computing), default=0),
+        decode_places=_decode_places(prefill, decode) if prefill and decode else None,
+    )
+
+
+def _decode_places(prefill: list[MemberLoad], decode: list[MemberLoad]) -> int:
+    """Rows that are free, less the sequences that are prefilled and on their way.
+
+    A member where a request waits has no room for another, whatever it lacks: rows, blocks or state slots.
+    """
+    free = sum(max(load.max_requests - load.running_requests, 0) for load in decode if not load.waiting_requests)
+    return max(free - sum(load.handoff_requests for load in prefill), 0)

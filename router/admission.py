@@ -76,11 +76,13 @@ def entrant_of(request: Request) -> Entrant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """The members that compute prompts."""
+    """The members that compute prompts, and those that go on."""
 
     members: int
     step_tokens: int
     """Tokens that one computes in a step."""
+    decode_places: int | None = None
+    """Sequences that other members have room to decode, beside those on their way; None: who computes decodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +152,7 @@ class Admission:
         """Give turns while the members have room for more first tokens; without members all go, to be told so."""
         released: list[RequestId] = []
         limit = capacity.members * self._config.starting_per_member
-        while not capacity.members or self._has_room(limit, limit * capacity.step_tokens):
+        while not capacity.members or self._has_room(limit, limit * capacity.step_tokens, capacity.decode_places):
             item = self._queue.pop()
             if item is None:
                 break
@@ -165,7 +167,10 @@ class Admission:
         self._refused.clear()
         return Decisions(released=tuple(released), refused=refused)
 
-    def _has_room(self, requests: float, tokens: float) -> bool:
+    def _has_room(self, requests: float, tokens: float, places: int | None) -> bool:
+        # What is prefilled while nobody can decode it holds KV at the prefill members for nothing.
+        if places is not None and len(self._starting) >= places:
+            return False
         return len(self._starting) < requests or sum(self._starting.values()) < tokens
 
     def started(self, request_id: RequestId, now: float) -> None:

@@ -70,6 +70,16 @@ async def test_prefill_and_decode_members_give_the_tokens_of_one_mixed_member(
         await until(lambda: all(member.is_idle for member in members))
 
 
+async def test_a_decode_member_of_one_row_serves_all_in_turn(make_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = make_checkpoint("qwen3_next")
+    wanted = await mixed_tokens(checkpoint)
+    members = [EngineMember("p", "prefill", checkpoint), EngineMember("d", "decode", checkpoint, max_rows=1)]
+    async with dispatching(members) as dispatcher:
+        assert tokens_of(await run_all(dispatcher)) == wanted
+        assert members[1].engine.stats().failed_pulls == 0
+        await until(lambda: all(member.is_idle for member in members))
+
+
 @pytest.mark.parametrize("way", ["tcp", "p2p"])
 async def test_members_on_any_transport_give_the_same_tokens(
     make_checkpoint: Callable[..., Path], way: KvTransport

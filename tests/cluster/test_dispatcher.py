@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -50,11 +50,14 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(
-    *members: ScriptedMember, config: DispatcherConfig | None = None, limits: AdmissionConfig | None = None
+    *members: ScriptedMember,
+    config: DispatcherConfig | None = None,
+    limits: AdmissionConfig | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Fleet]:
     traces: list[RequestTrace] = []
     admission = Admission(limits)
-    dispatcher = Dispatcher(Router(), admission, TOKEN, config=config, on_trace=traces.append)
+    dispatcher = Dispatcher(Router(), admission, TOKEN, config=config, on_trace=traces.append, clock=clock)
     dispatcher.update_members([await member.start() for member in members])
     try:
         await until(lambda: len(dispatcher.loads()) == len(members))
@@ -257,14 +260,25 @@ async def test_a_refusing_decode_member_is_asked_again_or_another_one_takes_over
         assert prefill.engine.modes == ["prefill"]
 
 
-async def test_decode_members_that_keep_refusing_end_the_wait() -> None:
+async def test_a_full_decode_pool_keeps_a_prefilled_request_until_its_deadline() -> None:
     prefill, decode = prefill_and_decode()
-    async with fleet(prefill, decode, config=DispatcherConfig(max_decode_wait_s=0.1)) as one:
+    async with fleet(prefill, decode) as one:
         decode.engine.refusals += [OverloadedError("full", retry_after_s=1)] * 100
-        events = one.dispatcher.generate(make_request())
+        events = one.dispatcher.generate(dataclasses.replace(make_request(), deadline_unix_s=time.time() + 0.3))
         assert (await anext(events)).index == 0
-        with pytest.raises(OverloadedError, match="full"):
+        with pytest.raises(DeadlineExceededError):
             await anext(events)
+        await until(lambda: one.is_idle)
+
+
+async def test_a_prefilled_request_whose_lease_ends_at_a_full_decode_pool_is_computed_there() -> None:
+    prefill, decode = prefill_and_decode()
+    # Behind every lease.
+    async with fleet(prefill, decode, clock=lambda: time.time() + 1e6) as one:
+        decode.engine.refusals.append(OverloadedError("full", retry_after_s=1))
+        events = await collect(one.dispatcher.generate(make_request()))
+        assert tokens_of(events) == expected_tokens(make_request())
+        assert decode.engine.modes == ["decode", "full"]
         await until(lambda: one.is_idle)
 
 

@@ -1,6 +1,7 @@
 """Requests at the gateway get their turn, or an error, and leave nothing behind."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -82,3 +83,18 @@ async def test_a_turn_that_comes_for_somebody_who_was_cancelled_is_passed_over()
     await asyncio.sleep(0)
     fleet.gate.leave(RequestId("b"))
     assert fleet.admission.num_in_flight == 0
+
+
+async def test_a_full_decode_pool_keeps_requests_before_their_prefill() -> None:
+    prefill, decode = make_load("p", "prefill"), make_load("d", "decode")
+    fleet = Fleet(prefill, replace(decode, running_requests=1))
+    turn = fleet.gate.enter(make_request("a"))
+    assert not turn.done()
+    for full in ((replace(prefill, handoff_requests=1), decode), (prefill, replace(decode, waiting_requests=1))):
+        fleet.loads = full
+        fleet.gate.refresh()
+        assert not turn.done()
+    fleet.loads = (prefill, decode)
+    fleet.gate.refresh()
+    assert turn.done()
+    fleet.gate.leave(RequestId("a"))

@@ -56,12 +56,19 @@ class Pair:
     async def at(self, step: Step, name: str) -> AsyncIterator["Running"]:
         """A request that has come as far as `step`, held there until the context asks for more of it."""
         held = {"queued at prefill": self.prefill, "queued at decode": self.decode}.get(step)
-        if held is not None:
+        if held is self.prefill:
             await occupy(held)
         stopped = {"prefill": self.prefill, "pull": self.decode}.get(step)
         if stopped is not None:
             stopped.signal_peer(signal.SIGSTOP)
+        if held is self.decode:
+            self.prefill.signal_peer(signal.SIGSTOP)
         running = Running(self.generate(name))
+        if held is self.decode:
+            # A decode member that is full before that keeps the request at the gateway.
+            await until(lambda: self._has_come("prefill", running), timeout_s=10)
+            await occupy(held)
+            self.prefill.signal_peer(signal.SIGCONT)
         try:
             await until(lambda: self._has_come(step, running), timeout_s=10)
             yield running

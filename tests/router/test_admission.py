@@ -190,3 +190,13 @@ def test_a_hog_at_ten_times_what_the_fleet_can_do_leaves_the_others_their_first_
         tails.append(percentile(told, 0.99))
     assert tails[1] < 1.5 * tails[0]
     assert len(times["hog"]) > 5 * length_s
+
+
+def test_requests_wait_while_nobody_has_room_to_decode_them() -> None:
+    admission = Admission()
+    for name in "ab":
+        admission.admit(make(name), 0.0)
+    assert admission.decide(Capacity(members=2, step_tokens=1000, decode_places=0), 0.0).released == ()
+    assert admission.decide(Capacity(members=2, step_tokens=1000, decode_places=1), 0.0).released == ("a",)
+    assert admission.decide(Capacity(members=2, step_tokens=1000, decode_places=1), 0.0).released == ()
+    assert admission.decide(Capacity(members=2, step_tokens=1000, decode_places=2), 0.0).released == ("b",)
