@@ -15,6 +15,8 @@ from cluster.states import StatePool
 from router.request import RequestId
 
 _ORDER = attrgetter("order")
+_LOOKED_UP = 16
+"""Waiting sequences whose cached prefix a report looks up: a report comes between two steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,13 @@ class Lane:
         """Tokens held or to be held here by others, less what of `seq` is cached here."""
         others = sum(len(other.tokens) for other in (*self.waiting, *self.active))
         return others - self._usable_blocks(seq, len(self._known_blocks(seq))) * self._config.block_size
+
+    def waiting_tokens(self) -> int:
+        """Tokens of prompts, or of what is computed anew, that are still to be planned; less what is cached here."""
+        ahead = self.waiting[:_LOOKED_UP]
+        found = (self._usable_blocks(seq, len(self._known_blocks(seq))) for seq in ahead if seq.ticket is None)
+        tokens = sum(seq.uncomputed_tokens for seq in (*self.active, *self.waiting))
+        return tokens - sum(found) * self._config.block_size
 
     def enqueue(self, seq: Sequence) -> None:
         """Let a sequence wait for room."""

@@ -13,6 +13,7 @@ from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
 from cluster.request_check import check_request
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode, Sequence, token_logprob
+from cluster.step_calibration import StepCalibration
 from router.errors import HandoffError, InvalidRequestError, OverloadedError
 from router.load import MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent
@@ -45,6 +46,7 @@ class Scheduler:
         self._pinned: dict[str, Pinned] = {}
         self._uncommitted: deque[_Uncommitted] = deque()
         self._drafting = Drafting(config)
+        self._calibration = StepCalibration()
         self._arrivals = count()
         self._steps = count()
         self._pull_ids = count()
@@ -192,6 +194,7 @@ class Scheduler:
         if plan.has_rows:
             self._uncommitted.append(_Uncommitted(step=plan.step, works=tuple(tuple(draft.works) for draft in drafts)))
             self._drafting.planned(plan, tokens, now)
+            self._calibration.planned(plan, now)
         return plan
 
     def commit(self, output: StepOutput, now: float) -> list[TokenEvent | HandoffReady]:
@@ -200,7 +203,9 @@ class Scheduler:
         if self._uncommitted and self._uncommitted[0].step == output.step:
             for works, lane_output in zip(self._uncommitted.popleft().works, output.lanes, strict=True):
                 events += self._commit_lane(works, lane_output, now)
-            self._drafting.committed(output, now, busy=bool(self._sequences))
+            busy = bool(self._sequences)
+            self._drafting.committed(output, now, busy=busy)
+            self._calibration.committed(now, busy=busy)
         else:
             assert not any(lane.rows_N for lane in output.lanes), f"results of step {output.step} out of order"
         return [*events, *self.expire(now)]
@@ -302,18 +307,18 @@ class Scheduler:
 
     def load(self, now: float, member_id: MemberId, role: Role) -> MemberLoad:
         """This member's state for the router; `draining` is for the caller to set."""
-        sequences = self._sequences.values()
         lanes = self._lanes
         return MemberLoad(
             member_id=member_id,
             role=role,
             sequence=next(self._reports),
             waiting_requests=sum(len(lane.waiting) for lane in lanes),
-            waiting_tokens=sum(seq.uncomputed_tokens for seq in sequences),
+            waiting_tokens=sum(lane.waiting_tokens() for lane in lanes),
             running_requests=sum(len(lane.active) for lane in lanes),
             context_tokens=sum(seq.computed for lane in lanes for seq in lane.active),
             max_requests=self.config.max_rows * len(lanes),
             step_tokens=self.config.max_step_tokens * len(lanes),
+            step_time=self._calibration.step_time(),
             free_blocks=sum(lane.blocks.num_free for lane in lanes),
             total_blocks=self.config.num_blocks * len(lanes),
             block_size=self.config.block_size,

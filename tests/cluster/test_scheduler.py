@@ -286,3 +286,15 @@ def test_description_names_who_waits_and_what_is_free() -> None:
         "1 sequences [a running: 4 tokens, 1 pending, 4 computed, 0 settled], pulls [], 0 tickets, 1 plans given out; "
         "lane 0: 1 active, 0 waiting, 15 blocks, 3 rows and 0 slots free"
     )
+
+
+def test_a_report_counts_waiting_tokens_that_are_not_cached_and_what_steps_take() -> None:
+    bench = Bench(replace(CONFIG, max_rows=1))
+    bench.add(make_request("a", 12, max_tokens=1))
+    bench.commit(bench.plan(now=1.0), now=1.5)
+    assert bench.scheduler.load(2.0, MemberId("m"), "mixed").step_time.step_s(
+        prefill_tokens=12, decode_rows=0, context_tokens=0
+    ) == pytest.approx(0.5, rel=0.01)
+    bench.add(make_request("a", 12))
+    bench.add(make_request("b", 12))
+    assert bench.scheduler.load(2.0, MemberId("m"), "mixed").waiting_tokens == 4 + 12

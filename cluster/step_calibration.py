@@ -1,0 +1,136 @@
+"""What a member's steps take, learnt from those it has carried out: a least-squares fit of router.step_time's model."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.plan import StepPlan
+from router.step_time import StepTime
+
+_WINDOW: Final = 128
+"""Steps remembered of each kind; what steps took before is forgotten, a slow start among it."""
+_REFIT_STEPS: Final = 16
+_DOUBT: Final = 1e-3
+"""Weight of the first guess against the steps seen: it decides where these leave a price open, and nothing else."""
+_SWEEPS: Final = 200
+_SETTLED: Final = 1e-7
+_LEAST_S: Final = 1e-9
+_Row = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredStep:
+    """One step: what was in it, over all lanes together, and its seconds."""
+
+    prefill_tokens: int
+    decode_rows: int
+    context_tokens: int
+    """That its decode rows attended to."""
+    seconds: float
+
+    @property
+    def row(self) -> _Row:
+        """What each price of the model is multiplied with."""
+        return (1.0, float(self.prefill_tokens), float(self.decode_rows), float(self.context_tokens))
+
+
+def fit_step_time(steps: list[MeasuredStep], guess: StepTime) -> StepTime:
+    """Prices of least squares, none negative.
+
+    A step counts by 1 / seconds: short ones, of which there are many, and long ones alike. Each price is drawn to
+    `guess` with a small part of the weight that the steps have in it, so that equal steps do not leave it open (ridge
+    regression: Hoerl and Kennard, 1970), and the whole is solved by coordinate descent, which keeps prices at 0 that
+    would be negative.
+
+    Args:
+        steps: with positive seconds.
+        guess: stays the price of what is in none of the steps.
+    """
+    start = (guess.base_s, guess.prefill_token_s, guess.decode_row_s, guess.context_token_s)
+    products = [[0.0] * 4 for _ in range(4)]
+    targets = [0.0] * 4
+    for step in steps:
+        row = step.row
+        for i, value in enumerate(row):
+            targets[i] += value
+            for j, other in enumerate(row):
+                products[i][j] += value * other / step.seconds
+    for i, price in enumerate(start):
+        extra = _DOUBT * products[i][i]
+        products[i][i] += extra
+        targets[i] += extra * price
+    base_s, prefill_s, row_s, context_s = _solve(products, targets, start)
+    return StepTime(
+        base_s=base_s, prefill_token_s=max(prefill_s, _LEAST_S), decode_row_s=row_s, context_token_s=context_s
+    )
+
+
+def _solve(products: list[list[float]], targets: list[float], start: _Row) -> list[float]:
+    """Prices p >= 0 of least p' products p / 2 - targets' p; those that occur nowhere stay as they start."""
+    prices = list(start)
+    for _ in range(_SWEEPS):
+        moved = 0.0
+        for i, row in enumerate(products):
+            if row[i]:
+                rest = targets[i] - sum(row[j] * prices[j] for j in range(4) if j != i)
+                price = max(rest / row[i], 0.0)
+                moved = max(moved, abs(price - prices[i]) * row[i])
+                prices[i] = price
+        if moved <= _SETTLED * max(targets):
+            break
+    return prices
+
+
+class StepCalibration:
+    """One scheduler's steps as they are planned and committed. Times are those given to the scheduler.
+
+    Steps with and without prompt tokens are remembered apart: long decoding leaves what prompts cost in memory.
+    """
+
+    def __init__(self) -> None:
+        self._planned: deque[tuple[float, MeasuredStep]] = deque()
+        self._prefills: deque[MeasuredStep] = deque(maxlen=_WINDOW)
+        self._decodes: deque[MeasuredStep] = deque(maxlen=_WINDOW)
+        self._new = 0
+        self._fitted = StepTime()
+        self._ended: float | None = None
+        """When the last step ended; None when nothing was to be done then."""
+
+    def planned(self, plan: StepPlan, now: float) -> None:
+        """A plan with rows is given out."""
+        prefill = rows = context = 0
+        for lane in plan.lanes:
+            verifies = lane.verifies_S or [0] * len(lane.rows_S)
+            for first, count, drafts in zip(lane.first_S, lane.counts_S, verifies, strict=True):
+                if count - drafts == 1:
+                    rows += 1
+                    context += first + count
+                else:
+                    prefill += count
+        step = MeasuredStep(prefill_tokens=prefill, decode_rows=rows, context_tokens=context, seconds=0.0)
+        self._planned.append((now, step))
+
+    def committed(self, now: float, *, busy: bool) -> None:
+        """The oldest plan is done. `busy`: there is more to do, so that the next step's time begins now."""
+        began, step = self._planned.popleft()
+        seconds = now - (began if self._ended is None else max(began, self._ended))
+        self._ended = now if busy else None
+        if seconds <= 0:
+            return
+        measured = MeasuredStep(
+            prefill_tokens=step.prefill_tokens,
+            decode_rows=step.decode_rows,
+            context_tokens=step.context_tokens,
+            seconds=seconds,
+        )
+        (self._prefills if step.prefill_tokens else self._decodes).append(measured)
+        self._new += 1
+
+    def step_time(self) -> StepTime:
+        """What steps take, by those of the last while; a first guess before there are any."""
+        seen = len(self._prefills) + len(self._decodes)
+        # The first steps are all there is to know; later ones change little each.
+        if self._new >= min(_REFIT_STEPS, seen) > 0:
+            self._fitted = fit_step_time([*self._prefills, *self._decodes], StepTime())
+            self._new = 0
+        return self._fitted

@@ -1,0 +1,90 @@
+"""Step times are learnt from the steps that were carried out, however few or alike they are."""
+
+import random
+
+import pytest
+
+from cluster.plan import StepPlan
+from cluster.step_calibration import MeasuredStep, StepCalibration, fit_step_time
+from router.step_time import StepTime
+from shards.batch import StepBatch
+
+TRUE = StepTime(base_s=0.008, prefill_token_s=1e-4, decode_row_s=3e-4, context_token_s=2e-7)
+
+
+def make_step(prefill: int, rows: int, context: int, *, noise: float = 1.0, true: StepTime = TRUE) -> MeasuredStep:
+    seconds = noise * true.step_s(prefill_tokens=prefill, decode_rows=rows, context_tokens=context)
+    return MeasuredStep(prefill_tokens=prefill, decode_rows=rows, context_tokens=context, seconds=seconds)
+
+
+def seconds(step_time: StepTime, step: MeasuredStep) -> float:
+    return step_time.step_s(
+        prefill_tokens=step.prefill_tokens, decode_rows=step.decode_rows, context_tokens=step.context_tokens
+    )
+
+
+def make_steps(count: int, *, noise: float = 0.0) -> list[MeasuredStep]:
+    rng = random.Random(3)
+    steps = []
+    for _ in range(count):
+        rows = rng.randrange(64)
+        prefill = rng.choice((0, 0, 0, rng.randrange(1, 2048)))
+        steps.append(make_step(prefill, rows, rows * rng.randrange(8000), noise=1 + noise * rng.uniform(-1, 1)))
+    return steps
+
+
+def test_noisy_steps_give_the_prices_behind_them() -> None:
+    fitted = fit_step_time(make_steps(256, noise=0.3), StepTime())
+    assert fitted.prefill_token_s == pytest.approx(TRUE.prefill_token_s, rel=0.1)
+    for step in make_steps(50):
+        assert seconds(fitted, step) == pytest.approx(step.seconds, rel=0.15)
+
+
+def test_equal_steps_give_their_own_time_and_no_negative_price() -> None:
+    step = make_step(0, 8, 4000, true=StepTime(base_s=0.0, decode_row_s=1e-5, context_token_s=0.0))
+    fitted = fit_step_time([step] * 20, StepTime())
+    assert seconds(fitted, step) == pytest.approx(step.seconds, rel=0.05, abs=1e-5)
+    assert fitted.prefill_token_s == StepTime().prefill_token_s
+
+
+def test_what_would_be_negative_is_nothing() -> None:
+    # More decode rows, less time: rows cost nothing then, and a prompt token next to it.
+    steps = [
+        MeasuredStep(prefill_tokens=10 * n, decode_rows=n, context_tokens=0, seconds=1.0 / n) for n in range(1, 20)
+    ]
+    fitted = fit_step_time(steps, StepTime())
+    assert fitted.decode_row_s == 0.0
+    assert fitted.prefill_token_s <= 1e-4
+
+
+def make_plan(*lanes: StepBatch) -> StepPlan:
+    return StepPlan(step=0, lanes=lanes, pulls=())
+
+
+def test_steps_are_timed_from_the_one_before_and_counted_over_all_lanes() -> None:
+    calibration = StepCalibration()
+    assert calibration.step_time() == StepTime()
+    decode = StepBatch(rows_S=[0, 1], first_S=[9, 19], counts_S=[1, 3], samples_S=[1, 1], verifies_S=[0, 2])
+    prompt = StepBatch(rows_S=[0], first_S=[0], counts_S=[100], samples_S=[1])
+    now = 0.0
+    for index in range(60):
+        plan = make_plan(decode, prompt) if index % 2 else make_plan(decode, StepBatch())
+        calibration.planned(plan, now)
+        # Launched while the one before runs: its time begins when that one ends.
+        calibration.planned(make_plan(decode, StepBatch()), now)
+        now += 0.110 if index % 2 else 0.010
+        calibration.committed(now, busy=True)
+        now += 0.010
+        calibration.committed(now, busy=False)
+        now += 5.0
+    fitted = calibration.step_time()
+    assert fitted.step_s(prefill_tokens=0, decode_rows=2, context_tokens=32) == pytest.approx(0.01, rel=0.05)
+    assert fitted.prefill_token_s == pytest.approx(0.001, rel=0.05)
+    assert calibration.step_time() is fitted
+
+
+def test_a_step_that_took_no_time_teaches_nothing() -> None:
+    calibration = StepCalibration()
+    calibration.planned(make_plan(StepBatch(rows_S=[0], first_S=[0], counts_S=[4], samples_S=[1])), 1.0)
+    calibration.committed(1.0, busy=False)
+    assert calibration.step_time() == StepTime()
