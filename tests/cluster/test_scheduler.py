@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from cluster.plan import HandoffReady, PullDone
 from router.request import MemberId, RequestId, TokenEvent
 from shards.batch import NO_TOKEN, LogprobColumns
