@@ -285,8 +285,12 @@ class PoolMember:
         wanted = await self._tell(self._directory.put.remote(status))
         if wanted is not None and wanted != self._role:
             logger.info("%s: role %s becomes %s", self._id, self._role, wanted)
+            try:
+                async with asyncio.timeout(self._config.look_timeout_s):
+                    await _answer(generation.actors[0].set_role.remote(wanted))
+            except TimeoutError as error:
+                raise MemberLostError(f"rank 0 did not answer for {self._config.look_timeout_s:g} s") from error
             self._role = wanted
-            await _answer(generation.actors[0].set_role.remote(wanted))
 
     async def _tell(self, told: "ObjectRef[T]") -> T | None:
         """The directory's answer; one that is away hears of us with the next report."""
