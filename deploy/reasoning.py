@@ -74,10 +74,11 @@ class ReasoningSplitter:
         return text.removeprefix(_BEGIN).lstrip("\n")
 
     def _take_content(self, text: str, *, final: bool) -> str:
-        text = text.replace(_END, "")
+        # What is left around a dropped mark is never taken for another one, whether or not it came in one piece.
+        before, _, after = text.rpartition(_END)
+        shown = before.replace(_END, "") + self._hold(after, (_END,), final=final)
         if not self._content_begun:
-            text = text.lstrip("\n")
-        shown = self._hold(text, (_END,), final=final)
+            shown = shown.lstrip("\n")
         self._content_begun = self._content_begun or bool(shown)
         return shown
 

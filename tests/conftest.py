@@ -15,6 +15,20 @@ from shards.config_fields import Json
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """What asynchronous tests run on."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+async def event_loop_of_all(anyio_backend: str) -> None:
+    """One event loop for every test: gRPC's poller of a process hands late events to loops of tests gone by.
+
+    With a loop for each test such an event raises "Event loop is closed" in whichever test runs then.
+    """
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that writes a random checkpoint and gives its folder; equal arguments give the same, read-only folder.
 

@@ -17,11 +17,6 @@ pytestmark = pytest.mark.anyio
 LENGTHS = (1, 15, 16, 17, 40, 70)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def make_requests() -> list[Request]:
     """Greedy and sampled requests of mixed length."""
     return [

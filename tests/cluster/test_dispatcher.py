@@ -29,11 +29,6 @@ from tests.support.scripted_engine import expected_tokens
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """A dispatcher and its members."""

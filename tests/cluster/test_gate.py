@@ -14,11 +14,6 @@ from router.request import MemberId, Request, RequestId, Role, SamplingParams
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def make_load(name: str, role: Role = "mixed") -> MemberLoad:
     return MemberLoad(member_id=MemberId(name), role=role, step_tokens=1)
 

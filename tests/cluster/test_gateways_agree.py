@@ -22,11 +22,6 @@ pytestmark = pytest.mark.anyio
 PROMPT = tuple(range(3, 120))
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway:
     """One gateway's dispatcher and its router, which believes the member's word only."""

@@ -35,11 +35,6 @@ NUM_TOKENS = 24
 MAX_LEN = 4000
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """A prefill and a decode member with one row each."""

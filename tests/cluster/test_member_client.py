@@ -24,11 +24,6 @@ from tests.support.scripted_engine import expected_tokens
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Gateway:
     """A client with what it told."""
 

@@ -27,11 +27,6 @@ Call = grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.MemberMessage]
 Kind = Literal["hello", "load", "cache", "step", "rejected"]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def serving(member: ScriptedMember) -> AsyncIterator[ScriptedMember]:
     await member.start()

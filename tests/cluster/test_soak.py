@@ -22,11 +22,6 @@ AT_ONCE = 14
 REQUESTS = 600
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def make_request(kind: int) -> Request:
     """The same kind is the same request but for its id."""
     rng = random.Random(kind)

@@ -18,11 +18,6 @@ from tests.support.serving import make_backend, make_service
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def served(backend: ScriptedBackend, *, api_keys: tuple[ApiKey, ...] = ()) -> AsyncIterator[str]:
     """A server's host:port."""

@@ -26,11 +26,6 @@ from tests.support.serving import make_backend, make_service, make_tokenizer, te
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """A running server's channel and stub."""

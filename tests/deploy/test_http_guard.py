@@ -14,11 +14,6 @@ from tests.support.serving import make_backend, make_service
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_a_body_over_the_limit_is_refused_by_its_declared_length_without_reading_it() -> None:
     async with client_of(make_backend("x"), HttpConfig(max_body_bytes=100)) as client:
         reply = await client.post("/v1/completions", content=b"x" * 101)

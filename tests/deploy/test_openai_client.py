@@ -17,11 +17,6 @@ from tests.support.serving import make_backend, make_service
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def client_of(backend: Backend) -> AsyncIterator[openai.AsyncOpenAI]:
     app = create_app(make_service(backend), HttpConfig(api_keys=(ApiKey(key="k"),)))

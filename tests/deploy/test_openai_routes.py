@@ -12,11 +12,6 @@ from tests.support.serving import make_backend, make_tokenizer, text_script
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_a_chat_reply_has_every_field_that_openai_requires() -> None:
     async with client_of(make_backend("hello there")) as client:
         reply = (await client.post("/v1/chat/completions", json=CHAT | NO_THINKING)).json()

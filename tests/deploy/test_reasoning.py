@@ -1,7 +1,7 @@
 """Reasoning and content, however the text is cut."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deploy.reasoning import ReasoningSplitter
@@ -27,6 +27,7 @@ def split(pieces: list[str], *, thinking: bool = True) -> tuple[str, str]:
         ("a</thin", "a</thin", ""),
         ("a</think>b</thin", "a", "b</thin"),
         ("a <think> b</think>c", "a <think> b", "c"),
+        ("a</think></th</think>ink>b", "a", "</think>b"),
     ],
 )
 def test_text_is_split_by_the_rules_whole_and_by_character(text: str, reasoning: str, content: str) -> None:
@@ -34,6 +35,7 @@ def test_text_is_split_by_the_rules_whole_and_by_character(text: str, reasoning:
     assert split(list(text)) == (reasoning, content)
 
 
+@example(["</think>", "</th", "</think>", "ink>"])
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "</th", "ink>", "<", "\n", "a"]), max_size=8))
 def test_the_split_does_not_depend_on_the_pieces(pieces: list[str]) -> None:
     text = "".join(pieces)

@@ -23,11 +23,6 @@ from tests.support.serving import make_backend, make_service, make_tokenizer
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.mark.parametrize(
     ("error", "status", "code", "retry_after"),
     [
