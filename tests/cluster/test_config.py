@@ -29,6 +29,8 @@ from shards.weights import CheckpointReader
         ({"max_step_tokens": 8}, "max_step_tokens=8 must be at least max_rows=64"),
         ({"kv_transport": "shm"}, "kv_transport must be one of auto, tcp, p2p, got 'shm'"),
         ({"lease_s": 0.0}, "lease_s must be positive"),
+        ({"state_cache_share": 1.0}, "state_cache_share must be between 0 and 1, got 1.0"),
+        ({"draft_tokens": 9}, "draft_tokens must be between 0 and 8, got 9"),
         ({"step_timeout_s": -1.0}, "step_timeout_s must be positive seconds, got -1.0"),
         ({"step_timeout_s": math.nan}, "step_timeout_s must be positive seconds, got nan"),
         ({"deterministic": "on", "kernels": "torch"}, "use kernels=native on device=cpu, or deterministic=auto"),

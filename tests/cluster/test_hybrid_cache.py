@@ -70,5 +70,5 @@ def test_prompts_with_a_common_beginning_get_the_tokens_each_gets_cold(next_chec
         warm = [events for start in range(0, 8, 2) for events in engine.serve(*requests[start : start + 2])]
         again = engine.serve(*(replace(request, id=RequestId(f"{request.id}!")) for request in requests))
     assert tokens_of(cold) == tokens_of(warm) == tokens_of(again)
-    assert [events[0].cached_tokens for events in again] >= [80] * 8
+    assert all(events[0].cached_tokens >= 80 for events in again)
     assert warm[-1][0].cached_tokens >= 80

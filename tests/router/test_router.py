@@ -184,6 +184,7 @@ def test_a_member_that_came_back_as_another_begins_anew() -> None:
 
 def test_members_of_different_block_sizes_are_compared() -> None:
     router = make_router(make_load("small", block_size=8), make_load("large", block_size=32))
+    assert router.block_sizes == {8, 32}
     hold(router, "small", PROMPT, block_size=8)
     assert router.route(make_prompt(1), 0.0).cached_tokens == 56
     hold(router, "large", PROMPT, block_size=32)
