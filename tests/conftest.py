@@ -20,12 +20,18 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 async def event_loop_of_all(anyio_backend: str) -> None:
     """One event loop for every test: gRPC's poller of a process hands late events to loops of tests gone by.
 
     With a loop for each test such an event raises "Event loop is closed" in whichever test runs then.
     """
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give every asynchronous test the one event loop."""
+    if isinstance(item, pytest.Function) and item.get_closest_marker("anyio"):
+        item.fixturenames.insert(0, "event_loop_of_all")
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,6 @@ def test_log_probabilities_that_are_no_numbers_are_refused() -> None:
 
 def test_tokens_that_are_no_whole_numbers_are_refused() -> None:
     message = encode_output(3, LaneOutput(rows_N=[0], tokens_N=[4]))
-    message[2] = [[0], ["4"], []]
+    message[2] = [[0], ["4"], [1]]
     with pytest.raises(CorruptDataError, match="list of whole numbers"):
         decode_output(message)
