@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 .DELETE_ON_ERROR:
 
 demo: install
-	$(BIN)/moefleet demo --dir .demo $(DEMO)
+	$(BIN)/moefleet demo $(DEMO)
 
 test: test-fast test-slow
 

@@ -39,22 +39,21 @@ app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(bench, name="bench")
 
 
-@app.command(epilog="Example: moefleet demo --dir /tmp/demo --http-port 8100")
+@app.command(epilog="Example: moefleet demo --arch qwen3_moe --http-port 8100")
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="Where its checkpoint is kept (14 MB).")] = Path(".demo"),
+    arch: Annotated[Literal["qwen3_next", "qwen3_moe"], typer.Option(help="Model family.")] = "qwen3_next",
     http_port: Annotated[int | None, typer.Option(help="Port of the OpenAI API.", show_default="8000")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC API.", show_default="9000")] = None,
 ) -> None:
-    """Serve a tiny model of random weights on this machine: a prefill and a decode pool of two ranks each.
+    """Serve a tiny trained model on this machine: a prefill and a decode pool of two ranks each.
 
-    Shows that everything works; what it says means nothing. Ctrl-C ends it and leaves no process.
+    It can add, subtract, sort, reverse, count, look up a fact in the prompt and call tools, with and without thinking.
+    Ctrl-C ends it and leaves no process.
     """
-    from deploy.demo import demo_config, make_demo_checkpoint
+    from deploy.demo import demo_config
     from deploy.serve_command import run_serve
 
-    config = demo_config(folder, http_port=http_port, grpc_port=grpc_port)
-    make_demo_checkpoint(folder, tell=typer.echo)
-    raise typer.Exit(run_serve(config))
+    raise typer.Exit(run_serve(demo_config(arch, http_port=http_port, grpc_port=grpc_port)))
 
 
 @app.command(epilog='Example: moefleet call --message "Who are you?" --max-tokens 64')

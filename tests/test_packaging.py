@@ -74,7 +74,7 @@ def _distribution_name(requirement: str) -> str:
 
 @pytest.mark.slow
 def test_wheel_ships_all_code_and_data_and_no_tests(wheel_files: frozenset[str]) -> None:
-    data = {".py", ".pyi", ".proto", ".jinja", ".yaml", ".cpp", ".h", ".typed"}
+    data = {".py", ".pyi", ".proto", ".jinja", ".yaml", ".cpp", ".h", ".typed", ".json", ".safetensors"}
     in_tree = {
         str(path.relative_to(ROOT))
         for folder in PACKAGES

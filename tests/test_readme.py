@@ -1,5 +1,6 @@
 """Runs the README's commands as they are printed, in a copy of the tree, with ports of their own."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -158,11 +160,17 @@ def command_with(word: str) -> str:
 class TestCommands:
     """In the README's order: they share one demo, and the last test ends it."""
 
-    def test_curl_line_gives_a_completion(self, demo: Demo) -> None:
-        assert '"finish_reason"' in demo.run(command_with("curl "))
+    def test_curl_lines_give_a_right_answer_a_thinking_one_and_a_tool_call(self, demo: Demo) -> None:
+        plain, thinking, tool = (message_of(demo.run(line)) for line in fenced("sh") if line.startswith("curl "))
+        assert (plain["content"], plain.get("reasoning")) == ("29 + 34 = 63", None)
+        assert thinking["content"] == "347 + 289 = 636"
+        assert "7+9+0=16 6" in thinking["reasoning"]
+        (call,) = tool["tool_calls"]
+        assert call["function"]["name"] == "get_weather"
+        assert json.loads(call["function"]["arguments"]) == {"city": "Boston"}
 
     def test_grpc_line_writes_text(self, demo: Demo) -> None:
-        assert demo.run(command_with("moefleet call ")).strip()
+        assert "How can I help you?" in demo.run(command_with("moefleet call "))
 
     def test_lines_that_the_demo_prints_work_as_printed(self, demo: Demo) -> None:
         printed = [line.strip() for line in demo.log.read_text(encoding="utf-8").splitlines()]
@@ -181,7 +189,7 @@ class TestCommands:
         (snippet,) = fenced("python")
         script = demo.folder / "snippet.py"
         script.write_text(snippet.replace(":8000", f":{demo.http_port}"), encoding="utf-8")
-        assert demo.run(".venv/bin/python snippet.py").strip()
+        assert "demo model" in demo.run(".venv/bin/python snippet.py")
 
     def test_generate_lines_agree(self, demo: Demo) -> None:
         spawned = demo.run(command_with("moefleet generate ")).splitlines()
@@ -206,6 +214,11 @@ class TestCommands:
         _, alive = psutil.wait_procs(processes, timeout=10)
         assert [process.name() for process in alive] == []
         assert "no process is left" in demo.log.read_text(encoding="utf-8")
+
+
+def message_of(reply: str) -> Any:
+    """The assistant's message of a chat completion."""
+    return json.loads(reply)["choices"][0]["message"]
 
 
 def ray_address(process: subprocess.Popen[bytes]) -> str:

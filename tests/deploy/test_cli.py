@@ -14,8 +14,9 @@ import yaml
 from deploy.cli import main
 from deploy.cli_flags import FLAG_KEYS, overlay
 from deploy.config import PoolConfig, config_keys, parse_config
-from deploy.demo import demo_config, make_demo_checkpoint
+from deploy.demo import DemoArch, demo_config
 from router.errors import ConfigError
+from shards.families import load_model_config
 from tests.support.source_tree import ROOT
 
 
@@ -186,43 +187,13 @@ def test_a_random_checkpoint_is_written(
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
 
 
-def test_the_demo_serves_two_pools_of_two_ranks_on_the_ports_asked_for(tmp_path: Path) -> None:
-    config = demo_config(tmp_path, http_port=81)
+@pytest.mark.parametrize("arch", ["qwen3_next", "qwen3_moe"])
+def test_the_demo_serves_two_pools_of_two_ranks_on_the_ports_asked_for(arch: DemoArch) -> None:
+    config = demo_config(arch, http_port=81)
 
     assert [(role, each.tp, each.threads, each.kv_memory) for role, each in config.pools.roles] == [
         ("prefill", 2, 1, 64 << 20),
         ("decode", 2, 1, 64 << 20),
     ]
     assert (config.http.port, config.grpc.port, config.served_name) == (81, 9000, "demo")
-    assert config.model == str(tmp_path / "model")
-
-
-def test_the_demo_s_checkpoint_is_made_once(tmp_path: Path) -> None:
-    told: list[str] = []
-
-    model = make_demo_checkpoint(tmp_path, tell=told.append)
-    made = (model / "model.safetensors").stat().st_mtime_ns
-    make_demo_checkpoint(tmp_path, tell=told.append)
-
-    assert (model / "model.safetensors").stat().st_mtime_ns == made
-    assert [line.split()[0] for line in told] == ["making", "using"]
-
-
-def test_a_demo_checkpoint_of_other_settings_is_made_anew(tmp_path: Path) -> None:
-    model = make_demo_checkpoint(tmp_path, tell=lambda _: None)
-    (model / "moefleet-demo.json").write_text('{"size": "other"}')
-    (model / "config.json").write_text("{}")
-
-    make_demo_checkpoint(tmp_path, tell=lambda _: None)
-
-    assert (model / "config.json").stat().st_size > 2
-
-
-def test_the_demo_touches_no_folder_that_it_did_not_make(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine").touch()
-
-    with pytest.raises(ConfigError, match=r"--dir: .* was not made by the demo; name another folder"):
-        make_demo_checkpoint(tmp_path, tell=lambda _: None)
-
-    assert (tmp_path / "model" / "mine").exists()
+    assert load_model_config(Path(config.model)).architecture == arch
