@@ -30,6 +30,13 @@ class RowSampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token is that of the largest raw logit, and nothing else is asked of the logits."""
+        touched = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
+        masked = self.min_tokens and self.stop_token_ids
+        return self.temperature == 0 and not touched and not masked and self.logprobs is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStart:

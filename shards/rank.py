@@ -132,7 +132,7 @@ class Rank:
         )
         cos_LR, sin_LR = rotary_tables(self.model_config.rope, config.max_model_len)
         self._cos_LR, self._sin_LR = cos_LR.to(self._device), sin_LR.to(self._device)
-        self._sampler = Sampler(self.model_config.vocab_size, self._device)
+        self._sampler = Sampler(self.model_config.vocab_size, self._device, kernels)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read this rank's share of the checkpoint; `progress` gets (bytes done, bytes in all).
@@ -182,6 +182,8 @@ class Rank:
 
     def _keep_states(self, batch: StepBatch) -> None:
         """Copy the states that are kept behind the ends of rows; those before that are copied in the layers."""
+        if not batch.save_rows:
+            return
         ends = {row: first + n for row, first, n in zip(batch.rows_S, batch.first_S, batch.counts_S, strict=True)}
         at_end = [i for i, row in enumerate(batch.save_rows) if batch.save_ends[i] == ends[row]]
         rows = [batch.save_rows[i] for i in at_end]
@@ -214,20 +216,23 @@ class Rank:
         if model.mtp is not None:
             with part(self._profile, "drafts"):
                 self._drafter(model, model.mtp).run(step, hidden_TC, draws, kept, lane_drafts)
-        return dataclasses.replace(output, prompt_logprobs=prompt_logprobs)
+        return dataclasses.replace(output, prompt_logprobs=prompt_logprobs) if prompt_logprobs else output
 
     def _draw(self, model: Model, hidden_TC: Tensor, draws: Draws) -> tuple[list[int], LaneOutput]:
         """Choose the sampled rows' tokens -> how many stay of each row's draws, and these as the lane's answer."""
         with part(self._profile, "head"):
-            logits_NV = model.logits(self._runtime, hidden_TC[torch.tensor(draws.tokens_N, device=self._device)])
+            if len(draws.tokens_N) < hidden_TC.shape[0]:
+                hidden_TC = hidden_TC[torch.tensor(draws.tokens_N, device=self._device)]
+            logits_NV = model.logits(self._runtime, hidden_TC)
         with part(self._profile, "sampling"):
             tokens_N, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
-            drafted_N = self._rows.tokens_at(draws.rows_N, draws.positions_N)
+            verifying = len(draws.rows_N) > len(draws.rows)
+            drafted_N = self._rows.tokens_at(draws.rows_N, draws.positions_N).tolist() if verifying else []
             self._rows.store(draws.rows_N, draws.positions_N, tokens_N)
             drawn_N = tokens_N.tolist()
-        if len(drawn_N) == len(draws.rows):
+        if not verifying:
             return draws.counts, LaneOutput(rows_N=draws.rows, tokens_N=drawn_N, logprobs=logprobs)
-        kept = draws.accept(drawn_N, drafted_N.tolist())
+        kept = draws.accept(drawn_N, drafted_N)
         stay = draws.kept_draws(kept)
         return kept, LaneOutput(
             rows_N=draws.rows,
@@ -254,6 +259,8 @@ class Rank:
         tp, rows = self._runtime.comms.tp, self._rows
         if tp.rank:
             return tp.broadcast(torch.empty(len(rows_N), dtype=torch.int64, device=self._device), 0), None
+        if rows.are_plain(rows_N):
+            return tp.broadcast(self._sampler.best(logits_NV), 0), None
         histories = [
             (rows.tokens_RL[row, :position], rows.prompt_lens[row])
             for row, position in zip(rows_N, positions_N, strict=True)

@@ -78,6 +78,7 @@ class Rows:
         self._state_slots_R = np.zeros(max_rows, dtype=np.int64)
         self.prompt_lens = [0] * max_rows
         self.samplings = [RowSampling()] * max_rows
+        self._plain_R = np.zeros(max_rows, dtype=np.bool_)
 
     def update(self, batch: StepBatch) -> None:
         """Carry out the batch's starts, then its grown block tables."""
@@ -95,6 +96,11 @@ class Rows:
         self._state_slots_R[row] = max(0, start.state_slot)
         self.prompt_lens[row] = start.prompt_len
         self.samplings[row] = start.sampling
+        self._plain_R[row] = start.sampling.is_plain
+
+    def are_plain(self, rows: list[int]) -> bool:
+        """Whether the sampling of all these rows `is_plain`."""
+        return bool(self._plain_R[rows].all())
 
     def state_slots(self, rows: list[int]) -> list[int]:
         """The recurrent-state slots of these rows."""
@@ -129,7 +135,7 @@ class Rows:
             fresh_S=self._send(first_S) == 0,
             lane_tokens=lane_tokens,
             advance_S=advance_S,
-            segments=cut(batch, self.state_slots(batch.rows_S), self.device),
+            segments=cut(batch, self.state_slots(batch.rows_S), self.device) if batch.save_rows else (),
             verified_U=verified_U,
         )
 

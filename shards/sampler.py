@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shards.batch import NO_TOKEN, LogprobColumns, RowSampling
+from shards.kernels.interface import Kernels
 from shards.noise import uniform
 
 _WINDOW = 512
@@ -61,9 +62,22 @@ class _Draw:
 class Sampler:
     """Samples rows of logits of one vocabulary on one device; holds no state of any row."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, kernels: Kernels) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        self._kernels = kernels
+
+    def best(self, logits_NV: Tensor) -> Tensor:
+        """What `sample` gives rows whose sampling `is_plain` -> token ids or NO_TOKEN, int64 [N].
+
+        Args:
+            logits_NV: as in `sample`.
+
+        Raises:
+            ValueError: the logits lack a part of the vocabulary.
+        """
+        self._check_vocabulary(logits_NV)
+        return self._kernels.best_tokens(logits_NV, self._vocab_size)
 
     def sample(
         self,
@@ -94,18 +108,17 @@ class Sampler:
                 f"logits of {num_rows} rows need as many samplings, positions and histories, got "
                 f"{len(samplings)}, {len(positions_N)}, {len(histories)}"
             )
+        best_N = self.best(logits_NV)
         raw_NV = self._in_vocabulary(logits_NV)
         logits_NV = self._penalized(raw_NV, samplings, histories)
         drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
-        if len(drawn) == num_rows:
-            tokens_N = torch.empty(num_rows, dtype=torch.int64, device=self._device)
-        else:
-            tokens_N = logits_NV.argmax(dim=-1)
+        unchanged = logits_NV is raw_NV or len(drawn) == num_rows
+        tokens_N = best_N.clone() if unchanged else logits_NV.argmax(dim=-1)
         for start in range(0, len(drawn), _MAX_ROWS):
             rows = drawn[start : start + _MAX_ROWS]
             tokens_N[rows] = self._draw(logits_NV, rows, samplings, positions_N)
-        sound_N = raw_NV.amax(dim=-1).isfinite()
-        return torch.where(sound_N, tokens_N, NO_TOKEN), self._logprobs(raw_NV, tokens_N, samplings)
+        logprobs = self._logprobs(raw_NV, tokens_N.clamp_min(0), samplings)
+        return torch.where(best_N == NO_TOKEN, NO_TOKEN, tokens_N), logprobs
 
     def prompt_logprob_columns(self, logits_NV: Tensor, next_tokens_N: Tensor, num_top: int) -> LogprobColumns:
         """Raw log probabilities of the prompt's own next tokens.
@@ -119,9 +132,12 @@ class Sampler:
         return _columns(raw_NV, next_tokens_N.to(raw_NV.device, torch.int64), num_top)
 
     def _in_vocabulary(self, logits_NV: Tensor) -> Tensor:
+        self._check_vocabulary(logits_NV)
+        return logits_NV[:, : self._vocab_size]
+
+    def _check_vocabulary(self, logits_NV: Tensor) -> None:
         if logits_NV.shape[1] < self._vocab_size:
             raise ValueError(f"logits have {logits_NV.shape[1]} columns, the vocabulary has {self._vocab_size} tokens")
-        return logits_NV[:, : self._vocab_size]
 
     def _penalized(self, raw_NV: Tensor, samplings: list[RowSampling], histories: list[tuple[Tensor, int]]) -> Tensor:
         """Steps 2 to 5; raw_NV itself where no row asks for any."""

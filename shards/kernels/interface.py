@@ -162,6 +162,13 @@ class Kernels(Protocol):
         """x + shared * sigmoid(gate) in x's dtype: the shared expert joins the routed ones; gate rows may lie apart."""
         ...
 
+    def best_tokens(self, logits_NV: Tensor, vocab_size: int) -> Tensor:
+        """The largest of each row's first vocab_size float32 logits, of equals the first -> int64 [N].
+
+        NO_TOKEN for a row of which one is NaN or infinite, or none above minus infinity.
+        """
+        ...
+
     def delta_net(
         self,
         projected_TN: Tensor,

@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, list[type]] = MATMUL_SIGNATURES | {
     "kernels_silu_mul": [_int] * 3 + [_address] * 2 + [_long] * 3,
     "kernels_route": [_int] * 3 + [_address] * 3 + [_long] * 4 + [_int],
     "kernels_combine": [_int] * 4 + [_address] * 3 + [_long] * 3,
+    "kernels_best_tokens": [_int] * 2 + [_address] * 2 + [_long] * 3,
     "kernels_add_gated": [_int] * 3 + [_address] * 4 + [_long] * 3,
 }
 
@@ -242,6 +243,19 @@ class NativeKernels:
             out_TC.data_ptr(), T, C, gate_T1.stride(0),
         )  # fmt: skip
         return out_TC
+
+    def best_tokens(self, logits_NV: Tensor, vocab_size: int) -> Tensor:
+        """Each row's largest logit."""
+        N, columns = logits_NV.shape
+        _check_rows("logits", logits_NV, torch.float32, (N, columns))
+        if not 1 <= vocab_size <= columns:
+            raise ValueError(f"best_tokens: vocab_size={vocab_size} must lie in 1..{columns}, the logits' columns")
+        tokens_N = logits_NV.new_empty(N, dtype=torch.int64)
+        self._library.kernels_best_tokens(
+            self._path, torch.get_num_threads(), logits_NV.data_ptr(), tokens_N.data_ptr(), N, vocab_size,
+            logits_NV.stride(0),
+        )  # fmt: skip
+        return tokens_N
 
     def delta_net(
         self,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shards.batch import NO_TOKEN
 from shards.comm import tree_sum
 from shards.kernels.interface import DeltaWeights
 from shards.kernels.torch_delta import causal_conv, delta_gates, delta_rule, gated_rms_norm, normalise, one_token_each
@@ -153,6 +154,11 @@ class TorchKernels:
     def add_gated(self, x_TC: Tensor, shared_TC: Tensor, gate_T1: Tensor) -> Tensor:
         """x + shared * sigmoid(gate) in x's dtype."""
         return x_TC + shared_TC * torch.sigmoid(gate_T1)
+
+    def best_tokens(self, logits_NV: Tensor, vocab_size: int) -> Tensor:
+        """Each row's largest logit."""
+        logits_NV = logits_NV[:, :vocab_size]
+        return torch.where(logits_NV.amax(dim=-1).isfinite(), logits_NV.argmax(dim=-1), NO_TOKEN)
 
     def delta_net(
         self,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shards.batch import NO_TOKEN
 from shards.kernels.interface import Kernels
 from shards.kernels.native import NativeKernels
 from tests.support.kernels import NATIVE, REFERENCE, assert_close, every_dtype, every_path, random
@@ -191,6 +192,23 @@ def test_rows_of_logits_may_lie_apart() -> None:
 def test_route_gives_equal_experts_in_order_of_their_ids() -> None:
     _, ids = NATIVE[-1].route(torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0, 1.0]]), 4, renormalize=True)
     assert ids.tolist() == [[1, 2, 4, 0]]
+
+
+@every_path
+@pytest.mark.parametrize("V", [1, 16, 40, 1024, 2500])
+def test_best_tokens_agree_and_of_equals_are_the_first(kernels: NativeKernels, V: int) -> None:
+    # Whole numbers, so that many are equal; rows lie apart, and what is between is larger than all.
+    logits = random(12, V + 3).mul(2).round()
+    logits[:, V:] = torch.inf
+    for row, value in enumerate([torch.nan, torch.inf, -torch.inf, 9.0]):
+        logits[row, V // 2] = value
+    logits[4] = -torch.inf
+    logits[5, [0, V - 1]] = 9.0
+    found = kernels.best_tokens(logits, V)
+    assert torch.equal(found, REFERENCE.best_tokens(logits, V))
+    assert found[[0, 1, 4]].tolist() == [NO_TOKEN] * 3
+    assert found[[3, 5]].tolist() == [V // 2, 0]
+    assert kernels.best_tokens(logits[:0], V).shape == (0,)
 
 
 @every_path

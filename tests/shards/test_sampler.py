@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shards.batch import NO_TOKEN, RowSampling
+from shards.kernels.select import select_kernels
 from shards.noise import uniform
 from shards.sampler import Sampler
 
@@ -16,6 +17,10 @@ CPU = torch.device("cpu")
 
 def make_logits(rows: int, vocab: int, *, seed: int = 0, scale: float = 3.0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def make_sampler(vocab_size: int) -> Sampler:
+    return Sampler(vocab_size, CPU, select_kernels("auto", "cpu"))
 
 
 def make_history(prompt: list[int], output: list[int], dtype: torch.dtype = torch.int32) -> tuple[Tensor, int]:
@@ -30,7 +35,7 @@ def pick(
 ) -> list[int]:
     histories = histories or [make_history([0], [])] * len(samplings)
     positions = positions or [h[0].shape[0] for h in histories]
-    tokens, _ = Sampler(logits_NV.shape[1], CPU).sample(logits_NV, samplings, positions, histories)
+    tokens, _ = make_sampler(logits_NV.shape[1]).sample(logits_NV, samplings, positions, histories)
     assert tokens.dtype == torch.int64
     return tokens.tolist()
 
@@ -176,7 +181,7 @@ def test_logits_are_left_as_they_were_and_padding_is_never_chosen() -> None:
     logits = make_logits(2, 60)
     logits[:, 50:] = 100.0
     before = logits.clone()
-    sampler = Sampler(50, CPU)
+    sampler = make_sampler(50)
     samplings = [RowSampling(temperature=0.0, logit_bias=((1, 1.0),)), RowSampling(seed=1)]
     tokens, _ = sampler.sample(logits, samplings, [1, 1], [make_history([0], [])] * 2)
     assert int(tokens.max()) < 50
@@ -190,7 +195,7 @@ def test_logprobs_are_raw_and_each_row_gets_the_number_it_asked_for() -> None:
         RowSampling(temperature=0.0),
         RowSampling(temperature=0.0, logprobs=0),
     ]
-    tokens, columns = Sampler(500, CPU).sample(logits, samplings, [1] * 3, [make_history([0], [])] * 3)
+    tokens, columns = make_sampler(500).sample(logits, samplings, [1] * 3, [make_history([0], [])] * 3)
     assert columns is not None
     expected = logits.log_softmax(-1)
     assert tokens.tolist()[0] == 4
@@ -203,14 +208,14 @@ def test_logprobs_are_raw_and_each_row_gets_the_number_it_asked_for() -> None:
 
 
 def test_nobody_asking_gives_no_logprobs() -> None:
-    _, columns = Sampler(50, CPU).sample(make_logits(1, 50), [GREEDY], [1], [make_history([0], [])])
+    _, columns = make_sampler(50).sample(make_logits(1, 50), [GREEDY], [1], [make_history([0], [])])
     assert columns is None
 
 
 def test_prompt_logprobs_are_those_of_the_next_tokens_over_any_number_of_rows() -> None:
     logits = make_logits(150, 90)
     next_tokens = torch.arange(150) % 90
-    columns = Sampler(90, CPU).prompt_logprob_columns(logits, next_tokens.int(), 3)
+    columns = make_sampler(90).prompt_logprob_columns(logits, next_tokens.int(), 3)
     expected = logits.log_softmax(-1)
     assert columns.logprobs_N == expected.gather(1, next_tokens[:, None])[:, 0].tolist()
     assert columns.top_ids_NK == expected.topk(3).indices.tolist()
@@ -218,16 +223,16 @@ def test_prompt_logprobs_are_those_of_the_next_tokens_over_any_number_of_rows() 
 
 
 def test_equal_alternatives_are_listed_lower_id_first() -> None:
-    columns = Sampler(4, CPU).prompt_logprob_columns(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([2]), 2)
+    columns = make_sampler(4).prompt_logprob_columns(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([2]), 2)
     assert columns.top_ids_NK == [[1, 2]]
     assert columns.ranks_N == [1]
 
 
 def test_columns_of_unequal_length_and_a_short_vocabulary_are_refused() -> None:
     with pytest.raises(ValueError, match="logits of 2 rows need as many"):
-        Sampler(5, CPU).sample(torch.zeros(2, 5), [GREEDY], [1], [make_history([0], [])])
+        make_sampler(5).sample(torch.zeros(2, 5), [GREEDY], [1], [make_history([0], [])])
     with pytest.raises(ValueError, match="logits have 4 columns, the vocabulary has 5"):
-        Sampler(5, CPU).sample(torch.zeros(1, 4), [GREEDY], [1], [make_history([0], [])])
+        make_sampler(5).sample(torch.zeros(1, 4), [GREEDY], [1], [make_history([0], [])])
 
 
 def test_no_rows_give_no_tokens() -> None:
@@ -250,3 +255,27 @@ def test_the_smallest_temperatures_are_greedy() -> None:
     best = logits.argmax(-1).tolist()
     for temperature in (1e-6, 1e-300, 5e-324):
         assert pick(logits, [RowSampling(seed=3, temperature=temperature)] * 2) == best
+
+
+def test_rows_of_plain_sampling_get_the_same_tokens_without_their_histories() -> None:
+    logits = make_logits(4, 70).round()
+    logits[1, 3] = torch.nan
+    logits[2] = -torch.inf
+    assert make_sampler(60).best(logits).tolist() == pick(logits[:, :60], [GREEDY] * 4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        RowSampling(temperature=0.5),
+        RowSampling(temperature=0.0, presence_penalty=0.1),
+        RowSampling(temperature=0.0, frequency_penalty=0.1),
+        RowSampling(temperature=0.0, repetition_penalty=1.1),
+        RowSampling(temperature=0.0, logit_bias=((1, 1.0),)),
+        RowSampling(temperature=0.0, min_tokens=1, stop_token_ids=(2,)),
+        RowSampling(temperature=0.0, logprobs=0),
+    ],
+)
+def test_sampling_that_asks_for_more_than_the_largest_logit_is_not_plain(sampling: RowSampling) -> None:
+    assert not sampling.is_plain
+    assert RowSampling(temperature=0.0, top_k=3, min_tokens=1, prompt_logprobs=1).is_plain

@@ -12,7 +12,7 @@
 
 namespace kernels {
 
-constexpr int ABI = 2;
+constexpr int ABI = 3;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -92,6 +92,8 @@ struct Path {
     const RowLoops<bf16>* rows_bf16;
     // x / |x| * scale
     void (*unit)(const float* x, int64_t n, float scale, float* out);
+    // The first largest of n numbers, or -1 where one is NaN or the largest is infinite.
+    int64_t (*best)(const float* x, int64_t n);
     // A value head's tokens through the gated delta rule.
     void (*delta)(const DeltaTile& tile);
     // Products for linear layers and experts; see matmul.h.

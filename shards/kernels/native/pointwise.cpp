@@ -129,3 +129,9 @@ KERNELS_EXPORT void kernels_add_gated(int path, int threads, int dtype, const vo
         add_gated(*find_path(path), threads, (const float*)x, (const float*)shared, (const float*)gate, (float*)out,
                   rows, C, gate_stride);
 }
+
+KERNELS_EXPORT void kernels_best_tokens(int path, int threads, const float* logits, int64_t* tokens, int64_t rows,
+                                        int64_t V, int64_t stride) {
+    const Path& loops = *find_path(path);
+    for_rows(rows, V, threads, [=, &loops](int64_t r) { tokens[r] = loops.best(logits + r * stride, V); });
+}

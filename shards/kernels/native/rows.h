@@ -81,6 +81,39 @@ ENTRY void softmax(const T* logits, int64_t E, float* p) {
     for (int64_t e = 0; e < E; e++) p[e] /= total;
 }
 
+// The first largest of x, or -1 where one is NaN or the largest is infinite.
+ENTRY int64_t best(const float* x, int64_t n) {
+    constexpr int64_t CHUNK = 64 * LANES;
+    int64_t chunk = -1;
+    int32_t nan[LANES] = {};
+    float best = -INFINITY;
+    for (int64_t first = 0; first < n; first += CHUNK) {
+        int64_t end = first + CHUNK < n ? first + CHUNK : n, i = first;
+        float lane[LANES], top = -INFINITY;
+        for (int l = 0; l < LANES; l++) lane[l] = -INFINITY;
+        for (; i + LANES <= end; i += LANES) {
+            for (int l = 0; l < LANES; l++) {
+                lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+                nan[l] |= x[i + l] != x[i + l];
+            }
+        }
+        for (; i < end; i++) {
+            top = x[i] > top ? x[i] : top;
+            nan[0] |= x[i] != x[i];
+        }
+        for (int l = 0; l < LANES; l++) top = lane[l] > top ? lane[l] : top;
+        if (top > best) {
+            best = top;
+            chunk = first;
+        }
+    }
+    for (int l = 0; l < LANES; l++)
+        if (nan[l]) return -1;
+    if (chunk < 0 || best == INFINITY) return -1;
+    while (x[chunk] != best) chunk++;
+    return chunk;
+}
+
 template <class T>
 ENTRY void combine(const T* y, const float* weights, int64_t K, int64_t C, T* out) {
     for (int64_t first = 0; first < C; first += PIECE) {
