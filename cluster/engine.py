@@ -282,7 +282,7 @@ class Engine:
 
     def _report_load(self, now: float) -> None:
         load = self._scheduler.load(self._clock(), self._member_id, self._role)
-        self._load = replace(load, draining=self._draining)
+        self._load = replace(load, draining=self._draining, counts=self._stats.counts())
         self._load_at = now
 
     def _check_stall(self) -> None:

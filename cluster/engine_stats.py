@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from router.load import MemberCounts
+
 
 @dataclass(slots=True, kw_only=True)
 class EngineStats:
@@ -42,3 +44,14 @@ class EngineStats:
     """Seconds the engine waited for ranks."""
     idle_s: float = 0.0
     """Seconds without work."""
+
+    def counts(self) -> MemberCounts:
+        """What goes into the member's load reports."""
+        return MemberCounts(
+            preemptions=self.preemptions,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            pulls=self.pulls,
+            failed_pulls=self.failed_pulls,
+            refetched_frames=self.refetched_frames,
+        )

@@ -4,7 +4,7 @@ from typing import get_args
 
 from cluster.protos import member_pb2 as pb
 from router.errors import ConfigError, CorruptDataError
-from router.load import CacheEvents, MemberLoad
+from router.load import CacheEvents, MemberCounts, MemberLoad
 from router.request import MemberId, Role
 from router.step_time import StepTime
 
@@ -41,6 +41,7 @@ def load_message(load: MemberLoad) -> pb.MemberMessage:
             evicted_checkpoints=load.evicted_checkpoints,
             prefix_cache=load.prefix_cache,
             handoff_requests=load.handoff_requests,
+            counts=_counts_message(load.counts),
             draining=load.draining,
         )
     )
@@ -74,7 +75,30 @@ def read_load(message: pb.Load, *, member_id: MemberId) -> MemberLoad:
         evicted_checkpoints=message.evicted_checkpoints,
         prefix_cache=message.prefix_cache,
         handoff_requests=message.handoff_requests,
+        counts=_read_counts(message.counts),
         draining=message.draining,
+    )
+
+
+def _counts_message(counts: MemberCounts) -> pb.Counts:
+    return pb.Counts(
+        preemptions=counts.preemptions,
+        drafted_tokens=counts.drafted_tokens,
+        accepted_tokens=counts.accepted_tokens,
+        pulls=counts.pulls,
+        failed_pulls=counts.failed_pulls,
+        refetched_frames=counts.refetched_frames,
+    )
+
+
+def _read_counts(message: pb.Counts) -> MemberCounts:
+    return MemberCounts(
+        preemptions=message.preemptions,
+        drafted_tokens=message.drafted_tokens,
+        accepted_tokens=message.accepted_tokens,
+        pulls=message.pulls,
+        failed_pulls=message.failed_pulls,
+        refetched_frames=message.refetched_frames,
     )
 
 

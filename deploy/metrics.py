@@ -23,6 +23,14 @@ _STAGES: Final[tuple[tuple[str, Moment, Moment], ...]] = (
     ("handoff", "handoff_start_s", "first_decode_s"),
     ("decode", "first_decode_s", "done_s"),
 )
+_MEMBER_COUNTS: Final = {
+    "preemptions": "Running requests that gave up their room since the start, by member.",
+    "drafted_tokens": "Drafts verified since the start, by member.",
+    "accepted_tokens": "Drafts that were right since the start, by member.",
+    "pulls": "Hand-offs pulled since the start, by member.",
+    "failed_pulls": "Hand-offs that failed since the start, their tokens computed anew, by member.",
+    "refetched_frames": "Damaged frames of hand-offs that were asked for again since the start, by member.",
+}
 _TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _E2E_BUCKETS_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
@@ -90,6 +98,7 @@ class GatewayMetrics:
         self._evicted_checkpoints = self._gauge(
             "state_checkpoints_evicted", "Kept recurrent states given up for room since the start, by member.", *member
         )
+        self._counts = {name: self._gauge(name, text, *member) for name, text in _MEMBER_COUNTS.items()}
         self._cache_config = self._gauge(
             "cache_config_info", "1; the labels tell the KV cache's geometry.", *member, "block_size", "num_gpu_blocks"
         )
@@ -146,7 +155,7 @@ class GatewayMetrics:
         """The text for a scrape, with the members' latest loads."""
         checkpoints = (self._checkpoints, self._checkpoint_bytes, self._evicted_checkpoints)
         gauges = (self._waiting, self._running, self._kv_usage, self._state_usage, self._cache_config)
-        for gauge in (*gauges, *checkpoints):
+        for gauge in (*gauges, *checkpoints, *self._counts.values()):
             gauge.clear()
         for load in loads:
             labels = (self._model, str(load.member_id), load.role)
@@ -158,6 +167,8 @@ class GatewayMetrics:
                 self._checkpoints.labels(*labels).set(load.state_checkpoints)
                 self._checkpoint_bytes.labels(*labels).set(load.state_checkpoints * load.state_bytes)
                 self._evicted_checkpoints.labels(*labels).set(load.evicted_checkpoints)
+            for name, gauge in self._counts.items():
+                gauge.labels(*labels).set(getattr(load.counts, name))
             self._cache_config.labels(*labels, str(load.block_size), str(load.total_blocks)).set(1)
         return generate_latest(self.registry)
 

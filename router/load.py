@@ -7,6 +7,24 @@ from router.step_time import StepTime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberCounts:
+    """What a member has counted since its engine started."""
+
+    preemptions: int = 0
+    """Times a running request gave up its room for another, and was computed again."""
+    drafted_tokens: int = 0
+    """Drafts verified."""
+    accepted_tokens: int = 0
+    """Drafts that were right."""
+    pulls: int = 0
+    """Hand-offs pulled from other members."""
+    failed_pulls: int = 0
+    """Those that did not succeed; their tokens were computed here."""
+    refetched_frames: int = 0
+    """Frames of a pull that came damaged and were asked for again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemberLoad:
     """A member's state at one moment, all counts over its lanes together."""
 
@@ -43,6 +61,7 @@ class MemberLoad:
     """Whether KV of equal prefixes is reused."""
     handoff_requests: int = 0
     """Prefilled sequences whose KV waits to be fetched."""
+    counts: MemberCounts = field(default_factory=MemberCounts)
     draining: bool = False
 
 

@@ -468,6 +468,7 @@ class Load(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _builtins.int
     STATE_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     EVICTED_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     role: _builtins.str
     waiting_requests: _builtins.int
@@ -491,6 +492,8 @@ class Load(_message.Message):
     evicted_checkpoints: _builtins.int
     @_builtins.property
     def step_time(self) -> Global___StepTime: ...
+    @_builtins.property
+    def counts(self) -> Global___Counts: ...
     def __init__(
         self,
         *,
@@ -515,14 +518,51 @@ class Load(_message.Message):
         state_bytes: _builtins.int = ...,
         state_checkpoints: _builtins.int = ...,
         evicted_checkpoints: _builtins.int = ...,
+        counts: Global___Counts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["step_time", b"step_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_tokens", b"context_tokens", "draining", b"draining", "evicted_checkpoints", b"evicted_checkpoints", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_cache", b"prefix_cache", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "state_bytes", b"state_bytes", "state_checkpoints", b"state_checkpoints", "step_time", b"step_time", "step_tokens", b"step_tokens", "token_bytes", b"token_bytes", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_tokens", b"context_tokens", "counts", b"counts", "draining", b"draining", "evicted_checkpoints", b"evicted_checkpoints", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_cache", b"prefix_cache", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "state_bytes", b"state_bytes", "state_checkpoints", b"state_checkpoints", "step_time", b"step_time", "step_tokens", b"step_tokens", "token_bytes", b"token_bytes", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class Counts(_message.Message):
+    """Since the member's engine started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    PULLS_FIELD_NUMBER: _builtins.int
+    FAILED_PULLS_FIELD_NUMBER: _builtins.int
+    REFETCHED_FRAMES_FIELD_NUMBER: _builtins.int
+    preemptions: _builtins.int
+    drafted_tokens: _builtins.int
+    accepted_tokens: _builtins.int
+    pulls: _builtins.int
+    failed_pulls: _builtins.int
+    refetched_frames: _builtins.int
+    def __init__(
+        self,
+        *,
+        preemptions: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
+        pulls: _builtins.int = ...,
+        failed_pulls: _builtins.int = ...,
+        refetched_frames: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "failed_pulls", b"failed_pulls", "preemptions", b"preemptions", "pulls", b"pulls", "refetched_frames", b"refetched_frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Counts: _TypeAlias = Counts  # noqa: Y015
 
 @_typing.final
 class StepTime(_message.Message):

@@ -27,7 +27,7 @@ from router.errors import (
     NoMemberError,
     OverloadedError,
 )
-from router.load import CacheEvents, MemberLoad
+from router.load import CacheEvents, MemberCounts, MemberLoad
 from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent, TokenLogprob
 from router.step_time import StepTime
 
@@ -145,6 +145,9 @@ def test_a_load_report_comes_back_whole() -> None:
         token_bytes=9,
         state_bytes=8,
         prefix_cache=False,
+        counts=MemberCounts(
+            preemptions=1, drafted_tokens=20, accepted_tokens=15, pulls=6, failed_pulls=2, refetched_frames=3
+        ),
         draining=True,
     )
     message = from_member(load_message(load)).load

@@ -1,11 +1,11 @@
 """What a scrape shows."""
 
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 
 from cluster.journey import RequestTrace as JourneyTrace
 from deploy.metrics import GatewayMetrics
 from deploy.trace import RequestTrace
-from router.load import MemberLoad
+from router.load import MemberCounts, MemberLoad
 from router.request import MemberId, RequestId
 
 
@@ -93,6 +93,16 @@ def test_stages_split_a_disaggregated_request_and_leave_out_what_it_did_not_reac
     assert sample(metrics, "request_stage_seconds_sum", stage="gateway") == 0.5
     assert sample(metrics, "request_stage_seconds_sum", stage="prefill") == 2.0
     assert sample(metrics, "request_stage_seconds_sum", stage="handoff") is None
+
+
+def test_what_members_count_is_told() -> None:
+    metrics = GatewayMetrics("tiny")
+    counts = MemberCounts(
+        preemptions=1, drafted_tokens=20, accepted_tokens=15, pulls=6, failed_pulls=2, refetched_frames=3
+    )
+    metrics.render([replace(make_load("a"), counts=counts)])
+    found = {field.name: sample(metrics, field.name, member_id="a", role="mixed") for field in fields(counts)}
+    assert found == asdict(counts)
 
 
 def test_members_with_recurrent_state_tell_how_many_states_they_keep() -> None:
