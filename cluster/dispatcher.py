@@ -97,6 +97,10 @@ class Dispatcher:
         """The latest load of every member."""
         return self._router.loads
 
+    def waiting(self) -> dict[int, int]:
+        """Requests that wait here for their turn, by priority class: 1, 0 and -1."""
+        return self._gate.waiting()
+
     async def health(self) -> None:
         """Return if requests can be served.
 

@@ -52,6 +52,10 @@ class Gate:
         if self._turns:
             self._decide()
 
+    def waiting(self) -> dict[int, int]:
+        """As `Admission.waiting`."""
+        return self._admission.waiting()
+
     def _decide(self) -> None:
         decisions = self._admission.decide(_capacity(self._loads()), self._clock())
         for request_id in decisions.released:

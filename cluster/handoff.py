@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cluster.made_once import MadeOnce
 from cluster.plan import KvLayout, KvTicket, PullDone, PullOrder, SourceRank
 from cluster.recut import Fragment, KvMove, Recut, check_pair, fragments, recut
 from cluster.transport import MAX_PAYLOAD_BYTES, KvServer
@@ -79,8 +80,8 @@ class Puller:
         self._tp_rank = tp_rank
         self._on_done = on_done
         self._now = now
-        self._cuts: dict[KvLayout, _Cuts] = {}
-        """By the source's geometry; of a few members' kinds."""
+        self._cuts = MadeOnce(self._make_cuts, most=_MAX_LAYOUTS)
+        """By the source's geometry: they take longer than a small pull."""
         self._transports = transports
         self._orders: queue.SimpleQueue[PullOrder | None] = queue.SimpleQueue()
         self._threads = [
@@ -133,7 +134,7 @@ class Puller:
             raise HandoffError(f"ticket {ticket.id} names {len(ticket.ranks)} ranks of a lane of {ticket.layout.tp}")
         if order.dst_slot >= 0 and ticket.state_slot < 0:
             raise HandoffError(f"ticket {ticket.id} has no recurrent state, which this model needs")
-        cuts = self._cuts_of(ticket.layout)
+        cuts = self._cuts.get(ticket.layout)
         pieces = self._fragments(order, cuts.recut)
         by_source: dict[int, list[Fragment]] = {}
         for piece in pieces:
@@ -145,15 +146,9 @@ class Puller:
         check_expiry(ticket, self._now())
         return _Moved(num_bytes=sum(piece.dst.total_bytes for piece in pieces), refetches=refetches)
 
-    def _cuts_of(self, layout: KvLayout) -> "_Cuts":
-        """Made once for each geometry: it takes longer than a small pull."""
-        found = self._cuts.get(layout)
-        if found is None:
-            shapes = self._source_shapes(layout)
-            found = self._cuts[layout] = _Cuts(shapes=shapes, recut=recut(shapes, self._shape, self._tp_rank))
-            if len(self._cuts) > _MAX_LAYOUTS:
-                self._cuts.pop(next(iter(self._cuts)), None)
-        return found
+    def _make_cuts(self, layout: KvLayout) -> _Cuts:
+        shapes = self._source_shapes(layout)
+        return _Cuts(shapes=shapes, recut=recut(shapes, self._shape, self._tp_rank))
 
     def _source_shapes(self, layout: KvLayout) -> list[CacheShape]:
         return [

@@ -36,7 +36,7 @@ Draft = Annotated[int, Field(strict=True, ge=0, le=MOST_DRAFT_TOKENS)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, gt=0)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
-Weight = Annotated[float, Field(strict=True, gt=0)]
+Weight = Annotated[float, Field(strict=True, ge=0.001, le=1e6)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 _CLOSED: Final = ConfigDict(extra="forbid")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -68,6 +68,10 @@ class Backend(Protocol):
 
     def loads(self) -> tuple[MemberLoad, ...]:
         """The latest load of every member."""
+        ...
+
+    def waiting(self) -> Mapping[int, int]:
+        """Requests that wait for their turn before any member has them, by priority class: 1, 0 and -1."""
         ...
 
 
@@ -237,6 +241,10 @@ class GenerationService:
     def loads(self) -> tuple[MemberLoad, ...]:
         """The latest load of every member."""
         return self._backend.loads()
+
+    def scrape(self) -> bytes:
+        """The text of the metrics as they are now."""
+        return self.metrics.render(self.loads(), self._backend.waiting())
 
     async def _encode(self, given: GenerationInput) -> tuple[tuple[tuple[int, ...], ...], bool]:
         """Token ids of each prompt, and whether output begins with reasoning."""

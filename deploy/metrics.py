@@ -3,7 +3,7 @@
 Names and meanings follow the ones that dashboards and inference gateways read from other servers, with our prefix.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -31,6 +31,7 @@ _MEMBER_COUNTS: Final = {
     "failed_pulls": "Hand-offs that failed since the start, their tokens computed anew, by member.",
     "refetched_frames": "Damaged frames of hand-offs that were asked for again since the start, by member.",
 }
+_PRIORITIES: Final = {1: "positive", 0: "none", -1: "negative"}
 _TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _E2E_BUCKETS_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
@@ -82,6 +83,9 @@ class GatewayMetrics:
 
     def _build_gauges(self) -> None:
         self._in_flight = self._gauge("num_requests_in_flight", "Requests that this gateway is serving.")
+        self._queued = self._gauge(
+            "num_requests_queued", "Requests waiting at this gateway for their turn, by sign of priority.", "priority"
+        )
         member = ("member_id", "role")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for a row, by member.", *member)
         self._running = self._gauge("num_requests_running", "Requests in the running batch, by member.", *member)
@@ -151,8 +155,10 @@ class GatewayMetrics:
         """A request was refused or failed."""
         self._errors.labels(self._model, api, code).inc()
 
-    def render(self, loads: Iterable[MemberLoad]) -> bytes:
-        """The text for a scrape, with the members' latest loads."""
+    def render(self, loads: Iterable[MemberLoad], waiting: Mapping[int, int]) -> bytes:
+        """The text for a scrape, with the members' latest loads and the queue by priority class (1, 0 and -1)."""
+        for priority_class, count in waiting.items():
+            self._queued.labels(self._model, _PRIORITIES[priority_class]).set(count)
         checkpoints = (self._checkpoints, self._checkpoint_bytes, self._evicted_checkpoints)
         gauges = (self._waiting, self._running, self._kv_usage, self._state_usage, self._cache_config)
         for gauge in (*gauges, *checkpoints, *self._counts.values()):

@@ -127,7 +127,7 @@ class OpenAiApi:
 
     async def metrics(self) -> Response:
         """GET /metrics, for Prometheus."""
-        return Response(self._service.metrics.render(self._service.loads()), media_type=CONTENT_TYPE)
+        return Response(self._service.scrape(), media_type=CONTENT_TYPE)
 
     async def _chat_reply(self, generation: Generation, options: ReplyOptions) -> ChatReply:
         usage = UsageCount(generation)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ _END = "</tool_call>"
 _FUNCTION = "<function="
 _PARAMETER = "<parameter="
 _PARAMETER_END = "</parameter>"
+_BETWEEN_PARAMETERS = re.compile(rf"{_PARAMETER_END}\s*(?={_PARAMETER})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,24 +111,31 @@ def _read_json(body: str) -> tuple[str, Mapping[str, object]] | None:
 
 
 def _read_xml(body: str, tools: Sequence[JsonObject]) -> tuple[str, Mapping[str, object]] | None:
-    """`<function=NAME>`, then `<parameter=NAME>VALUE</parameter>` each; a last closing tag may be missing."""
+    """`<function=NAME>`, then `<parameter=NAME>VALUE</parameter>` each; a last closing tag may be missing.
+
+    A value may hold any text but a closing tag with a parameter behind it, so that one before the last that is not
+    closed goes on over what looks like the next. A parameter given twice makes no call: which value is meant?
+    """
     name, closed, inner = body.strip().removeprefix(_FUNCTION).partition(">")
     if not closed or not name.strip():
         return None
     # A value may hold any text, so that only the last closing tag ends the function.
     inner = inner.removesuffix("</function>")
+    if not inner.strip():
+        return name.strip(), {}
     types = _parameter_types(name.strip(), tools)
     arguments: dict[str, object] = {}
-    before, *parameters = inner.split(_PARAMETER)
-    if before.strip():
+    *parameters, last = _BETWEEN_PARAMETERS.split(inner.lstrip())
+    value, closed, rest = last.rpartition(_PARAMETER_END)
+    if rest.strip() and closed:
         return None
-    for parameter in parameters:
-        key, closed, value = parameter.partition(">")
-        value, _, rest = value.rpartition(_PARAMETER_END) if _PARAMETER_END in value else (value, "", "")
-        if not closed or not key.strip() or rest.strip():
+    for parameter in (*parameters, value if closed else last):
+        key, closed, value = parameter.removeprefix(_PARAMETER).partition(">")
+        key = key.strip()
+        if not parameter.startswith(_PARAMETER) or not closed or not key or key in arguments:
             return None
         # The template sets each value on lines of its own.
-        arguments[key.strip()] = _read_value(value.removeprefix("\n").removesuffix("\n"), types.get(key.strip()))
+        arguments[key] = _read_value(value.removeprefix("\n").removesuffix("\n"), types.get(key))
     return name.strip(), arguments
 
 

@@ -6,11 +6,14 @@ from math import exp
 from typing import Final
 
 from router.errors import ConfigError, DeadlineExceededError, InvalidRequestError, OverloadedError
-from router.fair_queue import FairQueue, Flow, Waiting
+from router.fair_queue import FairQueue, Waiting
 from router.request import Request, RequestId
 
 _RATE_S: Final = 10.0
 """Over which the pace of first tokens is averaged."""
+
+_LEAST_WEIGHT: Final = 0.001
+_MOST_WEIGHT: Final = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,8 @@ class AdmissionConfig:
         weights = {"starting_per_member": self.starting_per_member, "class_weight": self.class_weight}
         weights |= {f"tenant_weights.{tenant}": weight for tenant, weight in self.tenant_weights.items()}
         for name, weight in weights.items():
-            if not 0 < weight < float("inf"):
-                raise ConfigError(f"admission.{name} must be positive, got {weight}")
+            if not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+                raise ConfigError(f"admission.{name} must be from {_LEAST_WEIGHT} to {_MOST_WEIGHT}, got {weight}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +120,12 @@ class Admission:
         """Requests admitted that have no first token."""
         return len(self._waiting) + len(self._starting)
 
-    def waiting(self) -> dict[Flow, int]:
-        """Requests that wait for their turn, by tenant and class."""
-        return self._queue.counts()
+    def waiting(self) -> dict[int, int]:
+        """Requests that wait for their turn, by class: 1, 0 and -1 for positive, no and negative priority."""
+        counts = dict.fromkeys((1, 0, -1), 0)
+        for (_, priority_class), count in self._queue.counts().items():
+            counts[priority_class] += count
+        return counts
 
     def admit(self, request: Entrant, now: float) -> None:
         """Let a request wait for its turn, which `decide` gives; `done` must follow.

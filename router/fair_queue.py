@@ -6,6 +6,7 @@ in FQ-CoDel (RFC 8290) a flow that comes back is served first, here from what it
 who asks for less than a share waits little, also where requests come in bursts.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -81,7 +82,11 @@ class FairQueue:
 
     def pop(self) -> Waiting | None:
         """The request whose turn it is; None: nobody waits."""
+        passed = 0
         while self._turns:
+            if passed == len(self._turns):
+                self._skip_rounds()
+                passed = 0
             flow = self._turns[0]
             line = self._lines[flow]
             if line.items[0].tokens <= line.deficit:
@@ -92,8 +97,18 @@ class FairQueue:
             line.deficit += QUANTUM_TOKENS * line.weight
             self._turns.rotate(-1)
             self._num_turns += 1
+            passed += 1
         self._away.clear()
         return None
+
+    def _skip_rounds(self) -> None:
+        """Go through the rounds that serve nobody in one step: with small weights there are many."""
+        lacking = min((line.items[0].tokens - line.deficit) / line.weight for line in self._lines.values())
+        rounds = math.ceil(lacking / QUANTUM_TOKENS) - 1
+        if rounds > 0:
+            for line in self._lines.values():
+                line.deficit += rounds * QUANTUM_TOKENS * line.weight
+            self._num_turns += rounds * len(self._turns)
 
     def remove(self, item: Waiting) -> None:
         """A request waits no more; it must be in the queue."""

@@ -129,6 +129,11 @@ class Pool:
         self._index.remove(slot, events.removed, events.removed_states)
         self._index.store(slot, events.stored, events.stored_states)
 
+    def snapshot(self, slot: int, sequence: int) -> CacheEvents:
+        """What a member is known to hold, as it would tell it itself."""
+        kv, states = self._index.held(slot)
+        return CacheEvents(after=0, sequence=sequence, cleared=True, stored=kv, stored_states=states)
+
     def expect(self, offer: Offer, prompt: Prompt, now: float, until_s: float) -> None:
         """The prompt goes to a member, and will be in its cache."""
         self._arrivals = self._arrivals * exp(min(self._arrived_s - now, 0.0) / _MEMORY_S) + 1.0

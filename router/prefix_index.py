@@ -69,6 +69,11 @@ class PrefixIndex:
             if entry.bit == 1 << member:
                 self._unexpect(entry)
 
+    def held(self, member: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """By its own word: blocks whose KV it holds, and blocks behind which it holds a recurrent state."""
+        held = self._held.get(member, _Held())
+        return tuple(held.kv), tuple(held.states)
+
     def expect(self, member: int, hashes: Sequence[int], until_s: float) -> None:
         """The member will soon hold these; its own word replaces this from `until_s` on."""
         entry = _Expected(bit=1 << member, until_s=until_s, hashes=hashes)

@@ -106,15 +106,22 @@ class Router:
     def update(self, load: MemberLoad, now: float) -> None:
         """Take a member's report; its first one makes it known."""
         member = self._members.get(load.member_id)
-        if member is not None and (member.load.role, member.load.block_size) != (load.role, load.block_size):
-            self.remove(load.member_id)
-            member = None
-        if member is None:
-            self._members[load.member_id] = _Member(load, self._pool(load))
+        if member is None or (member.load.role, member.load.block_size) != (load.role, load.block_size):
+            self._members[load.member_id] = self._join(load, member)
         else:
             member.load = load
             member.reports += 1
             member.settle(now)
+
+    def _join(self, load: MemberLoad, before: _Member | None) -> _Member:
+        """A member that is new, or has another role: then its cache is what it was."""
+        member = _Member(load, self._pool(load))
+        if before is not None:
+            if before.load.block_size == load.block_size and before.sequence is not None:
+                member.pool.take_events(member.slot, before.pool.snapshot(before.slot, before.sequence))
+                member.sequence = before.sequence
+            before.pool.leave(before.slot)
+        return member
 
     def take_events(self, member_id: MemberId, events: CacheEvents) -> bool:
         """Take what happened in a known member's prefix cache.

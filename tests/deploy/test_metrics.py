@@ -55,18 +55,18 @@ def test_a_request_that_failed_has_no_total_latency() -> None:
 
 def test_gauges_show_the_members_that_are_there_now() -> None:
     metrics = GatewayMetrics("tiny")
-    metrics.render([make_load("a", waiting=3, free=25, total=100)])
+    metrics.render([make_load("a", waiting=3, free=25, total=100)], {})
     assert sample(metrics, "num_requests_waiting", member_id="a", role="mixed") == 3
     assert sample(metrics, "kv_cache_usage_perc", member_id="a", role="mixed") == 0.75
 
-    text = metrics.render([make_load("b")]).decode()
+    text = metrics.render([make_load("b")], {}).decode()
     assert 'member_id="b"' in text
     assert 'member_id="a"' not in text
 
 
 def test_a_member_without_state_slots_uses_none() -> None:
     metrics = GatewayMetrics("tiny")
-    metrics.render([make_load("a")])
+    metrics.render([make_load("a")], {})
 
     assert sample(metrics, "state_cache_usage_perc", member_id="a", role="mixed") == 0
 
@@ -100,7 +100,7 @@ def test_what_members_count_is_told() -> None:
     counts = MemberCounts(
         preemptions=1, drafted_tokens=20, accepted_tokens=15, pulls=6, failed_pulls=2, refetched_frames=3
     )
-    metrics.render([replace(make_load("a"), counts=counts)])
+    metrics.render([replace(make_load("a"), counts=counts)], {})
     found = {field.name: sample(metrics, field.name, member_id="a", role="mixed") for field in fields(counts)}
     assert found == asdict(counts)
 
@@ -108,10 +108,19 @@ def test_what_members_count_is_told() -> None:
 def test_members_with_recurrent_state_tell_how_many_states_they_keep() -> None:
     metrics = GatewayMetrics("tiny")
     kept = replace(make_load("a"), total_state_slots=9, state_checkpoints=3, state_bytes=100, evicted_checkpoints=2)
-    metrics.render([kept, make_load("b")])
+    metrics.render([kept, make_load("b")], {})
     found = [
         sample(metrics, name, member_id="a", role="mixed")
         for name in ("state_checkpoints", "state_checkpoint_bytes", "state_checkpoints_evicted")
     ]
     assert found == [3, 300, 2]
     assert sample(metrics, "state_checkpoints", member_id="b", role="mixed") is None
+
+
+def test_the_queue_at_the_gateway_is_told_by_priority() -> None:
+    metrics = GatewayMetrics("tiny")
+    metrics.render([], {1: 2, 0: 5, -1: 0})
+
+    assert sample(metrics, "num_requests_queued", priority="positive") == 2
+    assert sample(metrics, "num_requests_queued", priority="none") == 5
+    assert sample(metrics, "num_requests_queued", priority="negative") == 0

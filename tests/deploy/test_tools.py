@@ -111,6 +111,8 @@ def test_arguments_are_json() -> None:
         ("note", "", ""),
         ("note", "\n  two\n", "\n  two\n"),
         ("note", "a <b> </c> {", "a <b> </c> {"),
+        ("note", "say <parameter=a>1", "say <parameter=a>1"),
+        ("note", "say </parameter> and </function> too", "say </parameter> and </function> too"),
         ("ratio", "1.5", 1.5),
         ("ratio", "2", 2),
         ("ratio", "NaN", "NaN"),
@@ -130,6 +132,35 @@ def test_value_in_xml_gets_the_type_of_the_functions_schema(name: str, text: str
 
     assert json.loads(call.arguments) == {name: value}
     assert type(json.loads(call.arguments)[name]) is type(value)
+
+
+def xml_call(parameters: str) -> str:
+    return f"<tool_call>\n<function=add>\n{parameters}\n</function>\n</tool_call>"
+
+
+def test_a_value_in_xml_keeps_tags_before_a_further_parameter() -> None:
+    text = "<parameter=note>\n<parameter=a>1</parameter> is XML\n</parameter>\n<parameter=a>\n2\n</parameter>"
+    (call,) = parse([xml_call(text)])[1]
+
+    assert json.loads(call.arguments) == {"note": "<parameter=a>1</parameter> is XML", "a": 2}
+
+
+def test_a_parameter_in_xml_that_is_not_closed_goes_on_to_the_next_closing_tag() -> None:
+    (call,) = parse([xml_call("<parameter=note>\none\n<parameter=a>\n2\n</parameter>")])[1]
+
+    assert json.loads(call.arguments) == {"note": "one\n<parameter=a>\n2"}
+
+
+def test_a_parameter_given_twice_makes_no_call() -> None:
+    block = xml_call("<parameter=a>\n1\n</parameter>\n<parameter=a>\n2\n</parameter>")
+
+    assert parse([block]) == (block, [])
+
+
+def test_text_behind_the_last_parameter_makes_no_call() -> None:
+    block = xml_call("<parameter=a>\n1\n</parameter> so be it")
+
+    assert parse([block]) == (block, [])
 
 
 def test_values_in_xml_without_a_schema_are_text() -> None:

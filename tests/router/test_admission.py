@@ -51,7 +51,7 @@ def test_turns_come_while_members_have_room_and_go_on_with_first_tokens() -> Non
     for name in "abc":
         admission.admit(make(name), 0.0)
     assert admission.decide(Capacity(members=2, step_tokens=10), 0.0).released == ("a", "b")
-    assert admission.waiting() == {("", 0): 1}
+    assert admission.waiting() == {1: 0, 0: 1, -1: 0}
     admission.started(RequestId("a"), 1.0)
     assert admission.decide(Capacity(members=2, step_tokens=10), 1.0).released == ("c",)
     assert (admission.num_in_flight, admission.num_queued) == (3, 2)
@@ -85,7 +85,8 @@ def test_all_places_are_free_when_all_are_done_however_often_that_is_said() -> N
     for number in [*range(10), *range(10), 77]:
         admission.started(RequestId(f"r{number}"), 1.0)
         admission.done(RequestId(f"r{number}"), 1.0)
-    assert (admission.num_in_flight, admission.num_queued, admission.waiting()) == (0, 0, {})
+    assert (admission.num_in_flight, admission.num_queued) == (0, 0)
+    assert admission.waiting() == {1: 0, 0: 0, -1: 0}
 
 
 def test_a_full_queue_makes_room_for_others_at_the_cost_of_whoever_fills_it() -> None:
@@ -155,8 +156,9 @@ def test_bounds_that_cannot_work_are_refused_by_name() -> None:
         AdmissionConfig(max_queue=0)
     with pytest.raises(ConfigError, match="min_retry_s"):
         AdmissionConfig(min_retry_s=2.0, max_retry_s=1.0)
-    with pytest.raises(ConfigError, match=r"tenant_weights\.x must be positive"):
-        AdmissionConfig(tenant_weights={"x": 0.0})
+    for weight in (0.0, 1e-4, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=r"tenant_weights\.x must be from 0\.001 to"):
+            AdmissionConfig(tenant_weights={"x": weight})
 
 
 def make_arrivals(rng: random.Random, tenant: str, rate: float, length_s: float) -> list[TraceRequest]:

@@ -1,6 +1,9 @@
 """Turns follow tokens and weights, whatever flows send, and whoever asks for little waits little."""
 
+import time
 from collections import Counter
+
+import pytest
 
 from router.fair_queue import BURST_QUANTA, QUANTUM_TOKENS, FairQueue, Flow, Waiting
 from router.request import RequestId
@@ -97,3 +100,12 @@ def test_memory_of_flows_that_left_is_bounded() -> None:
         queue.push(make(f"r{number}", (f"t{number}", 0)), 1.0)
         assert set(served(queue, 1)) == {(f"t{number}", 0)}
     assert len(queue) == 1
+
+
+def test_a_tiny_weight_costs_no_more_turns_than_a_large_one() -> None:
+    queue, began = FairQueue(), time.perf_counter()
+    fill(queue, HOG, 20, 32_000, weight=1e-9)
+    fill(queue, OTHER, 20, 32_000, weight=2e-9)
+    tokens = served(queue, 30)
+    assert time.perf_counter() - began < 1.0
+    assert tokens[OTHER] == pytest.approx(2 * tokens[HOG], rel=0.1)

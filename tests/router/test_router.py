@@ -174,12 +174,30 @@ def test_members_whose_prefix_cache_is_off_are_not_expected_to_cache() -> None:
     assert router.route(make_prompt(2), 0.0).cached_tokens == 0
 
 
-def test_a_member_that_came_back_as_another_begins_anew() -> None:
+def test_a_member_of_another_role_keeps_its_cache() -> None:
     router = make_router(make_load("a"), make_load("b", "decode"))
     hold(router, "a", PROMPT)
-    router.update(make_load("a", "prefill"), 0.0)
+    router.update(make_load("a", "prefill"), 1.0)
+    route = router.route(make_prompt(), 1.0)
+    assert (route.prefill, route.cached_tokens) == ("a", 48)
+    removed = tuple(block_hashes(PROMPT, 16))
+    assert router.take_events(MemberId("a"), CacheEvents(after=1, sequence=2, removed=removed))
+    assert router.route(make_prompt(1), 99.0).cached_tokens == 0
+
+
+def test_a_member_of_another_role_that_never_told_of_its_cache_is_asked_for_it() -> None:
+    router = make_router(make_load("a"))
+    router.update(make_load("a", "decode"), 1.0)
+    assert not router.take_events(MemberId("a"), CacheEvents(after=1, sequence=2, stored=(7,)))
+
+
+def test_a_member_that_came_back_with_other_blocks_begins_anew() -> None:
+    router = make_router(make_load("a"), make_load("b", "decode"))
+    hold(router, "a", PROMPT)
+    router.update(make_load("a", "prefill", block_size=8), 0.0)
     route = router.route(make_prompt(1), 0.0)
     assert (route.prefill, route.decode, route.cached_tokens) == ("a", "b", 0)
+    assert not router.take_events(MemberId("a"), CacheEvents(after=1, sequence=2, stored=(7,)))
 
 
 def test_members_of_different_block_sizes_are_compared() -> None:

@@ -1,7 +1,7 @@
 """One engine of this process as a back end of the gateway: no members between them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class EngineBackend:
         """Raise what made the engine fail."""
         if self.engine.failure is not None:
             raise self.engine.failure
+
+    def waiting(self) -> Mapping[int, int]:
+        """Nobody waits here."""
+        return {}
 
     def loads(self) -> tuple[MemberLoad, ...]:
         """The engine's own."""

@@ -1,7 +1,7 @@
 """A small real back end in this process: it answers every request with a script of tokens."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from router.errors import MoefleetError
@@ -93,6 +93,10 @@ class ScriptedBackend:
         """Raise what the test set."""
         if self.unhealthy is not None:
             raise self.unhealthy
+
+    def waiting(self) -> Mapping[int, int]:
+        """Nobody waits here."""
+        return {}
 
     def loads(self) -> tuple[MemberLoad, ...]:
         """One member with a quarter of its blocks in use."""
