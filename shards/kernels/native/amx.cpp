@@ -13,16 +13,11 @@
 #define ENTRY __attribute__((target(TARGET)))
 #define FN inline __attribute__((always_inline, target(TARGET)))
 
+#include "amx_sums.h"
+
 namespace kernels {
 namespace {
 
-constexpr int STEP = 32;             // of K, a tile
-constexpr int TILE = BLOCK * STEP;   // bfloat16 of a tile
-constexpr int SUMS = BLOCK * BLOCK;  // floats of a tile of sums
-constexpr int LINE = 64;             // bytes
-// A block of up to so many rows of x is packed in tiles of so many columns: in decode most experts have few rows, and
-// x then stays in the first-level cache beside the weights.
-constexpr int NARROW = 4;
 // Weight rows that are staged side by side, and up to how many rows of x whole tiles are read in place instead.
 constexpr int SIDE_BY_SIDE = 8;
 constexpr int IN_PLACE_ROWS = 32;
@@ -50,34 +45,6 @@ ENTRY void configure(bool narrow) {
 }
 
 ENTRY void leave() { _tile_release(); }
-
-// Rows become columns.
-FN void transpose(__m512i* r) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        __m512i even2 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        __m512i odd2 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-        t[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
-        t[8 + i] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-        t[4 + i] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) r[i] = t[i];
-}
-
-// bfloat16 of a tile of x in a block of `rows`.
-int tile_size(int rows) { return rows <= NARROW ? BLOCK * NARROW * 2 : TILE; }
 
 FN __mmask32 mask_of(int count) { return count < STEP ? (__mmask32(1) << count) - 1 : ~__mmask32(0); }
 
@@ -120,17 +87,20 @@ struct Weights {
     int64_t K;
 };
 
+// Some lines of each stream.
 FN void fetch(Ahead& ahead, int lines) {
-    for (int i = 0; i < lines; i++) _mm_prefetch(ahead.at + i * LINE, _MM_HINT_T1);
-    if (ahead.second != 0)
-        for (int i = 0; i < lines; i++) _mm_prefetch(ahead.at + ahead.second + i * LINE, _MM_HINT_T1);
-    ahead.at += lines * LINE;
-    ahead.bytes -= lines * LINE;
+    for (int i = 0; i < lines; i++, ahead.at += LINE) {
+        _mm_prefetch(ahead.at, _MM_HINT_T1);
+        _mm_prefetch(ahead.at + ahead.half, _MM_HINT_T1);
+        _mm_prefetch(ahead.at + ahead.second, _MM_HINT_T1);
+        _mm_prefetch(ahead.at + ahead.second + ahead.half, _MM_HINT_T1);
+    }
+    ahead.lines -= lines;
 }
 
 // Up to 16 weight rows -> tiles [group][step][16 rows][32 of K], zeros behind their ends. It pays where many rows of x
 // follow: tiles read in place collide in the first-level cache, whose sets the rows of most models share.
-FN void stage_rows(const bf16* w, int count, int64_t K, int groups, Ahead& ahead, bf16* to) {
+FN void stage_rows(const bf16* w, int count, int64_t K, int groups, bf16* to) {
     int64_t width = K / groups;
     for (int first = 0; first < BLOCK; first += SIDE_BY_SIDE) {
         bf16* at = to + first * STEP;
@@ -138,7 +108,6 @@ FN void stage_rows(const bf16* w, int count, int64_t K, int groups, Ahead& ahead
             const bf16* from = w + first * K + g * width;
             for (int64_t k = 0; k < width; k += STEP, at += TILE) {
                 __mmask32 here = mask_of(width - k < STEP ? int(width - k) : STEP);
-                if (ahead.bytes > 0) fetch(ahead, SIDE_BY_SIDE);
                 for (int r = 0; r < SIDE_BY_SIDE; r++) {
                     __mmask32 mask = first + r < count ? here : 0;
                     _mm512_store_si512(at + r * STEP, _mm512_maskz_loadu_epi16(mask, from + r * K + k));
@@ -160,7 +129,7 @@ struct Source {
     const bf16* at;
     int64_t second, group, step;  // bfloat16 to the second tile, the next group of K, the next step
     int64_t row_bytes;
-    bool in_place;
+    int pace;  // lines of each stream that are fetched ahead a step
 };
 
 // Sums of one group of K -> sums [B][A][weight row][row of x].
@@ -173,7 +142,7 @@ FN void part(const Source& weights, const Panel& panel, int group, int64_t steps
     if constexpr (B == 2) _tile_zero(2);
     if constexpr (A == 2 && B == 2) _tile_zero(3);
     for (int64_t s = 0; s < steps; s++, w += weights.step, x += panel.tile) {
-        if (weights.in_place && ahead.bytes > 0) fetch(ahead, ahead.second != 0 ? BLOCK * A / 2 : BLOCK * A);
+        if (ahead.lines > 0) fetch(ahead, weights.pace);
         _tile_loadd(6, x, row_bytes);
         _tile_loadd(4, w, weights.row_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -210,13 +179,14 @@ FN void tiles(const Source& weights, const Panel& panel, int64_t steps, int grou
 }
 
 template <int A>
-FN Source source_of(const Weights& w, int rows, int groups, Ahead& ahead) {
+FN Source source_of(const Weights& w, int rows, int groups, const Ahead& ahead) {
     int64_t width = w.K / groups, steps = steps_of(w.K, groups), size = groups * steps * TILE;
+    int pace = int(blocks_of(ahead.lines, blocks_of(rows, 2 * BLOCK) * groups * steps));
     bool whole = w.counts[0] == BLOCK && w.counts[1] == BLOCK && width % STEP == 0;
-    if (whole && rows <= IN_PLACE_ROWS) return {w.rows[0], w.rows[1] - w.rows[0], width, STEP, w.K * 2, true};
+    if (whole && rows <= IN_PLACE_ROWS) return {w.rows[0], w.rows[1] - w.rows[0], width, STEP, w.K * 2, pace};
     bf16* to = (bf16*)staging(size_t(A * size) * sizeof(bf16));
-    for (int a = 0; a < A; a++) stage_rows(w.rows[a], w.counts[a], w.K, groups, ahead, to + a * size);
-    return {to, size, steps * TILE, TILE, LINE, false};
+    for (int a = 0; a < A; a++) stage_rows(w.rows[a], w.counts[a], w.K, groups, to + a * size);
+    return {to, size, steps * TILE, TILE, LINE, pace};
 }
 
 // Calls use(sums, first row, rows) for every block of x rows.
@@ -245,19 +215,6 @@ FN void over_blocks(const Weights& w, const bf16* panel, int rows, int groups, A
     }
 }
 
-// sums [weight row][row of x] -> to[r * COLUMNS + n].
-FN void turn(const float* sums, int rows, float* to) {
-    if (rows <= 2) {
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < BLOCK; n++) to[r * COLUMNS + n] = sums[n * BLOCK + r];
-        return;
-    }
-    __m512i row[BLOCK];
-    for (int n = 0; n < BLOCK; n++) row[n] = _mm512_load_si512(sums + n * BLOCK);
-    transpose(row);
-    for (int r = 0; r < rows; r++) _mm512_storeu_si512(to + r * COLUMNS, row[r]);
-}
-
 template <int A>
 FN void multiply_columns(const Weights& w, const bf16* panel, int rows, int groups, Ahead ahead, float* sums) {
     over_blocks<A>(w, panel, rows, groups, ahead, [&](const float* found, int r, int here) ENTRY {
@@ -273,45 +230,17 @@ ENTRY void multiply(const bf16* panel, int rows, const bf16* w, int columns, int
         multiply_columns<1>({{w, w}, {columns, columns}, K}, panel, rows, groups, ahead, sums);
 }
 
-// A block of rows of a panel of I, which is cut into groups of `width`.
-struct Inner {
-    bf16* block;
-    int64_t width;
-    int tile;
-
-    // Row pair of column n.
-    FN bf16* pair(int64_t n) const {
-        int64_t in_group = n % width, steps = (width + STEP - 1) / STEP;
-        return block + (n / width * steps + in_group / STEP) * tile + in_group % STEP / 2 * (tile / BLOCK);
+ENTRY void round_to(const bf16* panel, int rows, const bf16* w, int columns, int64_t K, int groups, Ahead ahead,
+                    bf16* const* out) {
+    if (columns == 2 * BLOCK) {
+        over_blocks<2>({{w, w + BLOCK * K}, {BLOCK, BLOCK}, K}, panel, rows, groups, ahead,
+                       [&](const float* found, int r, int here) ENTRY { turn_rounded(found, here, out + r); });
+        return;
     }
-};
-
-// silu(gate) * up of one column for 16 rows of x.
-FN void activate(const float* gate, const float* up, uint32_t* to) {
-    for (int r = 0; r < BLOCK; r++) {
-        bf16 product;
-        store(&product, rounded<bf16>(silu(rounded<bf16>(gate[r]))) * rounded<bf16>(up[r]));
-        to[r] = product;
-    }
-}
-
-// sums of `columns` gates, then of their ups -> columns [at, at + columns) of `inner`.
-FN void put_inner(const float* sums, int columns, const Inner& inner, int64_t at) {
-    for (int n = 0; n < columns; n++) {
-        uint32_t one[BLOCK], two[BLOCK];
-        activate(sums + n * BLOCK, sums + SUMS + n * BLOCK, one);
-        bf16* pair = inner.pair(at + n);
-        int64_t odd = (at + n) % inner.width % 2;
-        bool both = !odd && n + 1 < columns && (at + n) % inner.width + 1 < inner.width;
-        if (both) {
-            n++;
-            activate(sums + n * BLOCK, sums + SUMS + n * BLOCK, two);
-            for (int r = 0; r < BLOCK; r++) one[r] |= two[r] << 16;
-            memcpy(pair, one, size_t(inner.tile / BLOCK) * sizeof(bf16));
-        } else {
-            for (int r = 0; r < inner.tile / BLOCK / 2; r++) pair[2 * r + odd] = bf16(one[r]);
-        }
-    }
+    alignas(64) float sums[CALL_ROWS * COLUMNS];
+    multiply(panel, rows, w, columns, K, groups, ahead, sums);
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < columns; n++) store(out[r] + n, sums[r * COLUMNS + n]);
 }
 
 ENTRY void gate_up(const bf16* panel, int rows, const bf16* gate, const bf16* up, int columns, int64_t K, Ahead ahead,
@@ -334,7 +263,7 @@ bool tiles_allowed() {
 }  // namespace
 
 const Matmul<bf16>* amx_matmul() {
-    static const Matmul<bf16> matmul = {2 * BLOCK, packed_width, pack, multiply, gate_up, leave};
+    static const Matmul<bf16> matmul = {2 * BLOCK, packed_width, pack, multiply, round_to, gate_up, leave};
     static const bool allowed = tiles_allowed();
     return allowed ? &matmul : nullptr;
 }

@@ -15,6 +15,8 @@ constexpr int64_t CHUNK_BYTES = int64_t(512) << 10;
 // Weights of a task where they are what takes time, and tasks a thread where arithmetic is.
 constexpr int64_t TASK_BYTES = int64_t(128) << 10;
 constexpr int64_t TASKS_A_THREAD = 16;
+// How far ahead weights are fetched at least: what memory delivers while one request is under way, and more.
+constexpr int64_t LEAD_BYTES = int64_t(64) << 10;
 // Most memory for results that wait for their sum: tokens beyond it go in another pass.
 constexpr int64_t PASS_BYTES = int64_t(64) << 20;
 
@@ -53,23 +55,24 @@ class Experts {
         zero_missing();
         threads = threads_for(int64_t(order_.size()) * w_.C * w_.I / 4, threads);
         plan(threads);
-        Tickets first(int64_t(chunks_.size()) * gate_tasks_), second(int64_t(chunks_.size()) * down_tasks_);
+        int64_t chunks = int64_t(chunks_.size());
+        Tickets first(chunks * gate_tasks_, threads), second(chunks * down_tasks_, threads);
 #pragma omp parallel num_threads(threads)
         {
             {
                 MatmulSession<T> session(matmul_);
-                T* panel = panels_ + omp_get_thread_num() * panel_size_;
+                int thread = omp_get_thread_num();
+                T* panel = panels_ + thread * panel_size_;
                 int64_t held = -1;  // chunk in the panel
-                first.share([&](int64_t i, int64_t next) { gate_task(i, next, panel, held); });
+                int64_t down = second.first(thread);
+                first.share(thread, [&](int64_t i, int64_t next) { gate_task(i, next, down, panel, held); });
 #pragma omp barrier
-                second.share([&](int64_t i, int64_t next) { down_task(i, next); });
+                second.share(thread, [&](int64_t i, int64_t next) { down_task(i, next); });
             }
             if (results_.weights != nullptr) {
 #pragma omp barrier
 #pragma omp for
-                for (int64_t t = 0; t < tokens_; t++)
-                    path_.mix(waiting_ + t * top_k_ * w_.C, results_.weights + t * top_k_, top_k_, w_.C, !results_.wide,
-                              results_.out + t * w_.C);
+                for (int64_t t = 0; t < tokens_; t++) mix(t);
             }
         }
     }
@@ -90,7 +93,9 @@ class Experts {
     int64_t panel_size_ = 0;
     T* panels_ = nullptr;       // a chunk of x a thread
     T* inner_ = nullptr;        // [inner rows, I], packed
-    float* waiting_ = nullptr;  // [T, K, C], results that wait for their sum
+    // [T, K, C], results that wait for their sum, unrounded or rounded; one of them is null.
+    float* waiting_ = nullptr;
+    T* rounded_ = nullptr;
 
     // Counting sort.
     void sort() {
@@ -133,14 +138,17 @@ class Experts {
         int64_t width = matmul_.packed_width(w_.I, groups_);
         size_t panels = size_t(threads * panel_size_) * sizeof(T);
         size_t inner = aligned(size_t(inner_rows_ * width) * sizeof(T));
-        size_t waiting = results_.weights == nullptr ? 0 : size_t(pairs_ * w_.C) * sizeof(float);
+        size_t one = results_.wide ? sizeof(float) : sizeof(T);
+        size_t waiting = results_.weights == nullptr ? 0 : size_t(pairs_ * w_.C) * one;
         char* at = scratch(panels + inner + waiting);
-        panels_ = (T*)at, inner_ = (T*)(at + panels), waiting_ = (float*)(at + panels + inner);
+        panels_ = (T*)at, inner_ = (T*)(at + panels);
+        at += panels + inner;
+        (results_.wide ? (char*&)waiting_ : (char*&)rounded_) = at;
         // What packing adds to a row multiplies weights that are not there: zeros.
         if (width != w_.I) std::fill_n(inner_, inner_rows_ * width, T(0));
         if (results_.weights != nullptr)
             for (int64_t i = 0; i < pairs_; i++)
-                if (ids_[i] < 0) std::fill_n(waiting_ + i * w_.C, w_.C, 0.0f);
+                if (ids_[i] < 0) memset(at + size_t(i * w_.C) * one, 0, size_t(w_.C) * one);
     }
 
     void zero_missing() const {
@@ -177,7 +185,20 @@ class Experts {
         }
     }
 
-    void gate_task(int64_t task, int64_t next, T* panel, int64_t& held) const {
+    // What to fetch while the last columns of a task are computed: the next task's, or the first of `down`.
+    Ahead after_gate(int64_t next, int64_t down) const {
+        int64_t row_bytes = w_.C * int64_t(sizeof(T)), width = matmul_.columns / 2;
+        if (next >= 0) return {gate_of(next), std::min(width, w_.I) * row_bytes, w_.I * row_bytes};
+        return {down_of(down), std::min(lead_columns(), w_.C) * w_.I * int64_t(sizeof(T))};
+    }
+
+    // How far ahead rows of down are fetched.
+    int64_t lead_columns() const {
+        int64_t bytes = matmul_.columns * w_.I * int64_t(sizeof(T));
+        return blocks_of(LEAD_BYTES, std::max<int64_t>(bytes, 1)) * matmul_.columns;
+    }
+
+    void gate_task(int64_t task, int64_t next, int64_t down, T* panel, int64_t& held) const {
         const Chunk& chunk = chunks_[size_t(task / gate_tasks_)];
         if (held != task / gate_tasks_) {
             pack(chunk, panel);
@@ -185,14 +206,13 @@ class Experts {
         }
         int64_t column = task % gate_tasks_ * gate_step_, end = std::min(column + gate_step_, w_.I);
         int64_t width = matmul_.packed_width(w_.C, 1), inner_width = matmul_.packed_width(w_.I, groups_);
+        int64_t row_bytes = w_.C * int64_t(sizeof(T));
         const T* gate = gate_of(task);
         for (; column < end; column += matmul_.columns / 2) {
             int columns = int(std::min<int64_t>(matmul_.columns / 2, end - column));
-            const T* after = gate + columns * w_.C;
-            if (column + columns >= end) after = next < 0 ? nullptr : gate_of(next);
-            int64_t row_bytes = w_.C * int64_t(sizeof(T));
-            Ahead ahead = {(const char*)after, after == nullptr ? 0 : columns * row_bytes, w_.I * row_bytes};
-            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.bytes = 0) {
+            Ahead ahead(gate + columns * w_.C, columns * row_bytes, w_.I * row_bytes);
+            if (column + columns >= end) ahead = after_gate(next, down);
+            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.lines = 0) {
                 int rows = int(std::min<int64_t>(CALL_ROWS, chunk.rows - r));
                 matmul_.gate_up(panel + r * width, rows, gate, gate + w_.I * w_.C, columns, w_.C, ahead,
                                 inner_ + (chunk.panel_row + r) * inner_width, w_.I, column, groups_);
@@ -206,30 +226,48 @@ class Experts {
         int64_t column = task % down_tasks_ * down_step_, end = std::min(column + down_step_, w_.C);
         int64_t width = matmul_.packed_width(w_.I, groups_);
         const T* down = down_of(task);
+        int64_t lead = std::min(lead_columns(), end - column);
         alignas(64) float sums[CALL_ROWS * COLUMNS];
         for (; column < end; column += matmul_.columns) {
             int columns = int(std::min<int64_t>(matmul_.columns, end - column));
-            const T* after = down + columns * w_.I;
-            if (column + columns >= end) after = next < 0 ? nullptr : down_of(next);
-            Ahead ahead = {(const char*)after, after == nullptr ? 0 : columns * w_.I * int64_t(sizeof(T)), 0};
-            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.bytes = 0) {
+            const T* after = down + lead * w_.I;
+            if (column + lead >= end) after = next < 0 ? nullptr : down_of(next) + (column + lead - end) * w_.I;
+            Ahead ahead(after, columns * w_.I * int64_t(sizeof(T)));
+            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.lines = 0) {
                 int rows = int(std::min<int64_t>(CALL_ROWS, chunk.rows - r));
-                matmul_.multiply(inner_ + (chunk.panel_row + r) * width, rows, down, columns, w_.I, groups_, ahead, sums);
-                put(sums, chunk.first + r, rows, column, columns);
+                const T* panel = inner_ + (chunk.panel_row + r) * width;
+                T* to[CALL_ROWS];
+                if (places(chunk.first + r, rows, column, to)) {
+                    matmul_.round_to(panel, rows, down, columns, w_.I, groups_, ahead, to);
+                } else {
+                    matmul_.multiply(panel, rows, down, columns, w_.I, groups_, ahead, sums);
+                    put(sums, chunk.first + r, rows, column, columns);
+                }
             }
             down += columns * w_.I;
         }
     }
 
+    // Where the results of `rows` places go if they are rounded; false if they are not.
+    bool places(int64_t first, int rows, int64_t column, T** to) const {
+        T* base = results_.weights != nullptr ? rounded_ : results_.out;
+        for (int r = 0; r < rows && !results_.wide; r++) to[r] = base + order_[size_t(first + r)] * w_.C + column;
+        return !results_.wide;
+    }
+
     void put(const float* sums, int64_t first, int rows, int64_t column, int columns) const {
-        float* wide = results_.weights != nullptr ? waiting_ : results_.wide_out;
-        for (int r = 0; r < rows; r++, sums += COLUMNS) {
-            int64_t at = order_[size_t(first + r)] * w_.C + column;
-            if (wide != nullptr)
-                std::copy_n(sums, columns, wide + at);
-            else
-                path_.finish(sums, nullptr, columns, results_.out + at);
-        }
+        float* base = results_.weights != nullptr ? waiting_ : results_.wide_out;
+        for (int r = 0; r < rows; r++, sums += COLUMNS)
+            std::copy_n(sums, columns, base + order_[size_t(first + r)] * w_.C + column);
+    }
+
+    // The weighted sum over the results of token `t`.
+    void mix(int64_t t) const {
+        const float* weights = results_.weights + t * top_k_;
+        if (results_.wide)
+            path_.mix(waiting_ + t * top_k_ * w_.C, weights, top_k_, w_.C, results_.out + t * w_.C);
+        else
+            path_.rows(x_).combine(rounded_ + t * top_k_ * w_.C, weights, top_k_, w_.C, results_.out + t * w_.C);
     }
 };
 

@@ -102,9 +102,9 @@ struct Path {
     // out = sums + bias (null: none) in out's type; n of them.
     void (*finish_f32)(const float* sums, const float* bias, int n, float* out);
     void (*finish_bf16)(const float* sums, const bf16* bias, int n, bf16* out);
-    // out[c] = sum over k, in order, of y[k * C + c] * weights[k]; y rounded to out's type before where asked.
-    void (*mix_f32)(const float* y, const float* weights, int64_t K, int64_t C, bool round, float* out);
-    void (*mix_bf16)(const float* y, const float* weights, int64_t K, int64_t C, bool round, bf16* out);
+    // out[c] = sum over k, in order, of y[k * C + c] * weights[k].
+    void (*mix_f32)(const float* y, const float* weights, int64_t K, int64_t C, float* out);
+    void (*mix_bf16)(const float* y, const float* weights, int64_t K, int64_t C, bf16* out);
 
     const RowLoops<float>& rows(const float*) const { return *rows_f32; }
     const RowLoops<bf16>& rows(const bf16*) const { return *rows_bf16; }
@@ -116,11 +116,11 @@ struct Path {
     const Matmul<bf16>& matmul(const bf16*) const { return *matmul_bf16; }
     void finish(const float* sums, const float* bias, int n, float* out) const { finish_f32(sums, bias, n, out); }
     void finish(const float* sums, const bf16* bias, int n, bf16* out) const { finish_bf16(sums, bias, n, out); }
-    void mix(const float* y, const float* weights, int64_t K, int64_t C, bool round, float* out) const {
-        mix_f32(y, weights, K, C, round, out);
+    void mix(const float* y, const float* weights, int64_t K, int64_t C, float* out) const {
+        mix_f32(y, weights, K, C, out);
     }
-    void mix(const float* y, const float* weights, int64_t K, int64_t C, bool round, bf16* out) const {
-        mix_bf16(y, weights, K, C, round, out);
+    void mix(const float* y, const float* weights, int64_t K, int64_t C, bf16* out) const {
+        mix_bf16(y, weights, K, C, out);
     }
 };
 

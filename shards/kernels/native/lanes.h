@@ -19,6 +19,15 @@ ENTRY void multiply(const typename Kind::scalar* panel, int rows, const typename
 }
 
 template <class Kind>
+ENTRY void round_to(const typename Kind::scalar* panel, int rows, const typename Kind::scalar* w, int columns, int64_t K,
+                    int groups, Ahead ahead, typename Kind::scalar* const* out) {
+    float sums[CALL_ROWS * COLUMNS];
+    multiply<Kind>(panel, rows, w, columns, K, groups, ahead, sums);
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < columns; n++) store(out[r] + n, sums[r * COLUMNS + n]);
+}
+
+template <class Kind>
 ENTRY void gate_up(const typename Kind::scalar* panel, int rows, const typename Kind::scalar* gate,
                    const typename Kind::scalar* up, int columns, int64_t K, Ahead ahead, typename Kind::scalar* inner,
                    int64_t I, int64_t at, int) {
@@ -47,7 +56,7 @@ ENTRY void finish(const float* sums, const T* bias, int n, T* out) {
 }
 
 template <class T>
-ENTRY void mix(const float* y, const float* weights, int64_t K, int64_t C, bool round, T* out) {
+ENTRY void mix(const float* y, const float* weights, int64_t K, int64_t C, T* out) {
     constexpr int64_t COLUMNS_AT_ONCE = 256;
     for (int64_t first = 0; first < C; first += COLUMNS_AT_ONCE) {
         int64_t count = C - first < COLUMNS_AT_ONCE ? C - first : COLUMNS_AT_ONCE;
@@ -55,10 +64,7 @@ ENTRY void mix(const float* y, const float* weights, int64_t K, int64_t C, bool 
         for (int64_t k = 0; k < K; k++) {
             const float* from = y + k * C + first;
             float weight = weights[k];
-            if (round)
-                for (int64_t c = 0; c < count; c++) total[c] += rounded<T>(from[c]) * weight;
-            else
-                for (int64_t c = 0; c < count; c++) total[c] += from[c] * weight;
+            for (int64_t c = 0; c < count; c++) total[c] += from[c] * weight;
         }
         for (int64_t c = 0; c < count; c++) store(out + first + c, total[c]);
     }
@@ -66,8 +72,8 @@ ENTRY void mix(const float* y, const float* weights, int64_t K, int64_t C, bool 
 
 template <class Kind>
 const Matmul<typename Kind::scalar>* lane_matmul() {
-    static const Matmul<typename Kind::scalar> matmul = {COLUMNS,        plain_width,   nullptr,
-                                                         multiply<Kind>, gate_up<Kind>, nullptr};
+    static const Matmul<typename Kind::scalar> matmul = {
+        COLUMNS, plain_width, nullptr, multiply<Kind>, round_to<Kind>, gate_up<Kind>, nullptr};
     return &matmul;
 }
 

@@ -1,4 +1,6 @@
 // Dense layers: x @ weight.T (+ bias). A task takes some weight rows through a chunk of x's rows, packed beforehand.
+#include <omp.h>
+
 #include <algorithm>
 
 #include "matmul.h"
@@ -26,7 +28,7 @@ struct Linear {
     int64_t chunk, step;  // rows and weight rows of a task
     const T* panel;
 
-    void task(int64_t row, int64_t column, const char* next) const {
+    void task(int64_t row, int64_t column, const T* next) const {
         int64_t rows_end = std::min(row + chunk, rows), end = std::min(column + step, N);
         int64_t width = matmul.packed_width(K, groups);
         alignas(64) float sums[CALL_ROWS * COLUMNS];
@@ -34,12 +36,17 @@ struct Linear {
             int columns = int(std::min<int64_t>(matmul.columns, end - column));
             const T* w = weight + column * K;
             const T* after = w + int64_t(columns) * K;
-            Ahead ahead = {column + columns < end ? (const char*)after : next, int64_t(sizeof(T)) * columns * K, 0};
-            if (ahead.at == nullptr) ahead.bytes = 0;
-            for (int64_t r = row; r < rows_end; r += CALL_ROWS, ahead.bytes = 0) {
+            Ahead ahead(column + columns < end ? after : next, int64_t(sizeof(T)) * columns * K);
+            for (int64_t r = row; r < rows_end; r += CALL_ROWS, ahead.lines = 0) {
                 int count = int(std::min<int64_t>(CALL_ROWS, rows_end - r));
-                matmul.multiply(panel + r * width, count, w, columns, K, groups, ahead, sums);
-                put(sums, r, count, column, columns);
+                if (wide_out == nullptr && bias == nullptr) {
+                    T* to[CALL_ROWS];
+                    for (int i = 0; i < count; i++) to[i] = out + (r + i) * N + column;
+                    matmul.round_to(panel + r * width, count, w, columns, K, groups, ahead, to);
+                } else {
+                    matmul.multiply(panel + r * width, count, w, columns, K, groups, ahead, sums);
+                    put(sums, r, count, column, columns);
+                }
             }
         }
     }
@@ -73,7 +80,7 @@ struct Linear {
         step = std::min(TASK_BYTES / row_bytes, N / (threads * TASKS_A_THREAD)) / columns * columns;
         step = std::max(step, columns);
         int64_t column_tasks = blocks_of(N, step);
-        Tickets tickets(blocks_of(rows, chunk) * column_tasks);
+        Tickets tickets(blocks_of(rows, chunk) * column_tasks, threads);
 #pragma omp parallel num_threads(threads)
         {
             MatmulSession<T> session(matmul);
@@ -81,9 +88,9 @@ struct Linear {
 #pragma omp for
                 for (int64_t row = 0; row < rows; row += BLOCK) pack(packed, row);
             }
-            tickets.share([&](int64_t i, int64_t next) {
+            tickets.share(omp_get_thread_num(), [&](int64_t i, int64_t next) {
                 const T* then = next < 0 ? nullptr : weight + next % column_tasks * step * K;
-                task(i / column_tasks * chunk, i % column_tasks * step, (const char*)then);
+                task(i / column_tasks * chunk, i % column_tasks * step, then);
             });
         }
     }

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <vector>
 
 #include "kernels.h"
 
@@ -17,12 +18,22 @@ constexpr int BLOCK = 16;
 // Rows of x that a call takes at most.
 constexpr int CALL_ROWS = 256;
 
-// Weights that a later call will read, fetched into the second-level cache on the way: `bytes` from `at` on and, unless
-// it is 0, as many `second` bytes behind.
+// Weights that a later call will read, fetched into the second-level cache on the way. Memory gives more to four streams
+// than to one or two, so they are fetched from `at`, `at + half` and, `second` bytes behind, from two places more.
 struct Ahead {
-    const char* at;
-    int64_t bytes;
-    int64_t second;
+    const char* at = nullptr;
+    int64_t half = 0, second = 0;
+    int64_t lines = 0;  // left of each stream
+
+    Ahead() = default;
+    // `bytes` in one piece, or null for none.
+    Ahead(const void* from, int64_t bytes) : Ahead(from, lines_of(bytes, 2) * LINE, lines_of(bytes, 2) * LINE) {}
+    // Two pieces of `bytes`, `apart` bytes from start to start.
+    Ahead(const void* from, int64_t bytes, int64_t apart)
+        : at((const char*)from), half(lines_of(bytes, 2) * LINE), second(apart), lines(at == nullptr ? 0 : half / LINE) {}
+
+    static constexpr int64_t LINE = 64;
+    static int64_t lines_of(int64_t bytes, int64_t parts) { return (bytes + parts * LINE - 1) / (parts * LINE); }
 };
 
 template <class T>
@@ -36,6 +47,8 @@ struct Matmul {
     // sums[r * COLUMNS + n] = x[r] . w[n] over K, in `groups` parts that are added as a balanced tree; w's rows lie K
     // apart.
     void (*multiply)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Ahead ahead, float* sums);
+    // The same, rounded to T, to out[r][n].
+    void (*round_to)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Ahead ahead, T* const* out);
     // Writes silu(x[r] . gate[n]) * (x[r] . up[n]) for up to columns / 2 of n into columns [at, at + columns) of a panel
     // of rows of I, packed in `groups` for the product that follows.
     void (*gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Ahead ahead, T* inner,
@@ -55,29 +68,51 @@ struct MatmulSession {
     MatmulSession& operator=(const MatmulSession&) = delete;
 };
 
-// Hands out tasks 0 .. count - 1 in order. A thread draws its next ticket before it does the one in hand: then it knows
-// which weights to fetch ahead.
+// Hands out tasks 0 .. count - 1. Each thread has its share of neighbours, which it walks in order, as memory likes it,
+// and then helps others out from the ends of theirs. It draws its next ticket before it does the one in hand: then it
+// knows which weights to fetch ahead.
 class Tickets {
   public:
-    explicit Tickets(int64_t count) : count_(count) {}
+    // At most 2^32 - 1 tasks.
+    Tickets(int64_t count, int threads) : shares_(size_t(threads)), count_(count) {
+        for (int i = 0; i < threads; i++) shares_[size_t(i)].ends = uint64_t(first(i)) << 32 | uint64_t(first(i + 1));
+    }
+    // The task that `thread` draws first; where its share is empty, that of the next one's.
+    int64_t first(int thread) const { return count_ * thread / int64_t(shares_.size()); }
     // work(task, next): next is -1 behind the last one.
     template <class Work>
-    void share(const Work& work) {
-        int64_t task = draw();
+    void share(int thread, const Work& work) {
+        int64_t task = draw(thread);
         while (task >= 0) {
-            int64_t next = draw();
+            int64_t next = draw(thread);
             work(task, next);
             task = next;
         }
     }
 
   private:
-    int64_t draw() {
-        int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
-        return ticket < count_ ? ticket : -1;
+    // [first, end) of what is left, in the upper and the lower half.
+    struct alignas(64) Share {
+        std::atomic<uint64_t> ends{0};
+    };
+
+    int64_t draw(int thread) {
+        int64_t task = take(shares_[size_t(thread)], true);
+        for (size_t i = 1; task < 0 && i < shares_.size(); i++)
+            task = take(shares_[(size_t(thread) + i) % shares_.size()], false);
+        return task;
     }
+    static int64_t take(Share& share, bool front) {
+        uint64_t seen = share.ends.load(std::memory_order_relaxed);
+        while ((seen >> 32) < (seen & UINT32_MAX)) {
+            uint64_t left = front ? seen + (uint64_t(1) << 32) : seen - 1;
+            if (share.ends.compare_exchange_weak(seen, left, std::memory_order_relaxed))
+                return int64_t(front ? seen >> 32 : (seen & UINT32_MAX) - 1);
+        }
+        return -1;
+    }
+    std::vector<Share> shares_;
     int64_t count_;
-    std::atomic<int64_t> next_{0};
 };
 
 // Memory of the calling thread, kept from call to call: fresh memory would be faulted in page by page each time.

@@ -67,7 +67,7 @@ void combine(const Path& path, int threads, bool wide, const void* y, const floa
     for_rows(rows, K * C / 4, threads, [=, &path](int64_t t) {
         int64_t from = t * K * C;
         if (wide)
-            path.mix((const float*)y + from, weights + t * K, K, C, false, out + t * C);
+            path.mix((const float*)y + from, weights + t * K, K, C, out + t * C);
         else
             path.rows(out).combine((const T*)y + from, weights + t * K, K, C, out + t * C);
     });

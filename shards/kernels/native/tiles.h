@@ -20,17 +20,15 @@ struct Widened {
     static FN vec add_product(vec acc, operand x, operand w) { return fused(x, w, acc); }
 };
 
-// As many lines of weights as a step uses.
+// About as many lines of weights as a step uses.
 template <int N>
 FN void fetch(Ahead& ahead) {
-    constexpr int LINE = 64;
-    if (ahead.bytes <= 0) return;
-    int lines = ahead.second != 0 ? (N + 1) / 2 : N;
-    for (int n = 0; n < lines; n++) __builtin_prefetch(ahead.at + n * LINE, 0, 2);
-    if (ahead.second != 0)
-        for (int n = 0; n < lines; n++) __builtin_prefetch(ahead.at + ahead.second + n * LINE, 0, 2);
-    ahead.at += lines * LINE;
-    ahead.bytes -= lines * LINE;
+    constexpr int LINES = (N + 3) / 4;
+    if (ahead.lines <= 0) return;
+    for (int64_t stream : {int64_t(0), ahead.half, ahead.second, ahead.second + ahead.half})
+        for (int n = 0; n < LINES; n++) __builtin_prefetch(ahead.at + stream + n * Ahead::LINE, 0, 2);
+    ahead.at += LINES * Ahead::LINE;
+    ahead.lines -= LINES;
 }
 
 template <class Kind, int R, int N>
