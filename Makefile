@@ -72,6 +72,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what tests and checks need"
 	$(PIP) -c constraints.txt -e '.[dev]'
+# Tests run the kernels for GPUs in Triton's interpreter. CUDA builds of torch bring the version that they need.
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.9.0
 	@touch $@
 
 # Without a compiler this says so, and the torch kernels run.

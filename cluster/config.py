@@ -10,7 +10,7 @@ from shards.mesh import Layout
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
-KernelChoice = Literal["auto", "native", "torch"]
+KernelChoice = Literal["auto", "native", "torch", "triton"]
 DeterministicChoice = Literal["auto", "on", "off"]
 DraftPolicyChoice = Literal["adaptive", "always"]
 KvTransport = Literal["auto", "tcp", "p2p"]

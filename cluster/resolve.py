@@ -3,9 +3,9 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import cast
 
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, KernelChoice
 from cluster.memory import check_memory
 from cluster.plan import KvLayout
 from cluster.scheduler_config import SchedulerConfig
@@ -28,7 +28,8 @@ class ResolvedEngine:
 
     config: EngineConfig
     model: ModelConfig
-    kernels: Literal["native", "torch"]
+    kernels: KernelChoice
+    """The set that runs here, never auto."""
     deterministic: bool
     num_blocks: int
     """KV blocks of a lane."""
@@ -124,7 +125,7 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
     return ResolvedEngine(
         config=config,
         model=model,
-        kernels="native" if kernels.name == "native" else "torch",
+        kernels=cast(KernelChoice, kernels.name),
         deterministic=deterministic,
         num_blocks=num_blocks,
         num_slots=num_slots,

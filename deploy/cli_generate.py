@@ -47,7 +47,8 @@ def generate(
     device: Annotated[Device, typer.Option(help="Where ranks compute.", rich_help_panel=_ENGINE)] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of weights, activations and KV.", rich_help_panel=_ENGINE)] = "bfloat16",
     kernels: Annotated[
-        KernelChoice, typer.Option(help="native: C++ for CPUs; torch: plain; auto: the best.", rich_help_panel=_ENGINE)
+        KernelChoice,
+        typer.Option(help="native: C++ for CPUs; triton: GPUs; torch: plain; auto: the best.", rich_help_panel=_ENGINE),
     ] = "auto",
     deterministic: Annotated[
         DeterministicChoice,

@@ -95,7 +95,8 @@ def serve(
     dtype: Annotated[Dtype | None, _flag("dtype", _ENGINE, "Of weights, activations and KV.")] = None,
     device: Annotated[Device | None, _flag("device", _ENGINE, "Where ranks compute.")] = None,
     kernels: Annotated[
-        KernelChoice | None, _flag("kernels", _ENGINE, "native: C++ for CPUs; torch: plain; auto: the best.")
+        KernelChoice | None,
+        _flag("kernels", _ENGINE, "native: C++ for CPUs; triton: GPUs; torch: plain; auto: the best."),
     ] = None,
     deterministic: Annotated[
         DeterministicChoice | None,

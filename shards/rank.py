@@ -33,7 +33,7 @@ from shards.step_profile import StepProfile, part
 from shards.verify import Draws, Replay, pick
 from shards.weights import MTP_PREFIX, CheckpointReader
 
-KernelsName = Literal["auto", "native", "torch"]
+KernelsName = Literal["auto", "native", "torch", "triton"]
 DeterministicMode = Literal["auto", "on", "off"]
 
 PROMPT_LOGITS_ROWS = 256

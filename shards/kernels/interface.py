@@ -1,4 +1,4 @@
-"""The operators a model is built of. Two sets implement them: `torch_kernels` and `native`.
+"""The operators a model is built of. Three sets implement them: `torch_kernels`, `native`, `triton_kernels`.
 
 T tokens of the step, S sequences of the step, H heads, D head dim, E experts held here, K experts per token,
 I expert width, B blocks a sequence, P block size. In the native set a result row has the same bits whatever else is
@@ -30,7 +30,7 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """ "torch" or "native"."""
+        """ "torch", "native" or "triton"."""
         ...
 
     @property
@@ -88,7 +88,7 @@ class Kernels(Protocol):
 
         Args:
             cos_TR: float32 as sin_TR, both halves repeated.
-            slots_T: int64 block * P + offset, where each token's key and value go.
+            slots_T: int64 block * P + offset, where each token's key and value go. triton: nowhere where it is < 0.
 
         Returns:
             queries [T, H, D].

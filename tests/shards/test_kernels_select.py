@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,17 @@ def make_native() -> NativeKernels:
     return kernels
 
 
-def test_auto_is_native_on_cpu_and_torch_on_cuda() -> None:
+def test_auto_is_native_on_cpu_and_triton_on_cuda() -> None:
     assert select_kernels("auto", "cpu").name == "native"
     assert select_kernels("auto", "cpu").deterministic
-    assert select_kernels("auto", "cuda:1").name == "torch"
+    assert select_kernels("auto", "cuda:1").name == ("triton" if find_spec("triton") else "torch")
     assert not select_kernels("torch", "cpu").deterministic
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is a gigabyte that not every CPU has: make install-dev")
+def test_triton_is_refused_on_a_cpu_but_in_its_interpreter() -> None:
+    with pytest.raises(ValueError, match=r"kernels=triton runs on device cuda .*got device=cpu; use kernels=auto"):
+        select_kernels("triton", "cpu")
 
 
 def test_without_a_library_auto_is_torch_and_native_names_the_remedy(

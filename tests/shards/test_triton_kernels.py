@@ -1,0 +1,24 @@
+"""The Triton kernels, in Triton's interpreter: no GPU is needed, and none of their speed is shown."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is a gigabyte that not every CPU has: make install-dev",
+)
+def test_the_triton_kernels_agree_with_the_plain_ones_in_the_interpreter() -> None:
+    # Triton reads the variable when kernels are defined, so that it takes a process of its own.
+    checks = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/support/triton_checks.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(checks, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
