@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from deploy.cli_errors import told_errors
+from deploy.simulation_plot import check_plotting, plot_comparisons
 from router.choosers import POLICIES, policy_names
 from router.simulate import SimulateOptions, as_json, compare, table
 
@@ -28,6 +29,10 @@ def simulate(
     context_token_s: Annotated[float, typer.Option(help="Seconds a token of a sequence's context adds.")] = 2e-8,
     ttft_slo_s: Annotated[float, typer.Option(help="A good request has its first token by then.")] = 5.0,
     itl_slo_s: Annotated[float, typer.Option(help="A good request has no more between two tokens, on average.")] = 0.1,
+    admission: Annotated[
+        bool, typer.Option("--admission", help="Requests wait for their turn at a gateway, and may be refused there.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw first-token times and goodput into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON line a fleet size instead of a table.")] = False,
 ) -> None:
     """Replay a recorded trace on simulated members, routed as a gateway would and by simpler policies."""
@@ -48,6 +53,13 @@ def simulate(
             context_token_s=context_token_s,
             ttft_slo_s=ttft_slo_s,
             itl_slo_s=itl_slo_s,
+            admission=admission,
         )
+        if plot is not None:
+            check_plotting(plot)
+        comparisons = []
         for comparison in compare(options):
             typer.echo(as_json(comparison) if json else table(comparison))
+            comparisons.append(comparison)
+        if plot is not None:
+            plot_comparisons(comparisons, plot)

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from router.admission import AdmissionConfig
 from router.choosers import POLICIES, PolicyName, policy_names
 from router.errors import ConfigError
 from router.simulated_member import MemberSpec
-from router.simulation import Fleet, Objective, Result, simulate, work_s
+from router.simulation import Fleet, Objective, Result, simulate, split_by_room, work_s
 from router.step_time import StepTime
 from router.trace import TraceRequest, read_trace, scale_trace
 
+_LINES_TOLD = 10
 _COLUMNS = (
     ("mean_ttft_s", "mean TTFT s", "9.2f"),
     ("p50_ttft_s", "p50", "7.2f"),
@@ -23,6 +25,7 @@ _COLUMNS = (
     ("hit_rate", "hits", "6.3f"),
     ("goodput", "good/s", "8.2f"),
     ("good_share", "good", "6.3f"),
+    ("refused", "refused", "7d"),
     ("imbalance", "max/mean load", "7.2f"),
 )
 
@@ -50,11 +53,13 @@ class SimulateOptions:
     context_token_s: float = 2e-8
     ttft_slo_s: float = 5.0
     itl_slo_s: float = 0.1
+    admission: bool = False
+    """Requests wait for their turn at one gateway, and are refused there when too many wait."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            number = isinstance(value, int | float) and field.name not in _MAY_BE_ZERO
+            number = isinstance(value, int | float) and not isinstance(value, bool) and field.name not in _MAY_BE_ZERO
             if number and not value > 0:
                 raise ConfigError(f"simulate.{field.name} must be positive, got {value}")
         if not self.members or min(self.members) < 1:
@@ -80,6 +85,7 @@ class SimulateOptions:
         )
 
 
+_QUEUE_PER_MEMBER = 16
 _MAY_BE_ZERO = frozenset({"base_s", "decode_row_s", "context_token_s"})
 
 
@@ -93,6 +99,8 @@ class Comparison:
     length_s: float
     utilisation: float
     """As asked for, and met."""
+    left_out: tuple[int, ...]
+    """Lines of the trace whose requests no member has room for."""
     results: tuple[Result, ...]
 
 
@@ -116,16 +124,31 @@ def compare(options: SimulateOptions) -> Iterator[Comparison]:
         ConfigError: as `load_trace`; or the trace is too short to tell a rate from.
     """
     recorded = load_trace(options)
-    fitting = [each for each in recorded if each.prompt_tokens + each.output_tokens < options.kv_tokens]
+    fitting, left_out = split_by_room(recorded, options.spec)
     if not fitting or fitting[-1].arrival_s <= fitting[0].arrival_s:
         raise ConfigError(f"trace {options.trace} spans no time or nothing in it fits kv_tokens={options.kv_tokens}")
     for members in options.members:
         trace, factor, utilisation = _load_fleet(fitting, members, options)
-        fleet = Fleet(members=members, spec=options.spec)
+        fleet = Fleet(members=members, spec=options.spec, admission=_admission(members, options))
         objective = Objective(ttft_s=options.ttft_slo_s, itl_s=options.itl_slo_s)
         results = tuple(simulate(trace, fleet, policy, objective) for policy in options.policies)
         length_s = trace[-1].arrival_s - trace[0].arrival_s
-        yield Comparison(members=members, factor=factor, length_s=length_s, utilisation=utilisation, results=results)
+        yield Comparison(
+            members=members,
+            factor=factor,
+            length_s=length_s,
+            utilisation=utilisation,
+            left_out=tuple(each.line for each in left_out),
+            results=results,
+        )
+
+
+def _admission(members: int, options: SimulateOptions) -> AdmissionConfig | None:
+    """Of one gateway before the whole fleet: its bounds are for that many members."""
+    if not options.admission:
+        return None
+    queue = _QUEUE_PER_MEMBER * members
+    return AdmissionConfig(max_in_flight=members * options.max_rows + queue, max_queue=queue)
 
 
 def _load_fleet(
@@ -154,7 +177,9 @@ def table(comparison: Comparison) -> str:
         f"({comparison.factor:.2f} x the trace's rate), {comparison.utilisation:.0%} of capacity at best; hits of a "
         f"cache without bounds {first.hit_bound:.3f}, of one of the fleet's size {first.hit_bound_in_room:.3f}"
     ]
-    widths = [max(len(title), int(form.split(".")[0])) for _, title, form in _COLUMNS]
+    if comparison.left_out:
+        lines.append(f"left out, as no member has room for them: {_lines_text(comparison.left_out)} of the trace")
+    widths = [max(len(title), int(form.rstrip("df").split(".")[0])) for _, title, form in _COLUMNS]
     titles = [title.rjust(width) for (_, title, _), width in zip(_COLUMNS, widths, strict=True)]
     lines.append("  ".join(["policy".ljust(12), *titles]))
     for result in comparison.results:
@@ -164,6 +189,12 @@ def table(comparison: Comparison) -> str:
         ]
         lines.append("  ".join([result.policy.ljust(12), *cells]))
     return "\n".join(lines)
+
+
+def _lines_text(numbers: Sequence[int]) -> str:
+    more = ", ..." if len(numbers) > _LINES_TOLD else ""
+    told = ", ".join(map(str, numbers[:_LINES_TOLD]))
+    return f"{len(numbers)} requests, lines {told}{more}"
 
 
 def as_json(comparison: Comparison) -> str:
@@ -177,13 +208,18 @@ def _options(arguments: Sequence[str]) -> tuple[SimulateOptions, bool]:
     parser.add_argument("--members", type=int, nargs="+", default=[16])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--json", action="store_true", help="one JSON line a fleet size")
-    plain = [each for each in fields(SimulateOptions) if isinstance(each.default, int | float)]
+    parser.add_argument("--admission", action="store_true", help="requests wait at a gateway, and may be refused")
+    plain = [each for each in fields(SimulateOptions) if type(each.default) in (int, float)]
     for each in plain:
         parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(each.default), default=each.default)
     given = parser.parse_args(arguments)
     numbers = {each.name: getattr(given, each.name) for each in plain}
     options = SimulateOptions(
-        trace=given.trace, members=tuple(given.members), policies=policy_names(given.policies), **numbers
+        trace=given.trace,
+        members=tuple(given.members),
+        policies=policy_names(given.policies),
+        admission=given.admission,
+        **numbers,
     )
     return options, given.json
 

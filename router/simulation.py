@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 
 from router.admission import Admission, AdmissionConfig, Capacity, Entrant
 from router.choosers import Chooser, PolicyName, make_chooser
-from router.errors import DeadlineExceededError, OverloadedError
+from router.errors import ConfigError, DeadlineExceededError, OverloadedError
 from router.prompt import Prompt
 from router.request import MemberId, RequestId
 from router.router import RouterConfig
@@ -157,10 +157,14 @@ class Result:
     policy: PolicyName
     members: int
     requests: int
+    refused: int
+    """By admission; they count as not good, and in no other figure."""
     mean_ttft_s: float
     p50_ttft_s: float
     p90_ttft_s: float
     p99_ttft_s: float
+    ttft_percentiles_s: tuple[float, ...]
+    """Of the shares 0.01, 0.02 and so on to 1."""
     p50_itl_s: float
     p99_itl_s: float
     hit_rate: float
@@ -179,7 +183,11 @@ class Result:
 def simulate(
     trace: Sequence[TraceRequest], fleet: Fleet, policy: PolicyName, objective: Objective | None = None
 ) -> Result:
-    """Serve a trace. Requests that no member has room for are left out."""
+    """Serve a trace.
+
+    Raises:
+        ConfigError: no member has room for one of its requests; `split_by_room` leaves them out.
+    """
     members = [SimulatedMember(MemberId(f"m{number}"), fleet.spec) for number in range(fleet.members)]
     jobs, recorder = _serve(trace, fleet, policy, members)
     return _result(policy, fleet, jobs, members, recorder, objective or Objective())
@@ -196,11 +204,23 @@ def simulate_tenants(trace: Sequence[TraceRequest], fleet: Fleet, policy: Policy
     return {tenant: sorted(each) for tenant, each in times.items()}
 
 
+def split_by_room(trace: Sequence[TraceRequest], spec: MemberSpec) -> tuple[list[TraceRequest], list[TraceRequest]]:
+    """The requests that a member has room for, and the others."""
+    member = SimulatedMember(MemberId("any"), spec)
+    held = [each for each in trace if member.can_hold(each)]
+    return held, [each for each in trace if not member.can_hold(each)]
+
+
 def _serve(
     trace: Sequence[TraceRequest], fleet: Fleet, policy: PolicyName, members: Sequence[SimulatedMember]
 ) -> tuple[list[Job], _Recorder]:
-    served = [each for each in trace if members[0].can_hold(each)]
-    jobs = [Job(number=number, request=each, arrival_s=each.arrival_s) for number, each in enumerate(served)]
+    _, left_out = split_by_room(trace, fleet.spec)
+    if left_out:
+        raise ConfigError(
+            f"{len(left_out)} requests fit no member of kv_tokens={fleet.spec.kv_tokens}, the first in line "
+            f"{left_out[0].line}; leave them out or give members more"
+        )
+    jobs = [Job(number=number, request=each, arrival_s=each.arrival_s) for number, each in enumerate(trace)]
     run = _Run(fleet, make_chooser(policy, [member.member_id for member in members], fleet.router), members)
     run.serve(jobs)
     return jobs, run.recorder
@@ -214,24 +234,27 @@ def _result(
     recorder: _Recorder,
     objective: Objective,
 ) -> Result:
-    ttfts = sorted(job.first_token_s - job.arrival_s for job in jobs)
+    served = [job for job in jobs if not job.refused]
+    ttfts = sorted(job.first_token_s - job.arrival_s for job in served)
     length_s = max(jobs[-1].arrival_s - jobs[0].arrival_s, 1e-9)
     good = sum(is_good(job, objective) for job in jobs)
-    total = sum(job.request.prompt_tokens for job in jobs)
-    requests, spec = [job.request for job in jobs], fleet.spec
+    total = sum(job.request.prompt_tokens for job in served)
+    requests, spec = [job.request for job in served], fleet.spec
     room = fleet.members * spec.kv_tokens // spec.block_size
     busy = [member.busy_s for member in members]
     return Result(
         policy=policy,
         members=len(members),
         requests=len(jobs),
+        refused=len(jobs) - len(served),
         mean_ttft_s=sum(ttfts) / len(ttfts),
         p50_ttft_s=percentile(ttfts, 0.5),
         p90_ttft_s=percentile(ttfts, 0.9),
         p99_ttft_s=percentile(ttfts, 0.99),
+        ttft_percentiles_s=tuple(percentile(ttfts, number / 100) for number in range(1, 101)),
         p50_itl_s=recorder.gap_s(0.5),
         p99_itl_s=recorder.gap_s(0.99),
-        hit_rate=sum(job.cached_tokens for job in jobs) / total,
+        hit_rate=sum(job.cached_tokens for job in served) / total,
         hit_bound=sum(reusable_tokens(requests, spec.block_size)) / total,
         hit_bound_in_room=sum(reusable_tokens(requests, spec.block_size, room)) / total,
         goodput=good / length_s,
@@ -241,7 +264,9 @@ def _result(
 
 
 def is_good(job: Job, objective: Objective) -> bool:
-    """Whether a request that ended met the objective."""
+    """Whether a request met the objective; one that was refused did not."""
+    if job.refused:
+        return False
     gaps = job.request.output_tokens - 1
     itl_s = (job.end_s - job.first_token_s) / gaps if gaps else 0.0
     return job.first_token_s - job.arrival_s <= objective.ttft_s and itl_s <= objective.itl_s

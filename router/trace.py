@@ -18,6 +18,8 @@ class TraceRequest:
     blocks: tuple[int, ...]
     """Ids of the prompt's blocks; an id stands for a block and all before it."""
     tenant: str = ""
+    line: int = 0
+    """Of the trace file, counted from 1; 0: not out of a file."""
 
     def full_blocks(self, block_size: int) -> tuple[int, ...]:
         """The blocks that can be reused: never the one with the last token."""
@@ -40,7 +42,7 @@ def read_trace(lines: Iterable[str], block_size: int, *, name: str = "trace") ->
         if not line.strip():
             continue
         try:
-            request = _read_line(line, block_size)
+            request = replace(_read_line(line, block_size), line=number)
         except ValueError as error:
             raise ConfigError(f"{name} line {number}: {error}; mend or remove the line") from error
         if found and request.arrival_s < found[-1].arrival_s:

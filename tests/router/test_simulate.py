@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from router.admission import AdmissionConfig
 from router.choosers import POLICIES
 from router.errors import ConfigError
 from router.simulate import SimulateOptions, as_json, compare, main, table
+from router.simulated_member import MemberSpec
+from router.simulation import Fleet, simulate
+from router.step_time import StepTime
+from router.trace import TraceRequest
 
 
 def write_sessions(folder: Path, *, sessions: int = 150, turns: int = 6) -> Path:
@@ -79,3 +84,53 @@ def test_answers_of_one_token_have_no_gaps(tmp_path: Path) -> None:
     trace.write_text("\n".join(json.dumps(each) for each in lines))
     (comparison,) = compare(SimulateOptions(trace=trace, policies=("cost",), requests=9))
     assert comparison.results[0].p99_itl_s == 0.0
+
+
+SPEC = MemberSpec(step_time=StepTime(), kv_tokens=10_000, step_tokens=2048)
+
+
+def make_burst(count: int) -> list[TraceRequest]:
+    return [
+        TraceRequest(arrival_s=number / 1000, prompt_tokens=600, output_tokens=2, blocks=(number,))
+        for number in range(count)
+    ]
+
+
+def test_refused_requests_are_not_good_and_count_in_no_other_figure() -> None:
+    fleet = Fleet(members=1, spec=SPEC, admission=AdmissionConfig(max_queue=4))
+    result = simulate(make_burst(40), fleet, "cost")
+    assert result.refused > 20
+    assert result.good_share <= 1 - result.refused / 40
+    assert 0 < result.ttft_percentiles_s[0] <= result.mean_ttft_s
+    assert len(result.ttft_percentiles_s) == 100
+
+
+def test_a_request_that_no_member_has_room_for_is_an_error() -> None:
+    large = TraceRequest(arrival_s=1.0, prompt_tokens=20_000, output_tokens=2, blocks=tuple(range(40)), line=3)
+    with pytest.raises(ConfigError, match="1 requests fit no member of kv_tokens=10000, the first in line 3"):
+        simulate([*make_burst(2), large], Fleet(members=1, spec=SPEC), "cost")
+
+
+def test_lines_that_no_member_has_room_for_are_told(tmp_path: Path) -> None:
+    lines = [
+        {"timestamp": 1000 * number, "input_length": size, "output_length": 1, "hash_ids": [*range(size // 512)]}
+        for number, size in enumerate([512, 5120] * 12 + [512])
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(json.dumps(each) for each in lines))
+    (comparison,) = compare(SimulateOptions(trace=trace, policies=("cost",), kv_tokens=2048))
+    assert comparison.left_out == tuple(range(2, 25, 2))
+    told = "left out, as no member has room for them: 12 requests, lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, ... of"
+    assert told in table(comparison)
+
+
+def test_with_admission_an_overloaded_gateway_refuses_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--trace", str(write_sessions(tmp_path, sessions=40)), "--members", "1", "--policies", "cost", "--json"]
+    flags += ["--utilisation", "4"]
+
+    def refused(*more: str) -> int:
+        assert main([*flags, *more]) == 0
+        return json.loads(capsys.readouterr().out)["results"][0]["refused"]
+
+    assert refused() == 0
+    assert refused("--admission") > 0
