@@ -165,6 +165,7 @@ def _check_memory(config: EngineConfig, model: ModelConfig, max_model_len: int, 
         max_model_len=max_model_len,
         max_step_tokens=config.max_step_tokens,
         block_size=config.block_size,
+        draft_tokens=config.draft_tokens,
     )
     check_memory(
         kv_bytes=config.kv_memory_bytes,

@@ -19,6 +19,7 @@ def working_bytes(
     max_model_len: int,
     max_step_tokens: int,
     block_size: int,
+    draft_tokens: int = 0,
 ) -> int:
     """Bytes of one rank at its fullest step: an upper estimate that no allocator's slack is part of.
 
@@ -28,6 +29,7 @@ def working_bytes(
         max_model_len: positions that a row holds.
         max_step_tokens: T of one lane.
         block_size: tokens a KV block.
+        draft_tokens: tokens drafted a row and step, at most; each makes one more draw to verify.
     """
     tables = -(-max_model_len // block_size) * _FLOAT32
     rows = max_rows * ((max_model_len + 1) * _INT64 + tables)
@@ -36,9 +38,19 @@ def working_bytes(
     # The residual stream, its normed copy, a layer's result and their sum.
     hidden = 4 * tokens * model.hidden_size * itemsize
     layer = max(_mixer_bytes(model, layout, tokens, itemsize), _mlp_bytes(model, layout, tokens, itemsize))
+    draws = max_rows * (1 + draft_tokens)
     # Logits, their penalised copy, and sums of a few rows in float64.
-    logits = 3 * max_rows * model.vocab_size * _FLOAT32
-    return rows + rotary + hidden + layer + logits
+    logits = 3 * draws * model.vocab_size * _FLOAT32
+    replayed = _replayed_bytes(model, layout, draws, itemsize) if draft_tokens else 0
+    return rows + rotary + hidden + layer + logits + replayed
+
+
+def _replayed_bytes(model: ModelConfig, layout: Layout, draws: int, itemsize: int) -> int:
+    """Projections that every delta layer keeps of the verified tokens, until it is known which of them stay."""
+    keys = model.linear_num_key_heads * model.linear_key_head_dim
+    values = model.linear_num_value_heads * model.linear_value_head_dim
+    columns = 2 * keys + 2 * values + 2 * model.linear_num_value_heads
+    return len(model.delta_layers) * draws * columns * itemsize // layout.tp
 
 
 def _mixer_bytes(model: ModelConfig, layout: Layout, tokens: int, itemsize: int) -> int:

@@ -40,3 +40,12 @@ def test_dense_model_has_no_experts_to_count() -> None:
     narrow = {"num_attention_heads": 1, "num_key_value_heads": 1}
     dense = make_moe_config(num_experts=0, num_experts_per_tok=0, **narrow)
     assert working_bytes(dense, Layout(), **LIMITS) < working_bytes(make_moe_config(**narrow), Layout(), **LIMITS)
+
+
+def test_drafts_take_logits_of_their_own_and_what_delta_layers_replay() -> None:
+    model = make_next_config()
+    drafted = needed(draft_tokens=3) - needed()
+    keys = model.linear_num_key_heads * model.linear_key_head_dim
+    values = model.linear_num_value_heads * (model.linear_value_head_dim + 1)
+    replayed = len(model.delta_layers) * 4 * 4 * 2 * (keys + values) * LIMITS["itemsize"]
+    assert drafted == 3 * 3 * 4 * model.vocab_size * 4 + replayed
