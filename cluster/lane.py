@@ -236,11 +236,16 @@ class Lane:
         return slot
 
     def _known_blocks(self, seq: Sequence) -> list[int]:
-        """Blocks found by hash. They never cover the last token: computing it yields the next one."""
+        """Blocks found by hash. They never cover the last token: computing it yields the next one.
+
+        Nor what lies behind the recurrent state that a pull brings: the state must advance over it.
+        """
         if not self._config.prefix_cache or seq.wants_prompt_logprobs:
             return []
-        size = self._config.block_size
-        return self.blocks.find(seq.hashes((len(seq.tokens) - 1) // size, size))
+        size, last = self._config.block_size, len(seq.tokens) - 1
+        if self._config.num_slots and seq.ticket is not None:
+            last = min(last, seq.ticket.num_tokens)
+        return self.blocks.find(seq.hashes(last // size, size))
 
     def _usable_blocks(self, seq: Sequence, known: int) -> int:
         """How many of the `known` first blocks need no step: with recurrent state, up to one whose state is kept.

@@ -91,6 +91,19 @@ def test_blocks_found_in_the_own_cache_are_not_pulled() -> None:
     assert len(order.dst_blocks) == 1
 
 
+def test_blocks_known_behind_a_tickets_recurrent_state_are_computed_once_more() -> None:
+    bench = Bench(replace(CONFIG, num_slots=4))
+    bench.add(make_request("a", 14, max_tokens=1))
+    bench.drain()
+    request = replace(make_request("a", 14), output_ids=(100,))
+    bench.scheduler.add_handoff(request, make_ticket(request, num_tokens=6), 0.0)
+    plan = bench.plan()
+    assert (plan.pulls[0].first, len(plan.pulls[0].dst_blocks)) == (4, 1)
+    bench.scheduler.pull_done(PullDone(pull_id=plan.pulls[0].pull_id), 1.0)
+    (batch,) = bench.plan().lanes
+    assert (batch.first_S, batch.counts_S) == ([6], [9])
+
+
 def test_pulled_blocks_are_found_by_later_requests() -> None:
     bench = Bench()
     (order,) = handed(bench).pulls
