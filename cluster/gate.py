@@ -79,6 +79,7 @@ def _capacity(loads: Iterable[MemberLoad]) -> Capacity:
         members=len(computing),
         step_tokens=max((load.step_tokens for load in computing), default=0),
         decode_places=_decode_places(prefill, decode) if prefill and decode else None,
+        free_tokens=sum(load.free_blocks * load.block_size for load in decode or able),
     )
 
 

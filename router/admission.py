@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import exp
 from typing import Final
 
 from router.errors import ConfigError, DeadlineExceededError, InvalidRequestError, OverloadedError
 from router.fair_queue import FairQueue, Waiting
+from router.pace import Pace
 from router.request import Request, RequestId
-
-_RATE_S: Final = 10.0
-"""Over which the pace of first tokens is averaged."""
 
 _LEAST_WEIGHT: Final = 0.001
 _MOST_WEIGHT: Final = 1e6
@@ -86,6 +83,9 @@ class Capacity:
     """Tokens that one computes in a step."""
     decode_places: int | None = None
     """Sequences that other members have room to decode, beside those on their way; None: who computes decodes."""
+    free_tokens: int | None = None
+    """KV that the members that decode have room for; a request takes its prompt, cached or not, and its output. None:
+    without bounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +107,8 @@ class Admission:
         self._starting: dict[RequestId, int] = {}
         self._queue = FairQueue()
         self._refused: list[tuple[RequestId, OverloadedError | DeadlineExceededError]] = []
-        self._paced = 0.0
-        self._paced_s = 0.0
+        self._starting_tokens = 0
+        self._pace = Pace()
 
     @property
     def num_in_flight(self) -> int:
@@ -141,7 +141,7 @@ class Admission:
         if request.id in self._in_flight:
             raise InvalidRequestError(f"request id {request.id} is in flight already; use a new one", field="id")
         item, weight = self._item(request), self._weight(request)
-        wait_s = self._wait_s(item, weight, now)
+        wait_s = self._wait_s(item, weight)
         self._check_deadline(item, wait_s, now)
         bound = self._bound_reached()
         if bound:
@@ -153,12 +153,13 @@ class Admission:
         self._in_flight.add(request.id)
         self._waiting[request.id] = item
         self._queue.push(item, weight)
+        self._pace.watch(now, waiting=True)
 
     def decide(self, capacity: Capacity, now: float) -> Decisions:
         """Give turns while the members have room for more first tokens; without members all go, to be told so."""
         released: list[RequestId] = []
         limit = capacity.members * self._config.starting_per_member
-        while not capacity.members or self._has_room(limit, limit * capacity.step_tokens, capacity.decode_places):
+        while not capacity.members or self._has_room(limit, capacity):
             item = self._queue.pop()
             if item is None:
                 break
@@ -168,23 +169,28 @@ class Admission:
                 self._refused.append((item.request_id, error))
                 continue
             self._starting[item.request_id] = item.tokens
+            self._starting_tokens += item.tokens
             released.append(item.request_id)
         refused = tuple(self._refused)
         self._refused.clear()
+        self._pace.watch(now, waiting=len(self._queue) > 0)
         return Decisions(released=tuple(released), refused=refused)
 
-    def _has_room(self, requests: float, tokens: float, places: int | None) -> bool:
+    def _has_room(self, requests: float, capacity: Capacity) -> bool:
         # What is prefilled while nobody can decode it holds KV at the prefill members for nothing.
-        if places is not None and len(self._starting) >= places:
+        if capacity.decode_places is not None and len(self._starting) >= capacity.decode_places:
             return False
-        return len(self._starting) < requests or sum(self._starting.values()) < tokens
+        # One may always wait at a member: it gets the room that comes free.
+        if self._starting and capacity.free_tokens is not None and self._starting_tokens >= capacity.free_tokens:
+            return False
+        return len(self._starting) < requests or self._starting_tokens < requests * capacity.step_tokens
 
     def started(self, request_id: RequestId, now: float) -> None:
         """The request has its first token. More calls change nothing."""
         tokens = self._starting.pop(request_id, None)
         if tokens is not None:
-            self._paced = self._paced * exp(min(self._paced_s - now, 0.0) / _RATE_S) + tokens
-            self._paced_s = now
+            self._starting_tokens -= tokens
+            self._pace.take(tokens, now)
 
     def done(self, request_id: RequestId, now: float) -> None:
         """The request ended, however it did; ids that are not in flight change nothing."""
@@ -192,6 +198,7 @@ class Admission:
         item = self._waiting.pop(request_id, None)
         if item is not None:
             self._queue.remove(item)
+            self._pace.watch(now, waiting=len(self._queue) > 0)
         self._in_flight.discard(request_id)
 
     def _item(self, request: Entrant) -> Waiting:
@@ -206,13 +213,13 @@ class Admission:
         tenant = self._config.tenant_weights.get(request.tenant, 1.0)
         return tenant * self._config.class_weight ** _class_of(request)
 
-    def _wait_s(self, item: Waiting, weight: float, now: float) -> float:
-        """Seconds until a new request has its turn, at the pace of late."""
-        pace = self._paced * exp(min(self._paced_s - now, 0.0) / _RATE_S) / _RATE_S
+    def _wait_s(self, item: Waiting, weight: float) -> float:
+        """Seconds until a new request has its turn, at the pace that the fleet had when it was last busy."""
+        pace = self._pace.per_s
         before = self._queue.tokens_before(item.flow, item.tokens, weight) - item.tokens
         if before <= 0:
             return 0.0
-        return before / pace if pace > 0 else self._config.min_retry_s
+        return before / pace if pace else self._config.min_retry_s
 
     def _check_deadline(self, item: Waiting, wait_s: float, now: float) -> None:
         if item.deadline_s is None:

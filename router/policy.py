@@ -40,6 +40,8 @@ class Extra:
     requests: int = 0
     tokens: int = 0
     """Prompt tokens to compute or to fetch."""
+    held_tokens: int = 0
+    """Whose KV the member will hold: of prompts, cached or not, and of expected output."""
     arrivals_per_s: float = 0.0
     """Requests that come to a member of its pool, on average."""
 
@@ -106,7 +108,8 @@ def _room_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:
     short = (load.running_requests + queued - load.max_requests) / running
     used = load.total_blocks - load.free_blocks
     if used:
-        needed = (load.waiting_tokens + extra.tokens) / load.block_size
+        outputs = load.waiting_requests * config.output_tokens if load.role != "prefill" else 0.0
+        needed = (load.waiting_tokens + outputs + extra.held_tokens) / load.block_size
         short = max(short, (needed - load.free_blocks) / used)
     if load.total_state_slots:
         held = max(load.total_state_slots - load.free_state_slots, 1)

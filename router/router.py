@@ -57,6 +57,7 @@ class _Routed:
     report: int
     """The member's report after which it must be in its numbers."""
     tokens: int
+    held_tokens: int
 
 
 class _Member:
@@ -73,7 +74,10 @@ class _Member:
 
     def reprice(self) -> None:
         tokens = sum(entry.tokens for entry in self.routed)
-        extra = Extra(requests=len(self.routed), tokens=tokens, arrivals_per_s=self.pool.arrivals_per_s)
+        held = sum(entry.held_tokens for entry in self.routed)
+        extra = Extra(
+            requests=len(self.routed), tokens=tokens, held_tokens=held, arrivals_per_s=self.pool.arrivals_per_s
+        )
         self.pool.update(self.slot, self.load, extra)
 
     def settle(self, now: float) -> None:
@@ -187,11 +191,13 @@ class Router:
     def _note(self, offer: Offer, prompt: Prompt, now: float) -> None:
         """Remember a request that goes to a member: until its reports tell of it."""
         member = self._members[offer.member_id]
+        output = min(prompt.max_output, self._config.policy.output_tokens)
         entry = _Routed(
             member_id=offer.member_id,
             until_s=now + self._config.recent_s,
             report=member.reports + 2,
             tokens=offer.new_tokens,
+            held_tokens=prompt.num_tokens + (0 if member.load.role == "prefill" else int(output)),
         )
         member.routed.append(entry)
         self._recent.append(entry)

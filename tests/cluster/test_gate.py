@@ -15,7 +15,7 @@ pytestmark = pytest.mark.anyio
 
 
 def make_load(name: str, role: Role = "mixed") -> MemberLoad:
-    return MemberLoad(member_id=MemberId(name), role=role, step_tokens=1)
+    return MemberLoad(member_id=MemberId(name), role=role, step_tokens=1, free_blocks=100)
 
 
 def make_request(name: str, tenant: str = "") -> Request:
@@ -93,3 +93,14 @@ async def test_a_full_decode_pool_keeps_requests_before_their_prefill() -> None:
     fleet.gate.refresh()
     assert turn.done()
     fleet.gate.leave(RequestId("a"))
+
+
+async def test_members_without_room_for_more_kv_get_one_request_at_a_time() -> None:
+    decode, prefill = replace(make_load("a", "decode"), max_requests=2), make_load("b", "prefill")
+    fleet = Fleet(replace(decode, free_blocks=0), prefill, replace(prefill, member_id=MemberId("c")))
+    fleet.gate.enter(make_request("a"))
+    turn = fleet.gate.enter(make_request("b"))
+    assert not turn.done()
+    fleet.loads = (decode, *fleet.loads[1:])
+    fleet.gate.refresh()
+    assert turn.done()

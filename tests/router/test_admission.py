@@ -103,18 +103,31 @@ def test_a_full_queue_makes_room_for_others_at_the_cost_of_whoever_fills_it() ->
         admission.admit(make("large", "other", tokens=1000), 0.0)
 
 
-def test_retry_after_is_the_wait_at_the_pace_of_late() -> None:
+def test_retry_after_is_the_wait_at_the_pace_of_a_busy_fleet() -> None:
     admission = Admission(AdmissionConfig(max_queue=21, max_retry_s=500.0))
+    for number in range(20):
+        admission.admit(make(f"w{number}", tokens=99), 0.0)
     for number in range(300):
         admission.admit(make(f"r{number}", tokens=99), number * 0.1)
         run_one(admission, number * 0.1)
-    for number in range(21):
-        admission.admit(make(f"w{number}", tokens=99), 30.0)
+    admission.admit(make("last", tokens=99), 30.0)
     admission.decide(ONE, 30.0)
     with pytest.raises(OverloadedError) as caught:
         admission.admit(make("late", tokens=99), 30.0)
     # 20 requests wait, ten a second had their first token.
     assert caught.value.retry_after_s == pytest.approx(2.0, rel=0.15)
+
+
+def test_a_burst_after_quiet_times_is_not_refused_at_the_pace_of_those() -> None:
+    admission = Admission()
+    for number in range(100):
+        admission.admit(make(f"r{number}", tokens=99), float(number))
+        run_one(admission, number + 0.01)
+    # One request a second came; what the members could do is not known.
+    for number in range(20):
+        admission.admit(make(f"b{number}", tokens=99, deadline_s=105.0), 100.0)
+        admission.decide(ONE, 100.0)
+    assert admission.num_queued == 20
 
 
 def test_what_cannot_make_its_deadline_is_refused_at_once_or_when_its_turn_comes() -> None:
@@ -202,3 +215,14 @@ def test_requests_wait_while_nobody_has_room_to_decode_them() -> None:
     assert admission.decide(Capacity(members=2, step_tokens=1000, decode_places=1), 0.0).released == ("a",)
     assert admission.decide(Capacity(members=2, step_tokens=1000, decode_places=1), 0.0).released == ()
     assert admission.decide(Capacity(members=2, step_tokens=1000, decode_places=2), 0.0).released == ("b",)
+
+
+def test_requests_wait_while_the_members_have_no_room_for_their_kv_but_for_one() -> None:
+    admission = Admission()
+    for name in "abc":
+        admission.admit(make(name, tokens=99), 0.0)
+    assert admission.decide(Capacity(members=9, step_tokens=1, free_tokens=0), 0.0).released == ("a",)
+    assert admission.decide(Capacity(members=9, step_tokens=1, free_tokens=100), 0.0).released == ()
+    assert admission.decide(Capacity(members=9, step_tokens=1, free_tokens=101), 0.0).released == ("b",)
+    admission.started(RequestId("a"), 1.0)
+    assert admission.decide(Capacity(members=9, step_tokens=1, free_tokens=101), 1.0).released == ("c",)

@@ -74,6 +74,15 @@ def test_a_full_member_makes_wait_until_rows_blocks_or_slots_come_back() -> None
     assert decode_price(slots, NOTHING, config).base_s == pytest.approx(decode_s * 1 / 10)
 
 
+def test_room_is_needed_for_all_that_a_member_will_hold() -> None:
+    config = PolicyConfig(others_weight=0.0, output_tokens=32.0)
+    load = replace(LOAD, running_requests=1, free_blocks=10, waiting_requests=1)
+    full = Extra(requests=1, tokens=0, held_tokens=16 * 12)
+    # The one that waits produces 2 blocks, the one that is on its way holds 12, cached or not: 4 of 90 more.
+    assert decode_price(load, full, config).base_s == pytest.approx(32 * 0.12 * 4 / 90)
+    assert decode_price(replace(load, role="prefill"), full, config).base_s == pytest.approx(32 * 0.12 * 2 / 90)
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [({"transfer_bytes_per_s": 0.0}, "transfer_bytes_per_s"), ({"tie_s": -1.0}, "tie_s")],

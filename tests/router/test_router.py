@@ -168,6 +168,14 @@ def test_memory_of_routed_prompts_is_bounded_and_the_oldest_goes_first() -> None
     assert router.route(make_prompt(4), 0.0).cached_tokens == 0
 
 
+def test_what_is_cached_takes_room_too_while_it_is_used() -> None:
+    full = [replace(make_load(name), free_blocks=5, total_blocks=6, running_requests=1) for name in ("a", "b")]
+    router = make_router(*full)
+    hold(router, "a", PROMPT)
+    chosen = [router.route(make_prompt(number), 0.0).decode for number in range(4)]
+    assert set(chosen) == {"a", "b"}
+
+
 def test_members_whose_prefix_cache_is_off_are_not_expected_to_cache() -> None:
     router = make_router(make_load("a", prefix_cache=False))
     router.route(make_prompt(1), 0.0)
