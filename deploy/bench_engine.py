@@ -27,6 +27,7 @@ class BenchOptions:
     threads: int | None
     kv_memory_bytes: int
     max_step_tokens: int
+    draft_tokens: int = 0
 
     def engine_config(self, model: Path, *, dtype: Dtype, max_len: int, max_seqs: int) -> EngineConfig:
         """The engine of these options for one model, without prefix cache."""
@@ -40,6 +41,7 @@ class BenchOptions:
             max_step_tokens=max(self.max_step_tokens, max_seqs),
             max_model_len=max_len,
             prefix_cache=False,
+            draft_tokens=self.draft_tokens,
         )
 
 

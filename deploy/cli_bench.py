@@ -35,6 +35,12 @@ KvMemory = Annotated[
 MaxStepTokens = Annotated[
     int, typer.Option(help="Tokens a lane computes in one step, at most.", rich_help_panel=_ENGINE)
 ]
+DraftTokens = Annotated[
+    int,
+    typer.Option(
+        help="Tokens drafted a step by the multi-token prediction head, at most; 0: none.", rich_help_panel=_ENGINE
+    ),
+]
 
 
 @bench.callback()
@@ -63,6 +69,7 @@ def engine(
     threads: Threads = None,
     kv_memory: KvMemory = "256MiB",
     max_step_tokens: MaxStepTokens = 2048,
+    draft_tokens: DraftTokens = 0,
 ) -> None:
     """Time prompts of random tokens: decode and prefill rates, peak memory, start to first token.
 
@@ -78,10 +85,11 @@ def engine(
         f"--ep={ep}",
         f"--kv-memory={kv_memory}",
         f"--max-step-tokens={max_step_tokens}",
+        f"--draft-tokens={draft_tokens}",
     ]
     with told_errors():
         run = BenchRun(
-            options=_options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens),
+            options=_options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens),
             model=model,
             dtype=dtype,
             scenarios=parse_scenarios(scenario),
@@ -101,6 +109,7 @@ def worker(
     threads: Threads = None,
     kv_memory: KvMemory = "256MiB",
     max_step_tokens: MaxStepTokens = 2048,
+    draft_tokens: DraftTokens = 0,
 ) -> None:
     """Carry out JSON lines from standard input: load, generate, quit. Answers begin with "@@".
 
@@ -113,14 +122,16 @@ def worker(
     from deploy.bench_worker import run_worker
 
     with told_errors():
-        options = _options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens)
+        options = _options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens)
         # What a library prints must not come between the answers.
         with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             run_worker(options, sys.stdin, answers)
 
 
-def _options(layout: Layout, threads: int | None, kv_memory: str, max_step_tokens: int) -> "BenchOptions":
+def _options(
+    layout: Layout, threads: int | None, kv_memory: str, max_step_tokens: int, draft_tokens: int
+) -> "BenchOptions":
     # Imports torch, as above.
     from deploy.bench_engine import BenchOptions
 
@@ -129,4 +140,5 @@ def _options(layout: Layout, threads: int | None, kv_memory: str, max_step_token
         threads=threads,
         kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
         max_step_tokens=max_step_tokens,
+        draft_tokens=draft_tokens,
     )

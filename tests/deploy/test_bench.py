@@ -80,3 +80,9 @@ def test_sequences_that_do_not_fit_at_once_are_refused_before_anything_is_loaded
 def test_a_folder_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         run_bench(make_run(tmp_path, "single"), io.StringIO())
+
+
+def test_the_engine_drafts_as_many_tokens_as_the_command_asks_for(moe_checkpoint: Path) -> None:
+    options = BenchOptions(layout=Layout(), threads=1, kv_memory_bytes=8 << 20, max_step_tokens=64, draft_tokens=2)
+    config = options.engine_config(moe_checkpoint, dtype="float32", max_len=64, max_seqs=1)
+    assert config.draft_tokens == 2
