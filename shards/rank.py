@@ -17,6 +17,7 @@ from shards.batch import LaneOutput, LogprobColumns, StepBatch
 from shards.cache import KvCache, cache_shape
 from shards.comm import Comms
 from shards.config import ModelConfig
+from shards.cuda_graphs import DecodeGraphs
 from shards.cuts import check_layout, make_cuts
 from shards.drafting import Drafter
 from shards.families import load_model_config
@@ -114,6 +115,7 @@ class Rank:
             kernels, comms = profile.timed_kernels(kernels), profile.timed_comms(comms)
         self._runtime = Runtime(kernels=kernels, comms=comms, exact=exact)
         self._model: Model | None = None
+        self._graphs: DecodeGraphs | None = None
         shape = cache_shape(
             self.model_config,
             config.place.layout.tp,
@@ -150,6 +152,7 @@ class Rank:
         loader = Loader(reader=reader, config=self.model_config, cuts=cuts, dtype=dtype, device=self._device)
         with torch.inference_mode():
             self._model = load_model(loader)
+        self._graphs = self._make_graphs(self._model)
         reader.finish(tuple(_tensors_without_use(self.model_config, reader.root)))
 
     def step(self, batch: StepBatch) -> LaneOutput | None:
@@ -177,8 +180,15 @@ class Rank:
 
     def close(self) -> None:
         """Let go of cache and weights."""
-        self._model = None
+        self._model = self._graphs = None
         self.cache.close()
+
+    def _make_graphs(self, model: Model) -> DecodeGraphs | None:
+        """None where steps run as they are: other kernels, ranks in groups and profiles wait for the device."""
+        alone = self.config.place.layout.world == 1 and self._profile is None
+        if not alone or self._device.type != "cuda" or self._runtime.kernels.name != "triton":
+            return None
+        return DecodeGraphs(model, self._runtime, self.cache)
 
     def _keep_states(self, batch: StepBatch) -> None:
         """Copy the states that are kept behind the ends of rows; those before that are copied in the layers."""
@@ -204,7 +214,10 @@ class Rank:
     ) -> LaneOutput:
         with part(self._profile, "rows"):
             step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
-        hidden_TC = model.forward(self._runtime, step, self.cache)
+        if self._graphs is None:
+            hidden_TC = model.forward(self._runtime, step, self.cache)
+        else:
+            hidden_TC = self._graphs.forward(step)
         prompt_logprobs: dict[int, LogprobColumns] = {}
         for span in self._rows.prompt_spans(batch):
             prompt_logprobs[span.row] = self._prompt_logprobs(model, hidden_TC, span)
