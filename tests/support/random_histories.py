@@ -212,7 +212,7 @@ class _History:
             return
         request = self._requests[self._rng.choice(sorted(self._requests))]
         said = (*request.prompt_ids, *self._answers.of(request)[: self._rng.choice((4, 12, 24))])
-        if len(said) < MAX_LEN - LONGEST_ANSWER:
+        if len(said) + 3 <= MAX_LEN - LONGEST_ANSWER:
             self._add((*said, 7, 5, 3)[: len(said) + self._rng.choice((0, 3))])
 
     def _add(self, prompt: tuple[int, ...]) -> None:
