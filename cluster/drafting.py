@@ -41,6 +41,11 @@ class Drafting:
         rows = max(decoding)
         return self._policy.choose(rows) if rows and self._policy.most else 0
 
+    @property
+    def keeps_mtp(self) -> bool:
+        """Whether the step just chosen for keeps what later drafts need."""
+        return not self._policy.asleep
+
     def planned(self, plan: StepPlan, drafts: int, now: float) -> None:
         """A plan with rows is given out; `drafts` were chosen for it."""
         if not self._policy.most:

@@ -57,9 +57,9 @@ class LaneDraft:
             self.batch.save_ends.append(end)
             self.batch.save_to.append(slot)
 
-    def finish(self) -> StepBatch:
+    def finish(self, *, keeps_mtp: bool) -> StepBatch:
         """The batch as the ranks get it."""
-        batch = replace(self.batch, starts=tuple(self.starts))
+        batch = replace(self.batch, starts=tuple(self.starts), keeps_mtp=keeps_mtp)
         if not any(batch.verifies_S):
             batch = replace(batch, verifies_S=[])
         return batch if any(batch.drafts_S) else replace(batch, drafts_S=[])

@@ -1,7 +1,7 @@
 """Plans and answers as plain lists for the wire, and back. Decoding refuses anything of another shape."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from cluster.plan import KvLayout, KvTicket, PullDone, PullOrder, SourceRank
@@ -77,7 +77,8 @@ def encode_work(work: RankWork) -> list[object]:
         batch.save_to,
     ]
     starts = [_encode_start(start) for start in batch.starts]
-    return ["work", work.step, work.answers, starts, columns, [encode_pull_order(order) for order in work.pulls]]
+    pulls = [encode_pull_order(order) for order in work.pulls]
+    return ["work", work.step, work.answers, batch.keeps_mtp, starts, columns, pulls]
 
 
 def decode_work(message: object) -> RankWork:
@@ -86,11 +87,12 @@ def decode_work(message: object) -> RankWork:
     Raises:
         CorruptDataError: the message is no RankWork.
     """
-    _, step, answers, starts, columns, pulls = as_list(message, 6)
+    _, step, answers, keeps_mtp, starts, columns, pulls = as_list(message, 7)
+    batch = replace(_decode_batch(starts, columns), keeps_mtp=as_typed(keeps_mtp, bool))
     return RankWork(
         step=as_typed(step, int),
         answers=as_typed(answers, bool),
-        batch=_decode_batch(starts, columns),
+        batch=batch,
         pulls=_many(pulls, decode_pull_order),
     )
 

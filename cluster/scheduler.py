@@ -190,7 +190,8 @@ class Scheduler:
             for order, seq in draft.pulls:
                 self._pulls[order.pull_id] = seq
                 orders.append(order)
-        plan = StepPlan(step=next(self._steps), lanes=tuple(draft.finish() for draft in drafts), pulls=tuple(orders))
+        lanes = tuple(draft.finish(keeps_mtp=self._drafting.keeps_mtp) for draft in drafts)
+        plan = StepPlan(step=next(self._steps), lanes=lanes, pulls=tuple(orders))
         if plan.has_rows:
             self._uncommitted.append(_Uncommitted(step=plan.step, works=tuple(tuple(draft.works) for draft in drafts)))
             self._drafting.planned(plan, tokens, now)

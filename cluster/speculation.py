@@ -3,7 +3,8 @@
 A step with d drafts gives 1 + p1 + p1 p2 + ... tokens a row (p_i: how often the draft at depth i is right where those
 before it were) and takes a time that depends on d and on the batch. What is drafted is the d with the most tokens a
 second. To know the times, steps with other d are tried now and then, on a budget: a try costs what a step takes longer
-than its tokens would have taken without drafts, and all tries together may cost `_ALLOWANCE` of the time.
+than its tokens would have taken without drafts, and all tries together may cost `_ALLOWANCE` of the time. Where hardly
+a draft is right the policy naps: what only drafts need, the draft layer's KV, is not kept then.
 """
 
 import math
@@ -21,6 +22,12 @@ _STALE_STEPS = 1024
 """A time not measured for this many steps of its batch size is measured again."""
 _MARGIN = 1.02
 """Drafting must promise this much more: the means are not exact."""
+_HOPELESS = 0.1
+"""Where fewer first drafts are right and drafting does not pay, the policy sleeps."""
+_SHORTEST_NAP, _LONGEST_NAP = 512, 32768
+"""Steps of a nap: the first one's, doubled each time that nothing has changed, and the most."""
+_WARM_UP_STEPS = 64
+"""Steps after a nap in which only the layer's KV is kept: sequences that begin in them can be drafted for."""
 _TIME_WEIGHT = 0.1
 _ACCEPTANCE_WEIGHT = 0.02
 
@@ -66,6 +73,14 @@ class DraftPolicy:
         self._acceptance = [_Mean(_ACCEPTANCE_WEIGHT) for _ in range(most)]
         self._batches: dict[int, _Batch] = {}
         self._credit_s: float | None = None
+        self._nap = _SHORTEST_NAP
+        self._nap_left = 0
+        self._warm_up_left = 0
+
+    @property
+    def asleep(self) -> bool:
+        """Whether nothing that only drafts need has to be kept for now."""
+        return self._nap_left > 0
 
     def acceptance(self, depth: int) -> float:
         """How often a draft at this depth (0 is the first) is right where those before it are; 1 while unknown."""
@@ -84,6 +99,8 @@ class DraftPolicy:
         """Drafts for the next step, in which this many rows decode (in the fullest lane)."""
         if not self._adaptive or not self.most or not rows:
             return self.most
+        if self._rests():
+            return 0
         batch = self._batch(rows)
         batch.steps += 1
         if not _is_known(batch.times[0]):
@@ -93,10 +110,26 @@ class DraftPolicy:
             return batch.trying
         batch.tries_left = 0
         best = max(range(self.most + 1), key=lambda drafts: self._rate(batch, drafts))
-        if best and self._credit_s is not None and self._credit_s < 0:
-            # Whatever the means say, it has not paid.
+        # Whatever the means say, it may not have paid.
+        unpaid = best > 0 and self._credit_s is not None and self._credit_s < 0
+        if (unpaid or not best) and self.acceptance(0) < _HOPELESS:
+            self._nap_left, self._nap = self._nap, min(2 * self._nap, _LONGEST_NAP)
             return 0
-        return self._try_instead(batch, best)
+        if best and self._acceptance[0].count * _ACCEPTANCE_WEIGHT >= 1:
+            self._nap = _SHORTEST_NAP
+        return 0 if unpaid else self._try_instead(batch, best)
+
+    def _rests(self) -> bool:
+        """Count down a nap and the warm-up behind it."""
+        if self._nap_left > 1:
+            self._nap_left -= 1
+            return True
+        if self._nap_left:
+            self._nap_left, self._warm_up_left = 0, _WARM_UP_STEPS
+            # What was measured is long ago.
+            self._acceptance = [_Mean(_ACCEPTANCE_WEIGHT) for _ in range(self.most)]
+        self._warm_up_left = max(0, self._warm_up_left - 1)
+        return self._warm_up_left > 0
 
     def _rate(self, batch: _Batch, drafts: int) -> float:
         """Tokens a second and row that are to be expected; 0 where it was not tried yet."""

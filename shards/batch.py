@@ -82,6 +82,9 @@ class StepBatch:
     samples_S: list[int] = field(default_factory=list)
     verifies_S: list[int] = field(default_factory=list)
     drafts_S: list[int] = field(default_factory=list)
+    keeps_mtp: bool = True
+    """False: nobody is about to draft, and the multi-token prediction layer's KV of these positions is left out. Drafts
+    behind them are worse for it, and no token is another."""
     save_rows: list[int] = field(default_factory=list)
     save_ends: list[int] = field(default_factory=list)
     save_to: list[int] = field(default_factory=list)

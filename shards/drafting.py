@@ -30,7 +30,14 @@ class Drafter:
     sin_LR: Tensor
 
     def run(
-        self, step: StepTensors, hidden_TC: Tensor, draws: Draws, kept: list[int], lane_drafts: list[tuple[int, ...]]
+        self,
+        step: StepTensors,
+        hidden_TC: Tensor,
+        draws: Draws,
+        kept: list[int],
+        lane_drafts: list[tuple[int, ...]],
+        *,
+        keeps: bool,
     ) -> None:
         """Write the layer's KV of the step's positions, then drafts behind the last tokens of the rows that want any.
 
@@ -38,10 +45,11 @@ class Drafter:
             hidden_TC: the main model's, before the final norm.
             kept: how many draws of each sampled row stay.
             lane_drafts: for each depth, how many rows of every lane draft that far. All ranks of all lanes take part.
+            keeps: False leaves the layer's KV out; then no row of the lane drafts.
         """
         pools = self.cache.k_pools[-1], self.cache.v_pools[-1]
         normed_TC = hidden_TC
-        if hidden_TC.shape[0]:
+        if keeps and hidden_TC.shape[0]:
             normed_TC = self.model.normed(self.runtime, hidden_TC)
             self.mtp.store_kv(self.runtime, self._embed_next(step), normed_TC, step, *pools)
         ends = [end - 1 for end in _ends_of_kept(draws, kept)]

@@ -228,7 +228,7 @@ class Rank:
             model.replay(self._runtime, step, replay, self.cache)
         if model.mtp is not None:
             with part(self._profile, "drafts"):
-                self._drafter(model, model.mtp).run(step, hidden_TC, draws, kept, lane_drafts)
+                self._drafter(model, model.mtp).run(step, hidden_TC, draws, kept, lane_drafts, keeps=batch.keeps_mtp)
         return dataclasses.replace(output, prompt_logprobs=prompt_logprobs) if prompt_logprobs else output
 
     def _draw(self, model: Model, hidden_TC: Tensor, draws: Draws) -> tuple[list[int], LaneOutput]:

@@ -30,7 +30,9 @@ def test_an_output_arrives_with_the_tokens_of_accepted_drafts() -> None:
 
 
 def test_work_arrives_with_drafts_and_columns_of_another_length_are_refused() -> None:
-    batch = StepBatch(rows_S=[1, 4], first_S=[6, 9], counts_S=[3, 1], samples_S=[1, 1], verifies_S=[2, 0])
+    batch = StepBatch(
+        rows_S=[1, 4], first_S=[6, 9], counts_S=[3, 1], samples_S=[1, 1], verifies_S=[2, 0], keeps_mtp=False
+    )
     work = RankWork(step=1, answers=True, batch=batch)
     assert decode_work(encode_work(work)) == work
     for broken in (replace(batch, verifies_S=[2]), replace(batch, drafts_S=[1])):

@@ -152,3 +152,33 @@ def test_expected_tokens_multiply_acceptance_over_depth() -> None:
 
     assert policy.acceptance(0) == 1.0
     assert policy.expected_tokens(2) == pytest.approx(2.5, abs=0.02)
+
+
+def test_a_policy_whose_drafts_are_never_right_sleeps_nearly_always() -> None:
+    machine = Machine(DraftPolicy(2, adaptive=True), cheap, (0.0, 0.0))
+    awake = 0
+    for _ in range(8000):
+        machine.step(4)
+        awake += not machine.policy.asleep
+
+    assert awake < 0.08 * 8000
+    assert machine.seconds / machine.tokens < 1.01 * cheap(4, 0)
+
+
+def test_a_policy_that_slept_drafts_again_once_drafts_are_right() -> None:
+    machine = run(cheap, (0.0,), rows=2, steps=400)
+    assert machine.policy.asleep
+
+    machine.right = (0.9,)
+    for _ in range(1200):
+        machine.step(2)
+
+    assert not machine.policy.asleep
+    assert machine.chosen[-200:].count(1) > 190
+
+
+def test_drafts_that_are_often_right_and_yet_never_pay_leave_the_policy_awake() -> None:
+    machine = run(dear, (0.6,), rows=16)
+
+    assert not machine.policy.asleep
+    assert machine.chosen[-100:].count(0) > 90
