@@ -164,6 +164,27 @@ def test_long_contexts_give_the_same_bits_decoded_or_prefilled_and_over_any_thre
     torch.testing.assert_close(whole[49, 0].float(), one, rtol=2e-2, atol=2e-3)
 
 
+@every_path
+def test_rows_of_a_long_prompt_have_the_bits_of_each_alone_however_threads_share_it(kernels: NativeKernels) -> None:
+    length, T, P, D = 1300, 601, 16, 64
+    blocks = -(-length // P)
+    q, table = random(T, 6, D, dtype=torch.bfloat16), torch.arange(blocks, dtype=torch.int32).unsqueeze(0)
+    pools = [random(blocks, 2, P, D, dtype=torch.bfloat16, seed=s) for s in (1, 2)]
+
+    def attend(queries: slice) -> Tensor:
+        starts, contexts = torch.tensor([0, queries.stop - queries.start]), torch.tensor([length - T + queries.stop])
+        return kernels.attention(q[queries], pools[0], pools[1], table, starts, contexts, D**-0.5)
+
+    with threads(1):
+        whole = attend(slice(0, T))
+    with threads(5):
+        assert torch.equal(attend(slice(0, T)), whole)
+    for t in (0, 68, 69, 324, 325, 326, 600):
+        assert torch.equal(attend(slice(t, t + 1)), whole[t : t + 1])
+        one = make_reference_attention(q[t], pools[0][:, 0], pools[1][:, 0], length - T + t + 1)
+        torch.testing.assert_close(whole[t, 0].float(), one, rtol=2e-2, atol=2e-3)
+
+
 def make_reference_attention(q_HD: Tensor, k_NPD: Tensor, v_NPD: Tensor, length: int) -> Tensor:
     """The first head's result over the first `length` positions of blocks in order, in float64."""
     k, v = (x.flatten(0, 1)[:length].double() for x in (k_NPD, v_NPD))

@@ -278,7 +278,7 @@ const kernels::Path* kernels::amx_path() {
     static const Path path = [] {
         Path same = *avx512bf16_path();
         same.matmul_bf16 = amx_matmul();
-        same.attend_bf16 = amx_attend();
+        same.attend_range_bf16 = amx_attend_range();
         return same;
     }();
     return &path;

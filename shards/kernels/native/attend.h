@@ -126,7 +126,7 @@ FN void take_values(Rows<typename Kind::scalar> v, int keys, const Attending& a)
 // Scores to weights e^(p * scale - top), zeros behind count; raises *top, brings *total up to date; returns the factor
 // by which earlier weights shrink.
 FN float soften(float* p, int count, float scale, float* top, float* total) {
-    if (count == 0) {
+    if (count <= 0) {
         for (int j = 0; j < KEYS; j++) p[j] = 0.0f;
         return 1.0f;
     }
@@ -169,6 +169,19 @@ ENTRY void attend(Rows<typename Kind::scalar> k, Rows<typename Kind::scalar> v, 
         }
         Kind::product(rows, weights, WEIGHTS, a.values, a.stride, (seen + Kind::PAIR - 1) / Kind::PAIR, a.keep + r,
                       a.acc + r * a.stride, a.stride, a.stride / LANES);
+    }
+}
+
+ENTRY void merge(const Attending& into, const Attending& range) {
+    for (int r = 0; r < into.rows; r++) {
+        float highest = into.top[r] > range.top[r] ? into.top[r] : range.top[r];
+        float kept = exp_f32(into.top[r] - highest), taken = exp_f32(range.top[r] - highest);
+        into.top[r] = highest;
+        into.total[r] = into.total[r] * kept + range.total[r] * taken;
+        float* to = into.acc + r * into.stride;
+        const float* from = range.acc + r * into.stride;
+        for (int d = 0; d < into.stride; d += LANES)
+            write(to + d, fused(read(from + d), fill(taken), multiply(read(to + d), fill(kept))));
     }
 }
 

@@ -1,61 +1,67 @@
-// Paged attention: online softmax over blocks of KEYS positions that start at position 0, whatever the chunk.
+// Paged attention: online softmax over blocks of positions that start at position 0, whatever the chunk.
 //
 // Keys are taken in ranges of RANGE positions, each with a softmax of its own, that are merged in order: so threads may
 // share a long context without a trace in the bits.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "matmul.h"
 
 namespace kernels {
 namespace {
 
 constexpr int64_t RANGE = 1024;
+// Floats of the sums of a task's query rows where a path takes a range at once: they stay in the second-level cache
+// beside the range.
+constexpr int64_t SUMS = 65536;
 
 // Queries [first, last) of sequence s, the query heads [head, head + heads) of kv head `kv`.
 struct AttentionTask {
     int64_t sequence, first, last, kv, head, heads;
     int64_t partial;  // place of its first range among the partial results
+
+    int64_t rows() const { return (last - first) * heads; }
 };
+
+// Floats of what query rows have of some ranges: largest score, sum of weights, weighted sum of values.
+int64_t sums_size(int64_t rows, int64_t stride) { return rows * (stride + 2); }
+
+void place_sums(Attending& a, float* at) {
+    a.top = at;
+    a.total = a.top + a.rows;
+    a.acc = a.total + a.rows;
+}
 
 // A thread's room for query rows under way.
 struct AttentionRoom {
     Attending a;
     std::vector<float> floats;
+    std::vector<int> counts;
 
-    AttentionRoom(int64_t D, float scale) {
+    // `blocks`: with what a path needs that takes block by block.
+    AttentionRoom(int64_t D, float scale, int64_t rows, bool blocks) : counts(size_t(rows), 0) {
         a.D = int(D);
-        a.stride = int((D + 2 * LANES - 1) / (2 * LANES) * (2 * LANES));
+        a.stride = int(stride_of(D));
         a.scale = scale;
-        size_t rows = size_t(QUERY_ROWS) * size_t(a.stride), block = size_t(KEYS) * size_t(a.stride);
+        a.counts = counts.data();
+        if (!blocks) return;
+        size_t queries = size_t(QUERY_ROWS) * size_t(a.stride), block = size_t(KEYS) * size_t(a.stride);
         size_t scores = size_t(QUERY_ROWS) * KEYS;
-        floats.assign(2 * rows + 2 * block + 2 * scores, 0.0f);
-        a.acc = floats.data();
-        a.queries = a.acc + rows;
-        a.keys = a.queries + rows;
+        floats.assign(queries + 2 * block + 2 * scores + QUERY_ROWS, 0.0f);
+        a.queries = floats.data();
+        a.keys = a.queries + queries;
         a.values = a.keys + block;
         a.scores = a.values + block;
         a.weights = a.scores + scores;
+        a.keep = a.weights + scores;
     }
     AttentionRoom(const AttentionRoom&) = delete;
-};
 
-// What query rows have of some ranges: largest score, sum of weights, weighted sum of values.
-struct Partial {
-    float *top, *total, *acc;
+    static int64_t stride_of(int64_t D) { return (D + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 };
-
-void merge(const Partial& into, const Partial& part, int rows, int64_t stride) {
-    for (int r = 0; r < rows; r++) {
-        float highest = std::max(into.top[r], part.top[r]);
-        float kept = exp_f32(into.top[r] - highest), taken = exp_f32(part.top[r] - highest);
-        into.top[r] = highest;
-        into.total[r] = into.total[r] * kept + part.total[r] * taken;
-        float *to = into.acc + r * stride, *from = part.acc + r * stride;
-        for (int64_t d = 0; d < stride; d++) to[d] = to[d] * kept + from[d] * taken;
-    }
-}
 
 template <class T>
 struct Attention {
@@ -72,16 +78,19 @@ struct Attention {
     float scale;
     std::vector<AttentionTask> tasks;
     std::vector<T> zeros;
+    int64_t most_rows = 0;  // of a task
 
     // Keys that the last query row of the task sees.
     int64_t limit(const AttentionTask& a) const {
         return contexts[a.sequence] - (query_start[a.sequence + 1] - a.last);
     }
     int64_t ranges(const AttentionTask& a) const { return (limit(a) + RANGE - 1) / RANGE; }
+    bool by_range() const { return path.attend_range(q) != nullptr; }
 
-    // Returns the number of partial results of all tasks.
-    int64_t plan() {
-        int64_t share = H / Hkv, heads = std::min<int64_t>(share, QUERY_ROWS), queries = QUERY_ROWS / heads, count = 0;
+    // Tasks of up to `rows` query rows; returns the number of partial results of all.
+    int64_t plan(int64_t rows) {
+        int64_t share = H / Hkv, heads = std::min<int64_t>(share, rows), queries = rows / heads, count = 0;
+        tasks.clear();
         for (int64_t s = 0; s < S; s++)
             for (int64_t kv = 0; kv < Hkv; kv++)
                 for (int64_t h = 0; h < share; h += heads)
@@ -93,80 +102,105 @@ struct Attention {
         return count;
     }
 
-    // The task's query rows over one range of keys, from a clean start.
-    void range(const AttentionTask& a, int64_t index, AttentionRoom& room) const {
-        const T *qs[QUERY_ROWS], *ks[KEYS], *vs[KEYS];
-        int64_t seen[QUERY_ROWS];
+    // Large tasks where keys are packed once for all rows, but enough of them that threads end together.
+    int64_t plan_for(int threads) {
+        int64_t rows = by_range() ? std::max<int64_t>(SUMS / AttentionRoom::stride_of(D), QUERY_ROWS) : QUERY_ROWS;
+        int64_t count = plan(rows);
+        for (; rows > QUERY_ROWS && int64_t(tasks.size()) < 8 * threads; count = plan(rows))
+            rows = std::max<int64_t>(rows / 2, QUERY_ROWS);
+        for (const AttentionTask& a : tasks) most_rows = std::max(most_rows, a.rows());
+        return count;
+    }
+
+    // The task's query rows over one range of keys, from a clean start, into sums at `to`.
+    void range(const AttentionTask& a, int64_t index, AttentionRoom& room, float* to) const {
+        const T *ks[RANGE], *vs[RANGE];
+        std::vector<const T*> qs(size_t(a.rows()));
         Attending& at = room.a;
-        at.rows = 0;
+        at.rows = int(a.rows());
+        place_sums(at, to);
+        int64_t base = index * RANGE;
+        int keys = int(std::min(limit(a) - base, RANGE)), r = 0;
+        find_keys(a, base, keys, ks, vs);
         for (int64_t t = a.first; t < a.last; t++)
-            for (int64_t h = a.head; h < a.head + a.heads; h++, at.rows++) {
-                qs[at.rows] = q + (t * H + h) * D;
-                seen[at.rows] = contexts[a.sequence] - (query_start[a.sequence + 1] - 1 - t);
+            for (int64_t h = a.head; h < a.head + a.heads; h++, r++) {
+                int64_t seen = contexts[a.sequence] - (query_start[a.sequence + 1] - 1 - t) - base;
+                qs[size_t(r)] = q + (t * H + h) * D;
+                at.counts[r] = int(std::min<int64_t>(std::max<int64_t>(seen, 0), keys));
             }
+        if constexpr (std::is_same_v<T, bf16>)
+            if (by_range()) return path.attend_range(q)(qs.data(), ks, vs, keys, at);
+        attend_blocks(qs.data(), ks, vs, keys, at);
+    }
+
+    void attend_blocks(Rows<T> qs, Rows<T> ks, Rows<T> vs, int keys, Attending& at) const {
         path.take_queries(qs, at);
         std::fill_n(at.top, at.rows, -INFINITY);
         std::fill_n(at.total, at.rows, 0.0f);
         std::fill_n(at.acc, at.rows * at.stride, 0.0f);
-        int64_t end = std::min(limit(a), (index + 1) * RANGE);
-        for (int64_t base = index * RANGE; base < end; base += KEYS) {
-            int keys = int(std::min<int64_t>(KEYS, end - base));
-            find_keys(a, base, keys, ks, vs);
-            for (int r = 0; r < at.rows; r++)
-                at.counts[r] = int(std::max<int64_t>(0, std::min<int64_t>(keys, seen[r] - base)));
-            path.attend(ks, vs, keys, at);
+        int seen[QUERY_ROWS];
+        std::copy_n(at.counts, at.rows, seen);
+        for (int base = 0; base < keys; base += KEYS) {
+            int here = std::min(KEYS, keys - base);
+            for (int r = 0; r < at.rows; r++) at.counts[r] = std::min(here, seen[r] - base);
+            path.attend(ks + base, vs + base, here, at);
         }
     }
 
+    // Rows of keys and values from position `base` on; rows of zeros behind them fill up a block.
     void find_keys(const AttentionTask& a, int64_t base, int keys, const T** ks, const T** vs) const {
         const int32_t* table = tables + a.sequence * B;
-        for (int j = 0; j < keys; j++) {
-            int64_t position = base + j;
-            int64_t offset = ((int64_t(table[position / P]) * Hkv + a.kv) * P + position % P) * D;
-            ks[j] = k_pool + offset;
-            vs[j] = v_pool + offset;
+        for (int j = 0; j < keys;) {
+            int64_t within = (base + j) % P, offset = ((table[(base + j) / P] * Hkv + a.kv) * P + within) * D;
+            for (int end = int(std::min<int64_t>(keys, j + P - within)); j < end; j++, offset += D) {
+                ks[j] = k_pool + offset;
+                vs[j] = v_pool + offset;
+            }
         }
-        std::fill(ks + keys, ks + KEYS, zeros.data());
-        std::fill(vs + keys, vs + KEYS, zeros.data());
+        int filled = (keys + KEYS - 1) / KEYS * KEYS;
+        std::fill(ks + keys, ks + filled, zeros.data());
+        std::fill(vs + keys, vs + filled, zeros.data());
     }
 
-    void finish(const AttentionTask& a, const Partial& part, int64_t stride) const {
+    void finish(const AttentionTask& a, const Attending& sums) const {
         int64_t r = 0;
         for (int64_t t = a.first; t < a.last; t++)
             for (int64_t h = a.head; h < a.head + a.heads; h++, r++) {
                 const T* factor = gate == nullptr ? nullptr : gate + t * row_stride + h * head_stride;
-                path.rows(out).finish_head(part.acc + r * stride, part.total[r], factor, D, out + (t * H + h) * D);
+                path.rows(out).finish_head(sums.acc + r * sums.stride, sums.total[r], factor, D, out + (t * H + h) * D);
             }
     }
 
-    // One thread takes a task over all of its ranges.
-    void run_whole(int threads) const {
+    // Sums of a task at `at`.
+    Attending sums_of(const AttentionTask& a, float* at) const {
+        Attending sums = {};
+        sums.rows = int(a.rows());
+        sums.stride = int(AttentionRoom::stride_of(D));
+        place_sums(sums, at);
+        return sums;
+    }
+
+    // One thread takes a task over all of its ranges; those that see most keys first, so that threads end together.
+    void run_whole(int threads) {
+        std::stable_sort(tasks.begin(), tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) {
+            return limit(a) * a.rows() > limit(b) * b.rows();
+        });
 #pragma omp parallel num_threads(threads)
         {
-            AttentionRoom room(D, scale);
-            std::vector<float> sums(size_t(QUERY_ROWS) * size_t(room.a.stride + 2));
-            Partial under_way = {room.a.top, room.a.total, room.a.acc};
-            Partial merged = {sums.data(), sums.data() + QUERY_ROWS, sums.data() + 2 * QUERY_ROWS};
+            AttentionRoom room(D, scale, most_rows, !by_range());
+            int64_t size = sums_size(most_rows, room.a.stride);
+            float* sums = (float*)staging(size_t(2 * size) * sizeof(float));
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < tasks.size(); i++) {
-                int64_t count = ranges(tasks[i]);
-                for (int64_t index = 0; index < count; index++) {
-                    range(tasks[i], index, room);
-                    if (count == 1) break;
-                    if (index == 0)
-                        copy(under_way, merged, room.a);
-                    else
-                        merge(merged, under_way, room.a.rows, room.a.stride);
+                Attending merged = sums_of(tasks[i], sums);
+                range(tasks[i], 0, room, sums);
+                for (int64_t index = 1; index < ranges(tasks[i]); index++) {
+                    range(tasks[i], index, room, sums + size);
+                    path.merge(merged, room.a);
                 }
-                finish(tasks[i], count == 1 ? under_way : merged, room.a.stride);
+                finish(tasks[i], merged);
             }
         }
-    }
-
-    static void copy(const Partial& from, const Partial& to, const Attending& a) {
-        std::copy_n(from.top, a.rows, to.top);
-        std::copy_n(from.total, a.rows, to.total);
-        std::copy_n(from.acc, a.rows * a.stride, to.acc);
     }
 
     // Threads share tasks range by range, then merge.
@@ -174,37 +208,34 @@ struct Attention {
         std::vector<std::pair<const AttentionTask*, int64_t>> parts;
         for (const AttentionTask& a : tasks)
             for (int64_t index = 0; index < ranges(a); index++) parts.push_back({&a, index});
-        int64_t stride = AttentionRoom(D, scale).a.stride, size = QUERY_ROWS * (stride + 2);
+        int64_t size = sums_size(most_rows, AttentionRoom::stride_of(D));
         std::vector<float> sums(size_t(count * size));
-        auto partial = [&](int64_t place) {
-            float* at = sums.data() + place * size;
-            return Partial{at, at + QUERY_ROWS, at + 2 * QUERY_ROWS};
-        };
 #pragma omp parallel num_threads(threads)
         {
-            AttentionRoom room(D, scale);
+            AttentionRoom room(D, scale, most_rows, !by_range());
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < parts.size(); i++) {
                 const AttentionTask& a = *parts[i].first;
-                range(a, parts[i].second, room);
-                copy({room.a.top, room.a.total, room.a.acc}, partial(a.partial + parts[i].second), room.a);
+                range(a, parts[i].second, room, sums.data() + (a.partial + parts[i].second) * size);
             }
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < tasks.size(); i++) {
                 const AttentionTask& a = tasks[i];
-                int rows = int((a.last - a.first) * a.heads);
+                float* first = sums.data() + a.partial * size;
+                Attending merged = sums_of(a, first);
                 for (int64_t index = 1; index < ranges(a); index++)
-                    merge(partial(a.partial), partial(a.partial + index), rows, stride);
-                finish(a, partial(a.partial), stride);
+                    path.merge(merged, sums_of(a, first + index * size));
+                finish(a, merged);
             }
         }
     }
 
     void run(int threads) {
         zeros.assign(size_t(D), T(0));
-        int64_t count = plan(), work = 0;
-        for (const AttentionTask& a : tasks) work += limit(a) * (a.last - a.first) * a.heads * D / 8;
+        int64_t work = 0;
+        for (int64_t s = 0; s < S; s++) work += contexts[s] * (query_start[s + 1] - query_start[s]) * H * D / 8;
         threads = threads_for(work, threads);
+        int64_t count = plan_for(threads);
         // Few tasks of many ranges (a long context that is decoded) would leave threads idle.
         if (count > int64_t(tasks.size()) && int64_t(tasks.size()) < 4 * threads)
             run_split(threads, count);
@@ -254,7 +285,7 @@ void attention(int path, int threads, const void* q, const void* k_pool, const v
                const int64_t* query_start, const int64_t* contexts, const void* gate, void* out, int64_t S, int64_t H,
                int64_t Hkv, int64_t D, int64_t P, int64_t B, int64_t row_stride, int64_t head_stride, float scale) {
     Attention<T>{*find_path(path), (const T*)q, (const T*)k_pool, (const T*)v_pool, tables, query_start, contexts,
-                 (const T*)gate, (T*)out, S, H, Hkv, D, P, B, row_stride, head_stride, scale, {}, {}}
+                 (const T*)gate, (T*)out, S, H, Hkv, D, P, B, row_stride, head_stride, scale, {}, {}, 0}
         .run(threads);
 }
 

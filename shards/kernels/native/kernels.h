@@ -24,7 +24,7 @@ constexpr int LANES = 16;
 constexpr int COLUMNS = 48;
 // Key positions that attention takes at once, counted from position 0.
 constexpr int KEYS = 64;
-// Most query rows that attention takes at once.
+// Most query rows that attention takes over a block of keys at once.
 constexpr int QUERY_ROWS = 64;
 
 template <class T>
@@ -38,14 +38,20 @@ struct Attending {
     int rows, D;
     int stride;  // floats between rows of `acc`: D rounded up to 2 * LANES
     float scale;
-    int counts[QUERY_ROWS];  // keys of the block that each row may see
-    float top[QUERY_ROWS];   // largest score so far
-    float total[QUERY_ROWS]; // sum of weights e^(score - top) so far
-    float keep[QUERY_ROWS];  // what the block leaves of earlier weights
-    float* acc;              // [QUERY_ROWS, stride] weighted sum of values so far
-    // Room for one block in the path's own layout, of `stride` x KEYS floats at most.
-    float *queries, *keys, *values, *scores, *weights;
+    int* counts;   // keys of the block (or range) that each row may see; may be below 0
+    float* top;    // largest score so far
+    float* total;  // sum of weights e^(score - top) so far
+    float* acc;    // [rows, stride] weighted sum of values so far
+    // Room for QUERY_ROWS rows over one block: what it leaves of earlier weights, and the path's own layouts of
+    // `stride` x KEYS floats at most.
+    float *keep, *queries, *keys, *values, *scores, *weights;
 };
+
+// `a` over a whole range of keys from a clean start; k and v point to rows of zeros behind `keys`, up to a multiple of
+// 2 * LANES.
+using AttendRange = void (*)(Rows<bf16> q, Rows<bf16> k, Rows<bf16> v, int keys, const Attending& a);
+// By AMX tiles; null where the compiler knows none.
+AttendRange amx_attend_range();
 
 // Loops over single rows; all round where transformers does.
 template <class T>
@@ -88,6 +94,8 @@ struct Path {
     // Take `a` over a block of `keys` <= KEYS keys and values; KEYS pointers each, behind `keys` to rows of zeros.
     void (*attend_f32)(Rows<float> k, Rows<float> v, int keys, Attending& a);
     void (*attend_bf16)(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a);
+    // Query rows merge what they have of one more range of keys: largest scores, sums of weights, weighted sums.
+    void (*merge)(const Attending& into, const Attending& range);
     const RowLoops<float>* rows_f32;
     const RowLoops<bf16>* rows_bf16;
     // x / |x| * scale
@@ -105,6 +113,8 @@ struct Path {
     // out[c] = sum over k, in order, of y[k * C + c] * weights[k].
     void (*mix_f32)(const float* y, const float* weights, int64_t K, int64_t C, float* out);
     void (*mix_bf16)(const float* y, const float* weights, int64_t K, int64_t C, bf16* out);
+    // Instead of take_queries_bf16 and attend_bf16, any number of query rows over a range; null: there is no such way.
+    AttendRange attend_range_bf16;
 
     const RowLoops<float>& rows(const float*) const { return *rows_f32; }
     const RowLoops<bf16>& rows(const bf16*) const { return *rows_bf16; }
@@ -112,6 +122,8 @@ struct Path {
     void take_queries(Rows<bf16> q, const Attending& a) const { take_queries_bf16(q, a); }
     void attend(Rows<float> k, Rows<float> v, int keys, Attending& a) const { attend_f32(k, v, keys, a); }
     void attend(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a) const { attend_bf16(k, v, keys, a); }
+    AttendRange attend_range(const float*) const { return nullptr; }
+    AttendRange attend_range(const bf16*) const { return attend_range_bf16; }
     const Matmul<float>& matmul(const float*) const { return *matmul_f32; }
     const Matmul<bf16>& matmul(const bf16*) const { return *matmul_bf16; }
     void finish(const float* sums, const float* bias, int n, float* out) const { finish_f32(sums, bias, n, out); }

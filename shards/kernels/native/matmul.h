@@ -128,7 +128,5 @@ static inline int64_t blocks_of(int64_t count, int64_t size) { return (count + s
 static inline int64_t panel_rows(int64_t rows) { return blocks_of(rows, BLOCK) * BLOCK; }
 
 const Matmul<bf16>* amx_matmul();
-// Path::attend_bf16 by AMX tiles, where amx_matmul() is not null.
-void (*amx_attend())(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a);
 
 }  // namespace kernels
