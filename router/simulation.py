@@ -46,6 +46,12 @@ class _Recorder:
         if progress.rows:
             self.gaps[round(math.log(progress.gap_s) * 100)] += progress.rows * progress.steps
 
+    @property
+    def mean_s(self) -> float:
+        """Of all gaps."""
+        total = sum(math.exp(bucket / 100) * count for bucket, count in self.gaps.items())
+        return total / max(self.gaps.total(), 1)
+
     def gap_s(self, share: float) -> float:
         """The gap that this share of all gaps does not exceed."""
         left = share * self.gaps.total()
@@ -66,8 +72,9 @@ class _Run:
         self._order = {member.member_id: number for number, member in enumerate(members)}
         self._ends: list[tuple[float, int, int, MemberId]] = []
         self._reported: dict[MemberId, float] = {}
+        self._free = dict.fromkeys(self._members, 0)
+        self._free_tokens = 0
         self._admission = Admission(fleet.admission) if fleet.admission is not None else None
-        self._capacity = Capacity(members=fleet.members, step_tokens=fleet.spec.step_tokens)
         self._at_gate: dict[RequestId, Job] = {}
         self.recorder = _Recorder()
         for member in members:
@@ -100,7 +107,9 @@ class _Run:
         self._decide(self._admission, job.arrival_s)
 
     def _decide(self, admission: Admission, now: float) -> None:
-        decisions = admission.decide(self._capacity, now)
+        fleet = self._fleet
+        capacity = Capacity(members=fleet.members, step_tokens=fleet.spec.step_tokens, free_tokens=self._free_tokens)
+        decisions = admission.decide(capacity, now)
         for request_id in decisions.released:
             self._route(self._at_gate.pop(request_id), now)
         for request_id, _ in decisions.refused:
@@ -147,7 +156,11 @@ class _Run:
 
     def _report(self, member: SimulatedMember, now: float) -> None:
         self._reported[member.member_id] = now
-        self._chooser.report(member.load(), member.take_events(), now)
+        load = member.load()
+        free = load.free_blocks * load.block_size
+        self._free_tokens += free - self._free[member.member_id]
+        self._free[member.member_id] = free
+        self._chooser.report(load, member.take_events(), now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +178,7 @@ class Result:
     p99_ttft_s: float
     ttft_percentiles_s: tuple[float, ...]
     """Of the shares 0.01, 0.02 and so on to 1."""
+    mean_itl_s: float
     p50_itl_s: float
     p99_itl_s: float
     hit_rate: float
@@ -252,6 +266,7 @@ def _result(
         p90_ttft_s=percentile(ttfts, 0.9),
         p99_ttft_s=percentile(ttfts, 0.99),
         ttft_percentiles_s=tuple(percentile(ttfts, number / 100) for number in range(1, 101)),
+        mean_itl_s=recorder.mean_s,
         p50_itl_s=recorder.gap_s(0.5),
         p99_itl_s=recorder.gap_s(0.99),
         hit_rate=sum(job.cached_tokens for job in served) / total,
