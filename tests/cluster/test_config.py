@@ -18,7 +18,7 @@ from shards.weights import CheckpointReader
     [
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
-        ({"kernels": "fast"}, "kernels must be one of auto, native, torch, got 'fast'"),
+        ({"kernels": "fast"}, "kernels must be one of auto, native, torch, triton, got 'fast'"),
         ({"deterministic": "maybe"}, "deterministic must be one of auto, on, off, got 'maybe'"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"kv_memory_bytes": -1}, "kv_memory_bytes must be at least 1, got -1"),
