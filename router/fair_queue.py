@@ -13,7 +13,8 @@ from typing import Final
 
 from router.request import RequestId
 
-QUANTUM_TOKENS: Final = 8192
+QUANTUM_TOKENS: Final = 512
+"""Small, for small members too: a quantum and a burst are work that others wait for."""
 BURST_QUANTA: Final = 8
 """What a flow that asks for nothing can save up."""
 _MAX_AWAY: Final = 4096

@@ -48,9 +48,9 @@ def test_flows_get_tokens_by_weight_and_not_by_requests() -> None:
 
 def test_a_flow_that_comes_for_the_first_time_is_next_but_cannot_save_up_without_end() -> None:
     queue = FairQueue()
-    fill(queue, HOG, 1000, 4096)
+    fill(queue, HOG, 1000, QUANTUM_TOKENS // 2)
     served(queue, 100)
-    fill(queue, OTHER, 1000, 4096)
+    fill(queue, OTHER, 1000, QUANTUM_TOKENS // 2)
     burst = 2 * BURST_QUANTA
     assert set(served(queue, burst)) == {OTHER}
     tokens = served(queue, 200)
@@ -59,7 +59,7 @@ def test_a_flow_that_comes_for_the_first_time_is_next_but_cannot_save_up_without
 
 def test_leaving_and_coming_back_earns_no_more_than_the_rounds_between() -> None:
     queue = FairQueue()
-    fill(queue, HOG, 1000, 4096)
+    fill(queue, HOG, 1000, QUANTUM_TOKENS // 2)
     tokens: Counter[Flow] = Counter()
     for number in range(400):
         queue.push(make(f"again{number}", OTHER, 4096), 1.0)
