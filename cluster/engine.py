@@ -196,6 +196,7 @@ class Engine:
         except MoefleetError as error:
             self._fail(error)
         except Exception as error:
+            # Whoever waits for a token must be told, whatever went wrong: nothing else ends this thread.
             logger.exception("engine failed")
             self._fail(MemberLostError(f"engine failed: {type(error).__name__}: {error}"))
         self._drained.set()

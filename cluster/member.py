@@ -161,6 +161,7 @@ class PoolMember:
         try:
             await self._bring_up(generation)
         except BaseException as error:
+            # Also when cancelled: nobody else knows these actors.
             _kill_actors(generation.actors)
             if isinstance(error, RayActorError):
                 raise MemberLostError(f"a process was lost before the member was up: {_last_line(error)}") from error

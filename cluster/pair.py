@@ -121,7 +121,7 @@ class Pair:
         self._group = None
 
 
-# torch's stubs know little of these two classes; what they lack is in `_Group`.
+# torch's stubs know little of these two classes, nothing of `_Options`; what they lack is in `_Group`.
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> _Group:
     options = dist.ProcessGroupGloo._Options()  # pyrefly: ignore[missing-attribute]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]

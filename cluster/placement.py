@@ -34,6 +34,7 @@ async def place_ranks(
             if time.monotonic() > deadline:
                 raise ConfigError(_no_room(group, num_ranks, bundle, timeout_s))
     except BaseException:
+        # Also when cancelled: the cluster would keep the room for nobody.
         remove_placement_group(group)
         raise
     return group

@@ -111,6 +111,7 @@ class RankRunner:
             self._report(RankEnded(error=str(error), refused=True))
             return False
         except Exception as error:
+            # It ends the rank, and whoever started it is to say why.
             logger.exception("rank %s failed", self._config.rank)
             self._report(RankEnded(error=f"{type(error).__name__}: {error}"))
             return False
@@ -260,6 +261,7 @@ def start_leader(
             _gather(group, listener, config, check)
             _wait_ready(group, on_progress, check)
         except BaseException:
+            # Also when interrupted: threads and shared memory would stay.
             runner.free()
             group.close()
             raise

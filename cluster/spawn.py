@@ -56,6 +56,7 @@ class LocalReplica:
                 leader, self._store, on_progress=on_progress, check=self._check, profile=profile
             )
         except BaseException:
+            # Also when interrupted: processes would stay.
             self._end_children()
             raise
 
