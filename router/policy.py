@@ -33,7 +33,8 @@ class PolicyConfig:
                 raise ConfigError(f"policy.{name} must not be negative, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: the router counts in it.
+@dataclass(slots=True, kw_only=True)
 class Extra:
     """What was routed to a member and is not in its report yet."""
 
@@ -114,7 +115,9 @@ def _room_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:
     if load.total_state_slots:
         held = max(load.total_state_slots - load.free_state_slots, 1)
         short = max(short, (queued - load.free_state_slots) / held)
+    if short <= 0:
+        return 0.0
     step_s = load.step_time.step_s(
         prefill_tokens=0, decode_rows=load.running_requests, context_tokens=load.context_tokens
     )
-    return max(short, 0.0) * config.output_tokens * step_s
+    return short * config.output_tokens * step_s

@@ -1,6 +1,6 @@
 """The members of one role and block size: what each would ask of a request, and what each has cached."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import exp, inf
 from typing import Final, Literal
@@ -20,7 +20,6 @@ _PRICING: Final[dict[Part, _Pricing]] = {"prefill": prefill_price, "decode": dec
 _MAX_SETS: Final = 4096
 _MEMORY_S: Final = 30.0
 """Over which arrivals are averaged."""
-_NOBODY: Final = Price(base_s=inf, token_s=0.0, output_s=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +34,11 @@ class Offer:
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
+# Not frozen: its router brings it up to date, and tells its pool by `touch`.
+@dataclass(slots=True, kw_only=True)
+class Seat:
+    """What the router knows of a member's load."""
+
     load: MemberLoad
     extra: Extra
 
@@ -47,28 +49,24 @@ class _PriceList:
     def __init__(self, pricing: _Pricing, config: PolicyConfig) -> None:
         self._pricing = pricing
         self._config = config
-        self._stale: dict[int, _Entry | None] = {}
+        self.stale: set[int] = set()
         self.base: list[float] = []
         self.token: list[float] = []
         self.output: list[float] = []
 
-    def change(self, slot: int, entry: _Entry | None) -> None:
-        """A slot has a new member, report or extra, or nobody."""
-        if slot == len(self.base):
-            for column in (self.base, self.token, self.output):
-                column.append(0.0)
-        self._stale[slot] = entry
-
-    def refresh(self) -> None:
+    def refresh(self, seats: Sequence[Seat | None], arrivals_per_s: float) -> None:
         """Bring the columns up to date."""
-        for slot, entry in self._stale.items():
-            price = (
-                _NOBODY
-                if entry is None or entry.load.draining
-                else self._pricing(entry.load, entry.extra, self._config)
-            )
-            self.base[slot], self.token[slot], self.output[slot] = price.base_s, price.token_s, price.output_s
-        self._stale.clear()
+        for column in (self.base, self.token, self.output):
+            column.extend([0.0] * (len(seats) - len(column)))
+        for slot in self.stale:
+            seat = seats[slot]
+            if seat is None or seat.load.draining:
+                self.base[slot], self.token[slot], self.output[slot] = inf, 0.0, 0.0
+            else:
+                seat.extra.arrivals_per_s = arrivals_per_s
+                price = self._pricing(seat.load, seat.extra, self._config)
+                self.base[slot], self.token[slot], self.output[slot] = price.base_s, price.token_s, price.output_s
+        self.stale.clear()
 
 
 class Pool:
@@ -85,8 +83,9 @@ class Pool:
         self.block_size = block_size
         self._config = config
         self._lists = {part: _PriceList(_PRICING[part], config) for part in parts}
+        self._stale = [prices.stale for prices in self._lists.values()]
         self._index = PrefixIndex(max_expected=max_expected)
-        self._loads: list[MemberLoad | None] = []
+        self._seats: list[Seat | None] = []
         self._free: list[int] = []
         self._recurrent = False
         self._slots: dict[int, tuple[int, ...]] = {}
@@ -96,31 +95,31 @@ class Pool:
     @property
     def arrivals_per_s(self) -> float:
         """Requests that were sent to a member, on average over the last while."""
-        return self._arrivals / _MEMORY_S / max(len(self._loads) - len(self._free), 1)
+        return self._arrivals / _MEMORY_S / max(len(self._seats) - len(self._free), 1)
 
-    def add(self, load: MemberLoad) -> int:
+    def add(self, seat: Seat) -> int:
         """Take a member in; returns its slot."""
-        slot = self._free.pop() if self._free else len(self._loads)
-        if slot == len(self._loads):
-            self._loads.append(load)
-        self.update(slot, load, Extra())
+        if self._free:
+            slot = self._free.pop()
+            self._seats[slot] = seat
+        else:
+            slot = len(self._seats)
+            self._seats.append(seat)
+        self._recurrent = seat.load.total_state_slots > 0
+        self.touch(slot)
         return slot
 
-    def update(self, slot: int, load: MemberLoad, extra: Extra) -> None:
-        """Price a member anew."""
-        self._loads[slot] = load
-        self._recurrent = load.total_state_slots > 0
-        entry = _Entry(load=load, extra=extra)
-        for prices in self._lists.values():
-            prices.change(slot, entry)
+    def touch(self, slot: int) -> None:
+        """A member's seat has changed: price it anew."""
+        for stale in self._stale:
+            stale.add(slot)
 
     def leave(self, slot: int) -> None:
         """A member left."""
-        self._loads[slot] = None
+        self._seats[slot] = None
         self._free.append(slot)
         self._index.clear(slot)
-        for prices in self._lists.values():
-            prices.change(slot, None)
+        self.touch(slot)
 
     def take_events(self, slot: int, events: CacheEvents) -> None:
         """What happened in a member's prefix cache."""
@@ -138,23 +137,21 @@ class Pool:
         """The prompt goes to a member, and will be in its cache."""
         self._arrivals = self._arrivals * exp(min(self._arrived_s - now, 0.0) / _MEMORY_S) + 1.0
         self._arrived_s = now
-        load = self._loads[offer.slot]
-        if load is not None and load.prefix_cache:
-            new = prompt.hashes(self.block_size)[offer.cached_tokens // self.block_size :]
-            self._index.expect(offer.slot, new, until_s)
+        seat = self._seats[offer.slot]
+        if seat is not None and seat.load.prefix_cache:
+            self._index.expect(offer.slot, prompt.hashes(self.block_size), until_s)
 
     def best(self, part: Part, prompt: Prompt, now: float, exclude: frozenset[MemberId]) -> Offer | None:
         """The cheapest member for a part of a request, among equals one that the prompt's key picks; None: nobody."""
-        prices, new = self._lists[part], prompt.num_tokens
-        prices.refresh()
+        prices = self._lists[part]
+        if prices.stale:
+            prices.refresh(self._seats, self.arrivals_per_s)
         output = min(prompt.max_output, self._config.output_tokens)
-        costs = [
-            base + new * token + output * one
-            for base, token, one in zip(prices.base, prices.token, prices.output, strict=True)
-        ]
-        cached = self._subtract_cached(costs, prices.token, prompt, now)
-        for slot, load in enumerate(self._loads) if exclude else ():
-            if load is not None and load.member_id in exclude:
+        depths = self._depths(prompt, now)
+        columns = zip(prices.base, prices.token, prices.output, self._new_tokens(prompt, depths), strict=True)
+        costs = [base + new * token + output * one for base, token, one, new in columns]
+        for slot, seat in enumerate(self._seats) if exclude else ():
+            if seat is not None and seat.load.member_id in exclude:
                 costs[slot] = inf
         least = min(costs, default=inf)
         if least == inf:
@@ -162,26 +159,32 @@ class Pool:
         limit = least + self._config.tie_s
         equal = [slot for slot, cost in enumerate(costs) if cost <= limit]
         slot = equal[crc32(prompt.key.encode()) % len(equal)]
-        load = self._loads[slot]
-        assert load is not None, "a price without a member"
-        held = cached.get(slot, 0)
-        return Offer(slot=slot, member_id=load.member_id, cost_s=costs[slot], new_tokens=new - held, cached_tokens=held)
+        seat = self._seats[slot]
+        assert seat is not None, "a price without a member"
+        cached = self.block_size * next((depth for depth, members in depths if members >> slot & 1), 0)
+        return Offer(
+            slot=slot,
+            member_id=seat.load.member_id,
+            cost_s=costs[slot],
+            new_tokens=prompt.num_tokens - cached,
+            cached_tokens=cached,
+        )
 
-    def _subtract_cached(self, costs: list[float], token_s: list[float], prompt: Prompt, now: float) -> dict[int, int]:
-        """Lower the costs of members that hold a part of the prompt -> tokens held by slot."""
+    def _depths(self, prompt: Prompt, now: float) -> list[tuple[int, int]]:
+        """How many blocks of the prompt who can go on behind, as PrefixIndex tells it."""
         hashes = prompt.hashes(self.block_size)
         self._index.forget(now)
         depths = self._index.depths(hashes)
-        if self._recurrent and depths:
-            depths = self._index.state_depths(hashes, depths)
-        cached: dict[int, int] = {}
+        return self._index.state_depths(hashes, depths) if self._recurrent and depths else depths
+
+    def _new_tokens(self, prompt: Prompt, depths: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of the prompt that each slot does not hold."""
+        new = [prompt.num_tokens] * len(self._seats)
         for depth, members in depths:
-            tokens = depth * self.block_size
-            slots = self._slots_of(members)
-            for slot in slots:
-                costs[slot] -= tokens * token_s[slot]
-            cached.update(dict.fromkeys(slots, tokens))
-        return cached
+            left = prompt.num_tokens - depth * self.block_size
+            for slot in self._slots_of(members):
+                new[slot] = left
+        return new
 
     def _slots_of(self, members: int) -> tuple[int, ...]:
         """The slots in a bit set; the few sets that hold common prefixes come up again and again."""

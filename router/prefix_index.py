@@ -5,26 +5,24 @@ in between, among those that hold block i - 1: the sets shrink with depth, and a
 change needs few look-ups however long the prompt. What an eviction in between hides costs a worse guess, no more.
 """
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
+from itertools import compress
+
+from router.expected import ExpectedPrefixes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
-    """What one member is known to hold."""
+    """What one member is known to hold.
 
-    kv: set[int] = field(default_factory=set)
-    states: set[int] = field(default_factory=set)
+    Dictionaries of numbers, unlike sets, are nothing to Python's garbage collector, which would walk over every block
+    of the fleet while a request is routed.
+    """
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Expected:
-    """A prompt that was routed to a member and will soon be in its cache."""
-
-    bit: int
-    until_s: float
-    hashes: Sequence[int]
+    kv: dict[int, None] = field(default_factory=dict)
+    states: dict[int, None] = field(default_factory=dict)
 
 
 class PrefixIndex:
@@ -38,10 +36,7 @@ class PrefixIndex:
         self._kv: dict[int, int] = {}
         self._states: dict[int, int] = {}
         self._held: dict[int, _Held] = {}
-        self._expected: dict[int, _Expected] = {}
-        self._order: deque[_Expected] = deque()
-        self._num_expected = 0
-        self._max_expected = max_expected
+        self._expected = ExpectedPrefixes(max_blocks=max_expected)
 
     def __len__(self) -> int:
         """Different blocks known."""
@@ -65,9 +60,7 @@ class PrefixIndex:
         if held is not None:
             _discard(self._kv, held.kv, tuple(held.kv), 1 << member)
             _discard(self._states, held.states, tuple(held.states), 1 << member)
-        for entry in self._order:
-            if entry.bit == 1 << member:
-                self._unexpect(entry)
+        self._expected.leave(member)
 
     def held(self, member: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """By its own word: blocks whose KV it holds, and blocks behind which it holds a recurrent state."""
@@ -75,80 +68,81 @@ class PrefixIndex:
         return tuple(held.kv), tuple(held.states)
 
     def expect(self, member: int, hashes: Sequence[int], until_s: float) -> None:
-        """The member will soon hold these; its own word replaces this from `until_s` on."""
-        entry = _Expected(bit=1 << member, until_s=until_s, hashes=hashes)
-        self._expected.update(dict.fromkeys(hashes, entry))
-        self._order.append(entry)
-        self._num_expected += len(hashes)
-        while self._num_expected > self._max_expected:
-            self._forget_oldest()
+        """The member will soon hold these first blocks of a prompt; its own word replaces this from `until_s` on."""
+        self._expected.add(member, hashes, until_s)
 
     def forget(self, now: float) -> None:
         """Drop expectations that were not confirmed in their time."""
-        while self._order and self._order[0].until_s <= now:
-            self._forget_oldest()
-
-    def _forget_oldest(self) -> None:
-        entry = self._order.popleft()
-        self._num_expected -= len(entry.hashes)
-        self._unexpect(entry)
-
-    def _unexpect(self, entry: _Expected) -> None:
-        expected = self._expected
-        for value in entry.hashes:
-            if expected.get(value) is entry:
-                del expected[value]
+        self._expected.forget(now)
 
     def depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
         """Who holds how much of a prompt's KV.
 
         Returns:
             Pairs (depth, members): these members hold the first `depth` blocks and not the one behind; deepest first,
-            each member at most once.
+            each depth and each member at most once.
         """
-        kv, expected = self._kv.get, self._expected.get
+        told, expected = self._told_depths(hashes), self._expected.depths(hashes)
+        if not expected:
+            return told
+        found: list[tuple[int, int]] = []
+        seen = 0
+        for depth, members in sorted((*told, *expected), reverse=True):
+            fresh = members & ~seen
+            if fresh:
+                seen |= fresh
+                if found and found[-1][0] == depth:
+                    fresh |= found.pop()[1]
+                found.append((depth, fresh))
+        return found
 
-        def holders(index: int) -> int:
-            value = hashes[index]
-            entry = expected(value)
-            return kv(value, 0) if entry is None else kv(value, 0) | entry.bit
-
-        first = holders(0) if hashes else 0
+    def _told_depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
+        """As `depths`, by the members' own word."""
+        holders = self._kv.get
+        first = holders(hashes[0], 0) if hashes else 0
         if not first:
             return []
         end = len(hashes) - 1
-        seen = last = holders(end)
+        seen = last = holders(hashes[end], 0)
         found = [(end + 1, last)] if last else []
-        # Spans (from, its holders, to, its holders) whose ends differ have a change between them.
-        spans = [(0, first, end, last)]
-        while spans:
-            low, upper, high, lower = spans.pop()
-            if high - low > 1 and upper != lower:
+        # Places above `high`, whose holders are `lower`. Where holders differ, there is a change between.
+        above = [(0, first)]
+        high, lower = end, last
+        while above:
+            low, upper = above[-1]
+            if upper != lower and high - low > 1:
                 middle = (low + high) // 2
-                between = holders(middle)
-                spans.append((low, upper, middle, between))
-                spans.append((middle, between, high, lower))
-            elif upper & ~seen:
-                found.append((high, upper & ~seen))
-                seen |= upper
+                above.append((middle, holders(hashes[middle], 0)))
+                continue
+            above.pop()
+            fresh = upper & ~seen
+            if fresh:
+                found.append((high, fresh))
+                seen |= fresh
+            high, lower = low, upper
         return found
 
     def state_depths(self, hashes: Sequence[int], depths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """As `depths`, of members that can only go on where KV reaches a recurrent state.
 
+        A routed prompt leaves a state behind its last full block at least.
+
         Args:
             hashes: of the prompt's blocks.
             depths: what `depths` returned for them.
         """
+        states, ends = self._states, self._expected.ends(hashes)
+        deepest = depths[0][0] if depths else 0
+        told = compress(range(deepest, 0, -1), map(states.__contains__, reversed(hashes[:deepest])))
         found: list[tuple[int, int]] = []
         waiting = 0
         entries = iter((*depths, (0, 0)))
         below, joining = next(entries)
-        for depth in range(below, 0, -1):
-            while depth == below:
+        for depth in merge(reversed(ends), told, reverse=True):
+            while depth <= below:
                 waiting |= joining
                 below, joining = next(entries)
-            usable = self._state_holders(hashes[depth - 1]) & waiting
+            usable = (states.get(hashes[depth - 1], 0) | ends.get(depth, 0)) & waiting
             if usable:
                 found.append((depth, usable))
                 waiting &= ~usable
@@ -156,24 +150,18 @@ class PrefixIndex:
                     break
         return found
 
-    def _state_holders(self, value: int) -> int:
-        """A routed prompt leaves a state behind its last full block at least."""
-        expected = self._expected.get(value)
-        known = self._states.get(value, 0)
-        return known | expected.bit if expected is not None and expected.hashes[-1] == value else known
 
-
-def _add(index: dict[int, int], held: set[int], hashes: Iterable[int], bit: int) -> None:
+def _add(index: dict[int, int], held: dict[int, None], hashes: Iterable[int], bit: int) -> None:
     for value in hashes:
         index[value] = index.get(value, 0) | bit
-        held.add(value)
+        held[value] = None
 
 
-def _discard(index: dict[int, int], held: set[int], hashes: Iterable[int], bit: int) -> None:
+def _discard(index: dict[int, int], held: dict[int, None], hashes: Iterable[int], bit: int) -> None:
     for value in hashes:
         if value not in held:
             continue
-        held.discard(value)
+        del held[value]
         left = index[value] & ~bit
         if left:
             index[value] = left

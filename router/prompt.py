@@ -57,7 +57,8 @@ class Prompt:
             extend_hashes(hashes, self._tokens, block_size, self._source.cache_salt, max_blocks=max_blocks)
         if len(hashes) < full:
             return False
-        self._hashes[block_size] = self._under_way.pop(block_size)
+        # A tuple of numbers, unlike a list, is nothing to Python's garbage collector.
+        self._hashes[block_size] = tuple(self._under_way.pop(block_size))
         return True
 
 

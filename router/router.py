@@ -7,7 +7,7 @@ from typing import Final
 from router.errors import ConfigError, NoMemberError
 from router.load import CacheEvents, MemberLoad
 from router.policy import Extra, PolicyConfig
-from router.pool import Offer, Part, Pool
+from router.pool import Offer, Part, Pool, Seat
 from router.prompt import Prompt
 from router.request import MemberId, Role
 
@@ -52,6 +52,8 @@ class Route:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Routed:
+    """A request that went to a member."""
+
     member_id: MemberId
     until_s: float
     report: int
@@ -64,28 +66,38 @@ class _Member:
     """What the router knows of one member."""
 
     def __init__(self, load: MemberLoad, pool: Pool) -> None:
-        self.load = load
+        self.seat = Seat(load=load, extra=Extra())
         self.pool = pool
-        self.slot = pool.add(load)
+        self.slot = pool.add(self.seat)
         self.reports = 0
         self.routed: deque[_Routed] = deque()
         self.sequence: int | None = None
         """Of the cache events that were taken in; None: a snapshot is due."""
 
-    def reprice(self) -> None:
-        tokens = sum(entry.tokens for entry in self.routed)
-        held = sum(entry.held_tokens for entry in self.routed)
-        extra = Extra(
-            requests=len(self.routed), tokens=tokens, held_tokens=held, arrivals_per_s=self.pool.arrivals_per_s
-        )
-        self.pool.update(self.slot, self.load, extra)
+    def report(self, load: MemberLoad, now: float) -> None:
+        """Take its next report."""
+        self.seat.load = load
+        self.reports += 1
+        self.settle(now)
+        self.pool.touch(self.slot)
+
+    def note(self, entry: _Routed) -> None:
+        """A request goes to it."""
+        self.routed.append(entry)
+        self._count(entry, 1)
 
     def settle(self, now: float) -> None:
         """Forget what was routed long enough ago. A request may cross the first report on the way, not the second."""
         routed = self.routed
         while routed and (routed[0].report <= self.reports or routed[0].until_s <= now):
-            routed.popleft()
-        self.reprice()
+            self._count(routed.popleft(), -1)
+
+    def _count(self, entry: _Routed, sign: int) -> None:
+        extra = self.seat.extra
+        extra.requests += sign
+        extra.tokens += sign * entry.tokens
+        extra.held_tokens += sign * entry.held_tokens
+        self.pool.touch(self.slot)
 
 
 class Router:
@@ -95,12 +107,13 @@ class Router:
         self._config = config or RouterConfig()
         self._members: dict[MemberId, _Member] = {}
         self._pools: dict[_PoolKey, Pool] = {}
+        self._pools_of: dict[Role, list[Pool]] = {}
         self._recent: deque[_Routed] = deque()
 
     @property
     def loads(self) -> tuple[MemberLoad, ...]:
         """The latest report of each member."""
-        return tuple(member.load for member in self._members.values())
+        return tuple(member.seat.load for member in self._members.values())
 
     @property
     def block_sizes(self) -> frozenset[int]:
@@ -110,18 +123,17 @@ class Router:
     def update(self, load: MemberLoad, now: float) -> None:
         """Take a member's report; its first one makes it known."""
         member = self._members.get(load.member_id)
-        if member is None or (member.load.role, member.load.block_size) != (load.role, load.block_size):
+        before = None if member is None else member.seat.load
+        if member is None or before is None or (before.role, before.block_size) != (load.role, load.block_size):
             self._members[load.member_id] = self._join(load, member)
         else:
-            member.load = load
-            member.reports += 1
-            member.settle(now)
+            member.report(load, now)
 
     def _join(self, load: MemberLoad, before: _Member | None) -> _Member:
         """A member that is new, or has another role: then its cache is what it was."""
         member = _Member(load, self._pool(load))
         if before is not None:
-            if before.load.block_size == load.block_size and before.sequence is not None:
+            if before.seat.load.block_size == load.block_size and before.sequence is not None:
                 member.pool.take_events(member.slot, before.pool.snapshot(before.slot, before.sequence))
                 member.sequence = before.sequence
             before.pool.leave(before.slot)
@@ -182,8 +194,8 @@ class Router:
 
     def _best(self, role: Role, part: Part, prompt: Prompt, now: float, exclude: frozenset[MemberId]) -> Offer | None:
         found: Offer | None = None
-        for (pool_role, _), pool in self._pools.items():
-            offer = pool.best(part, prompt, now, exclude) if pool_role == role else None
+        for pool in self._pools_of.get(role, ()):
+            offer = pool.best(part, prompt, now, exclude)
             if offer is not None and (found is None or offer.cost_s < found.cost_s):
                 found = offer
         return found
@@ -197,11 +209,10 @@ class Router:
             until_s=now + self._config.recent_s,
             report=member.reports + 2,
             tokens=offer.new_tokens,
-            held_tokens=prompt.num_tokens + (0 if member.load.role == "prefill" else int(output)),
+            held_tokens=prompt.num_tokens + (0 if member.seat.load.role == "prefill" else int(output)),
         )
-        member.routed.append(entry)
+        member.note(entry)
         self._recent.append(entry)
-        member.reprice()
         member.pool.expect(offer, prompt, now, now + self._config.expected_s)
 
     def _forget_old(self, now: float) -> None:
@@ -217,6 +228,7 @@ class Router:
         if pool is None:
             pool = Pool(_PARTS[load.role], load.block_size, self._config.policy, max_expected=self._config.max_expected)
             self._pools[key] = pool
+            self._pools_of.setdefault(load.role, []).append(pool)
         return pool
 
 

@@ -39,6 +39,8 @@ ENVIRONMENT_USERS = {
 
 MUTABLE_DATACLASSES = {
     "router/request.py TokenEvent": "one is made for every token, and making a frozen one takes three times as long",
+    "router/policy.py Extra": "counters of what was routed to one member, written by the router alone",
+    "router/pool.py Seat": "the newest report of one member and those counters, written by the router alone",
     "cluster/engine_stats.py EngineStats": "counters of the engine thread alone",
     "cluster/executor.py _Pull": "progress of one pull, written by the leader alone",
     "cluster/speculation.py _Mean": "a running mean, of one policy",

@@ -45,7 +45,7 @@ def test_removed_and_cleared_blocks_are_gone_and_unknown_ones_no_error() -> None
 
 def test_expected_blocks_count_until_their_time_or_until_the_member_leaves() -> None:
     index = make_index((1,))
-    index.expect(0, [2, 3], 10.0)
+    index.expect(0, [1, 2, 3], 10.0)
     index.expect(1, [1, 2], 20.0)
     assert index.depths([1, 2, 3]) == [(3, 0b01), (2, 0b10)]
     index.forget(10.0)
@@ -72,13 +72,14 @@ def test_a_routed_prompt_is_expected_to_leave_a_state_at_its_end() -> None:
     assert index.state_depths([1], index.depths([1])) == []
 
 
-def test_a_block_expected_of_two_members_in_turn_is_the_later_ones_until_its_own_time() -> None:
-    index = make_index((1,), (1,))
-    index.expect(0, [2, 3], 10.0)
-    index.expect(1, [2, 4], 20.0)
+def test_a_block_expected_of_two_members_is_expected_of_each_for_its_own_time() -> None:
+    index = make_index((), ())
+    index.expect(0, [1, 2, 3], 10.0)
+    index.expect(1, [1, 2, 4], 20.0)
+    assert index.depths([1, 2, 3]) == [(3, 0b01), (2, 0b10)]
     index.forget(10.0)
-    assert index.depths([1, 2]) == [(2, 0b10), (1, 0b01)]
-    assert index.depths([1, 2, 3]) == [(2, 0b10), (1, 0b01)]
+    assert index.depths([1, 2, 3]) == [(2, 0b10)]
+    assert index.depths([1, 2, 4]) == [(3, 0b10)]
 
 
 def test_a_member_that_leaves_takes_only_its_own_expectations_along() -> None:

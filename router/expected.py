@@ -1,0 +1,157 @@
+"""Prompts that were routed to members and will soon be in their caches: a radix tree over block hashes.
+
+A block's hash covers everything before it, so two prompts agree up to the last hash that they share: how far a prompt
+goes along an edge is a binary search, and a prompt of a thousand blocks is taken in with as few steps as one of ten.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """A prompt that was routed to a member."""
+
+    member: int
+    until_s: float
+    hashes: Sequence[int]
+
+
+class _Node:
+    """An edge of the tree: blocks `start` to `end` of the prompts that pass it."""
+
+    __slots__ = ("children", "end", "ending", "hashes", "members", "passing", "start")
+
+    def __init__(self, hashes: Sequence[int], start: int, end: int) -> None:
+        self.hashes = hashes
+        """Of the prompt that passed last, which is the last to be forgotten."""
+        self.start = start
+        self.end = end
+        self.children: dict[int, _Node] = {}
+        self.passing: dict[int, int] = {}
+        """Prompts by member."""
+        self.ending: dict[int, int] = {}
+        """Of those, the ones whose last block is this edge's last."""
+        self.members = 0
+        """Those of `passing`, as a bit set."""
+
+    def agreed(self, hashes: Sequence[int]) -> int:
+        """How many blocks of a prompt are those of this edge and before it; its block `start` is known to be."""
+        own, end = self.hashes, min(self.end, len(hashes))
+        if own[end - 1] == hashes[end - 1]:
+            return end
+        low = self.start + 1
+        while end - low > 1:
+            middle = (low + end) // 2
+            if own[middle - 1] == hashes[middle - 1]:
+                low = middle
+            else:
+                end = middle
+        return low
+
+    def split(self, at: int) -> "_Node":
+        """Make this the lower part of itself, from `at` on; returns the upper part, which is its parent now."""
+        upper = _Node(self.hashes, self.start, at)
+        upper.children[self.hashes[at]] = self
+        upper.passing = self.passing.copy()
+        upper.members = self.members
+        self.start = at
+        return upper
+
+
+class ExpectedPrefixes:
+    """Members are numbers from 0 on, here and in each bit set. Used by one thread; times are unix seconds.
+
+    Args:
+        max_blocks: block hashes remembered at once, over all prompts; the oldest prompts are forgotten first.
+    """
+
+    def __init__(self, *, max_blocks: int) -> None:
+        self._root = _Node((), 0, 0)
+        self._order: deque[_Entry] = deque()
+        self._num_blocks = 0
+        self._max_blocks = max_blocks
+
+    def add(self, member: int, hashes: Sequence[int], until_s: float) -> None:
+        """The member will soon hold these blocks of a prompt; never changed from now on. Times must not go back."""
+        if not hashes:
+            return
+        node, at, bit = self._root, 0, 1 << member
+        while at < len(hashes):
+            child = node.children.get(hashes[at])
+            if child is None:
+                child = node.children[hashes[at]] = _Node(hashes, at, len(hashes))
+            elif (agreed := child.agreed(hashes)) < child.end:
+                child = node.children[hashes[at]] = child.split(agreed)
+            child.hashes = hashes
+            child.passing[member] = child.passing.get(member, 0) + 1
+            child.members |= bit
+            node, at = child, child.end
+        node.ending[member] = node.ending.get(member, 0) + 1
+        self._order.append(_Entry(member=member, until_s=until_s, hashes=hashes))
+        self._num_blocks += len(hashes)
+        while self._num_blocks > self._max_blocks:
+            self._drop(self._order.popleft())
+
+    def forget(self, now: float) -> None:
+        """Drop prompts whose time is over."""
+        while self._order and self._order[0].until_s <= now:
+            self._drop(self._order.popleft())
+
+    def leave(self, member: int) -> None:
+        """Drop what a member was expected to hold."""
+        entries, self._order = self._order, deque()
+        for entry in entries:
+            if entry.member == member:
+                self._drop(entry)
+            else:
+                self._order.append(entry)
+
+    def _drop(self, entry: _Entry) -> None:
+        self._num_blocks -= len(entry.hashes)
+        node, at = self._root, 0
+        while at < len(entry.hashes):
+            child = node.children[entry.hashes[at]]
+            _take_one(child.passing, entry.member)
+            if not child.passing:
+                # Nobody passed it, nor what is below.
+                del node.children[entry.hashes[at]]
+                return
+            if entry.member not in child.passing:
+                child.members ^= 1 << entry.member
+            node, at = child, child.end
+        _take_one(node.ending, entry.member)
+
+    def depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
+        """Pairs (depth, members): these were sent the first `depth` blocks of a prompt at least; deepest first."""
+        found = [(depth, node.members) for node, depth in self._walk(hashes)]
+        found.reverse()
+        return found
+
+    def ends(self, hashes: Sequence[int]) -> dict[int, int]:
+        """Depth -> members that were sent a prompt which ends there and goes no other way before that."""
+        found: dict[int, int] = {}
+        for node, depth in self._walk(hashes):
+            if depth == node.end and node.ending:
+                found[depth] = sum(1 << member for member in node.ending)
+        return found
+
+    def _walk(self, hashes: Sequence[int]) -> Iterator[tuple[_Node, int]]:
+        """The edges along a prompt, and how many of its first blocks it shares with each."""
+        node, at = self._root, 0
+        while at < len(hashes):
+            child = node.children.get(hashes[at])
+            if child is None:
+                return
+            at = child.agreed(hashes)
+            yield child, at
+            if at < child.end:
+                return
+            node = child
+
+
+def _take_one(counts: dict[int, int], key: int) -> None:
+    left = counts.pop(key) - 1
+    if left:
+        counts[key] = left
