@@ -89,18 +89,17 @@ class Moe:
         alone = comms.world.size == 1
         if alone or not runtime.exact:
             y_AC = runtime.kernels.weighted_experts(
-                x_AC, ids_AK, weights_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=runtime.exact
+                x_AC, ids_AK, weights_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups
             )
             y_AC = self._add_shared(runtime, x_AC, y_AC)
             # Summing K before the ranks moves K times less; the order of float sums differs from one rank's.
             return y_AC if alone else comms.world.all_reduce(y_AC)[mine]
-        y_AKC = runtime.kernels.experts(
-            x_AC, ids_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=runtime.exact
-        )
-        shared_AC = None if self.shared is None else self.shared.partial(runtime, x_AC, wide=runtime.exact)
+        y_AKC = runtime.kernels.experts(x_AC, ids_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=True)
+        shared_AC = None if self.shared is None else self.shared.partial(runtime, x_AC, wide=True)
         if shared_AC is not None:
             y_AKC = torch.cat((y_AKC, shared_AC.unsqueeze(1)), dim=1)
-        y_TKC = comms.world.all_reduce(y_AKC)[mine]
+        # As where whole experts are at hand, each one's result is rounded before their weighted sum.
+        y_TKC = comms.world.all_reduce(y_AKC)[mine].to(x_TC.dtype)
         if not x_TC.shape[0]:
             return x_TC
         shared_TC = None if shared_AC is None else y_TKC[:, self.top_k].contiguous()
@@ -117,19 +116,16 @@ class Moe:
             weights_NK, ids_NK = self._route(runtime, x_NC)
         exchange = plan_exchange(comms.world, ids_NK, self.gate_EC.shape[0])
         x_RC = dispatch(comms.world, exchange, x_NC)
-        y_RC = x_RC.float() if runtime.exact else x_RC
+        y_RC = x_RC
         if x_RC.shape[0]:
             ids_R1 = exchange.local_experts_R.unsqueeze(1)
-            y_R1C = kernels.experts(
-                x_RC, ids_R1, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=runtime.exact
-            )
-            y_RC = y_R1C.squeeze(1)
+            y_RC = kernels.experts(x_RC, ids_R1, self.gate_up_E2IC, self.down_ECI, groups=self.groups).squeeze(1)
         y_NKC = collect(comms.world, exchange, y_RC)
         if not T:
             return x_TC
         out_NC = x_NC
         if len(held):
-            shared_NC = None if self.shared is None else self.shared.partial(runtime, x_NC, wide=runtime.exact)
+            shared_NC = None if self.shared is None else self.shared.partial(runtime, x_NC, wide=False)
             out_NC = self._finish(runtime, x_NC, y_NKC, weights_NK, shared_NC)
         return gather_padded(comms.tp, out_NC, -(-T // comms.tp.size))[:T]
 
@@ -137,11 +133,11 @@ class Moe:
         self, runtime: Runtime, x_TC: Tensor, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None
     ) -> Tensor:
         """Weighted sum over K in order, then the gated shared expert."""
-        out_TC = runtime.kernels.combine(y_TKC, weights_TK, x_TC)
+        out_TC = runtime.kernels.combine(y_TKC, weights_TK)
         if self.shared is None or shared_TC is None:
             return out_TC
         gate_T1 = runtime.kernels.linear(x_TC, self.shared.gate_1C)
-        return runtime.kernels.add_gated(out_TC, shared_TC.to(x_TC.dtype), gate_T1)
+        return runtime.kernels.add_gated(out_TC, shared_TC, gate_T1)
 
     def _add_shared(self, runtime: Runtime, x_TC: Tensor, y_TC: Tensor) -> Tensor:
         """The gated shared expert onto what the routed ones gave."""

@@ -145,17 +145,15 @@ class Kernels(Protocol):
         down_ECI: Tensor,
         *,
         groups: int = 1,
-        wide: bool = False,
     ) -> Tensor:
-        """combine(experts(x, ids, gate_up, down), weights, x) -> [T, C] in one call, with the same bits.
+        """combine(experts(x, ids, gate_up, down), weights) -> [T, C] in one call, with the same bits.
 
         For results that no other rank adds to: `experts` writes [T, K, C] to memory, this does not. weights float32.
-        `wide`: sum results that were not rounded to x's dtype.
         """
         ...
 
-    def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
-        """Sum over K, in order, of weight * y -> [T, C] in dtype_like's dtype; products and sums in float32."""
+    def combine(self, y_TKC: Tensor, weights_TK: Tensor) -> Tensor:
+        """Sum over K, in order, of weight * y -> [T, C] in y's dtype; products and sums in float32."""
         ...
 
     def add_gated(self, x_TC: Tensor, shared_TC: Tensor, gate_T1: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ _SIGNATURES: dict[str, list[type]] = MATMUL_SIGNATURES | {
     "kernels_add_norm": [_int] * 3 + [_address] * 5 + [_long] * 2 + [_float, _int],
     "kernels_silu_mul": [_int] * 3 + [_address] * 2 + [_long] * 3,
     "kernels_route": [_int] * 3 + [_address] * 3 + [_long] * 4 + [_int],
-    "kernels_combine": [_int] * 4 + [_address] * 3 + [_long] * 3,
+    "kernels_combine": [_int] * 3 + [_address] * 3 + [_long] * 3,
     "kernels_best_tokens": [_int] * 2 + [_address] * 2 + [_long] * 3,
     "kernels_add_gated": [_int] * 3 + [_address] * 4 + [_long] * 3,
 }
@@ -213,22 +213,19 @@ class NativeKernels:
         down_ECI: Tensor,
         *,
         groups: int = 1,
-        wide: bool = False,
     ) -> Tensor:
         """The bits of `combine` of `experts`, without their results in memory all at once."""
-        return self._matmul.weighted_experts(x_TC, ids_TK, weights_TK, gate_up_E2IC, down_ECI, groups=groups, wide=wide)
+        return self._matmul.weighted_experts(x_TC, ids_TK, weights_TK, gate_up_E2IC, down_ECI, groups=groups)
 
-    def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
+    def combine(self, y_TKC: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y, in float32."""
-        (T, K, C), wide = y_TKC.shape, y_TKC.dtype != dtype_like.dtype
-        if wide and y_TKC.dtype != torch.float32:
-            raise ValueError(f"combine: y is {y_TKC.dtype}; it must be float32 or {dtype_like.dtype}, as the result")
-        check_tensor("y", y_TKC, y_TKC.dtype, (T, K, C))
+        T, K, C = y_TKC.shape
+        code = check_tensors(y_TKC, y=(y_TKC, (T, K, C)))
         check_tensor("weights", weights_TK, torch.float32, (T, K))
-        out_TC = y_TKC.new_empty((T, C), dtype=dtype_like.dtype)
+        out_TC = y_TKC.new_empty((T, C))
         self._library.kernels_combine(
-            self._path, torch.get_num_threads(), dtype_code("dtype_like", out_TC), wide, y_TKC.data_ptr(),
-            weights_TK.data_ptr(), out_TC.data_ptr(), T, K, C,
+            self._path, torch.get_num_threads(), code, y_TKC.data_ptr(), weights_TK.data_ptr(), out_TC.data_ptr(),
+            T, K, C,
         )  # fmt: skip
         return out_TC
 

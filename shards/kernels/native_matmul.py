@@ -59,12 +59,11 @@ class NativeMatmul:
         down_ECI: Tensor,
         *,
         groups: int,
-        wide: bool,
     ) -> Tensor:
         """The weighted sum over K of what `experts` gives -> [T, C]."""
         check_tensor("weights", weights_TK, torch.float32, tuple(ids_TK.shape))
         y_TC = torch.empty_like(x_TC)
-        self._experts(x_TC, ids_TK, weights_TK, gate_up_E2IC, down_ECI, y_TC, groups=groups, wide=wide)
+        self._experts(x_TC, ids_TK, weights_TK, gate_up_E2IC, down_ECI, y_TC, groups=groups, wide=False)
         return y_TC
 
     def _experts(

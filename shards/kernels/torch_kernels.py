@@ -138,18 +138,16 @@ class TorchKernels:
         down_ECI: Tensor,
         *,
         groups: int = 1,
-        wide: bool = False,
     ) -> Tensor:
         """The weighted sum over K of what `experts` gives."""
-        y_TKC = self.experts(x_TC, ids_TK, gate_up_E2IC, down_ECI, groups=groups, wide=wide)
-        return self.combine(y_TKC, weights_TK, x_TC)
+        return self.combine(self.experts(x_TC, ids_TK, gate_up_E2IC, down_ECI, groups=groups), weights_TK)
 
-    def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
+    def combine(self, y_TKC: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y, in float32."""
         total_TC = torch.zeros(y_TKC.shape[0], y_TKC.shape[2], device=y_TKC.device)
         for k in range(y_TKC.shape[1]):
             total_TC = total_TC + y_TKC[:, k].float() * weights_TK[:, k : k + 1]
-        return total_TC.to(dtype_like.dtype)
+        return total_TC.to(y_TKC.dtype)
 
     def add_gated(self, x_TC: Tensor, shared_TC: Tensor, gate_T1: Tensor) -> Tensor:
         """x + shared * sigmoid(gate) in x's dtype."""

@@ -105,15 +105,13 @@ class TritonKernels:
         down_ECI: Tensor,
         *,
         groups: int = 1,
-        wide: bool = False,
     ) -> Tensor:
         """`experts`, then the weighted sum over K."""
-        y_TKC = self.experts(x_TC, ids_TK, gate_up_E2IC, down_ECI, groups=groups, wide=wide)
-        return self.combine(y_TKC, weights_TK, x_TC)
+        return self.combine(self.experts(x_TC, ids_TK, gate_up_E2IC, down_ECI, groups=groups), weights_TK)
 
-    def combine(self, y_TKC: Tensor, weights_TK: Tensor, dtype_like: Tensor) -> Tensor:
+    def combine(self, y_TKC: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over K, in order, of weight * y, in float32."""
-        return triton_matmul.combine(y_TKC, weights_TK, dtype_like.dtype)
+        return triton_matmul.combine(y_TKC, weights_TK)
 
     def add_gated(self, x_TC: Tensor, shared_TC: Tensor, gate_T1: Tensor) -> Tensor:
         """x + shared * sigmoid(gate), not rounded in between."""

@@ -216,10 +216,10 @@ def route(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, 
     return weights_TK, ids_TK
 
 
-def combine(y_TKC: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+def combine(y_TKC: Tensor, weights_TK: Tensor) -> Tensor:
     """`Kernels.combine`."""
     T, K, C = y_TKC.shape
-    out_TC = torch.empty(T, C, dtype=dtype, device=y_TKC.device)
+    out_TC = y_TKC.new_empty(T, C)
     if T:
         BN = min(1024, triton.next_power_of_2(C))
         launch(_combine, (T, triton.cdiv(C, BN)), y_TKC, weights_TK, out_TC, K, C, BN)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shards.comm import tree_sum
 from shards.kernels.native import NativeKernels
-from tests.support.kernels import NATIVE, cuts, every_dtype, every_path, random, threads
+from tests.support.kernels import NATIVE, assert_close, cuts, every_dtype, every_path, random, threads
 
 
 @every_path
@@ -61,24 +61,23 @@ def test_experts_give_a_token_the_same_rows_in_any_batch(kernels: NativeKernels,
     for sizes in ([1], [7, 30]):
         pieces = [kernels.experts(x[piece], ids[piece], gate_up, down, groups=2) for piece in cuts(T, sizes)]
         assert torch.equal(torch.cat(pieces), whole)
-    # An expert is a dense layer: the same bits as if no sorting had been.
+    # An expert is a dense layer. (AMX tiles are activated by a formula of their own.)
     gated = kernels.silu_mul(kernels.linear(x[:1], gate_up[ids[0, 1]]))
-    assert torch.equal(kernels.linear(gated, down[ids[0, 1]], groups=2)[0], whole[0, 1])
+    assert_close(kernels.linear(gated, down[ids[0, 1]], groups=2)[0], whole[0, 1], scale=width**0.5)
 
 
 @every_path
 @every_dtype
-@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("T", [0, 1, 40])
 def test_weighted_experts_give_the_bits_of_experts_then_combine(
-    kernels: NativeKernels, dtype: torch.dtype, wide: bool, T: int
+    kernels: NativeKernels, dtype: torch.dtype, T: int
 ) -> None:
     x, weights = random(T, 70, dtype=dtype), random(T, 3)
     gate_up, down = random(5, 72, 70, dtype=dtype), random(5, 70, 36, dtype=dtype)
     ids = torch.randint(-1, 5, (T, 3), generator=torch.Generator().manual_seed(0))
-    fused = kernels.weighted_experts(x, ids, weights, gate_up, down, groups=4, wide=wide)
-    each = kernels.experts(x, ids, gate_up, down, groups=4, wide=wide)
-    assert torch.equal(fused, kernels.combine(each, weights, x))
+    fused = kernels.weighted_experts(x, ids, weights, gate_up, down, groups=4)
+    each = kernels.experts(x, ids, gate_up, down, groups=4)
+    assert torch.equal(fused, kernels.combine(each, weights))
 
 
 @every_path
@@ -223,7 +222,7 @@ def test_rows_of_norms_activations_and_routing_do_not_depend_on_the_batch(dtype:
         ),
         lambda r: kernels.route(x[r], 5, renormalize=True)[0],
         lambda r: kernels.route(x[r], 5, renormalize=True)[1],
-        lambda r: kernels.combine(x[r].view(-1, 6, 11), cos[r, :6].contiguous(), x),
+        lambda r: kernels.combine(x[r].view(-1, 6, 11), cos[r, :6].contiguous()),
     ]
     for operator in operators:
         whole = operator(slice(0, 50))

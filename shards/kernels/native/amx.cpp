@@ -9,7 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16"
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"
 #define ENTRY __attribute__((target(TARGET)))
 #define FN inline __attribute__((always_inline, target(TARGET)))
 
@@ -132,9 +132,69 @@ struct Source {
     int pace;  // lines of each stream that are fetched ahead a step
 };
 
+// Floats from the sums of one group of K to those of the next, and how many groups wait for their sum.
+constexpr int LEAF = 4 * SUMS;
+constexpr int LEAVES = 8;
+
+// (p0 + p1) + (p2 + p3) of one row of sums over N groups of K.
+template <int N>
+FN __m512 tree(const float* at) {
+    if constexpr (N == 1)
+        return _mm512_load_ps(at);
+    else
+        return _mm512_add_ps(tree<N / 2>(at), tree<N / 2>(at + N / 2 * LEAF));
+}
+
+template <int N>
+FN void sum_leaves(float* sums, int first, int end) {
+    for (int i = first; i < end; i += BLOCK) _mm512_store_ps(sums + i, tree<N>(sums + i));
+}
+
+// Sums of finished blocks, whose results are made piece by piece between the steps of the next product: the vector
+// units have nothing else to do there.
+template <int A, class Use>
+struct Waiting {
+    static constexpr int REDUCTIONS = 4;  // pieces in which the groups of a block are added
+    struct Block {
+        float* sums;
+        int leaves, row, rows;
+    };
+    const Use& use;
+    Block blocks[2] = {};
+    int count = 0, block = 0, piece = 0;
+
+    FN void add(float* sums, int leaves, int row, int rows) {
+        blocks[count++] = {sums, leaves, row, rows};
+        if (count == 1) piece = leaves > 1 ? -REDUCTIONS : 0;
+    }
+    FN void some() {
+        if (block >= count) return;
+        const Block& b = blocks[block];
+        if (piece < 0) return reduce(b, piece++ + REDUCTIONS);
+        use(b.sums, b.row, b.rows, piece);
+        if (++piece < Use::PIECES) return;
+        block++;
+        piece = block < count && blocks[block].leaves > 1 ? -REDUCTIONS : 0;
+    }
+    FN void all() {
+        while (block < count) some();
+        count = block = 0;
+    }
+    FN void reduce(const Block& b, int share) {
+        constexpr int SIZE = A * SUMS / REDUCTIONS;
+        if (b.leaves == 2)
+            sum_leaves<2>(b.sums, share * SIZE, (share + 1) * SIZE);
+        else if (b.leaves == 4)
+            sum_leaves<4>(b.sums, share * SIZE, (share + 1) * SIZE);
+        else
+            sum_leaves<8>(b.sums, share * SIZE, (share + 1) * SIZE);
+    }
+};
+
 // Sums of one group of K -> sums [B][A][weight row][row of x].
-template <int A, int B>
-FN void part(const Source& weights, const Panel& panel, int group, int64_t steps, Ahead& ahead, float* sums) {
+template <int A, int B, class Use>
+FN void part(const Source& weights, const Panel& panel, int group, int64_t steps, Ahead& ahead,
+             Waiting<A, Use>& waiting, float* sums) {
     const bf16 *w = weights.at + group * weights.group, *x = panel.at + group * steps * panel.tile;
     int row_bytes = panel.tile / BLOCK * 2;
     _tile_zero(0);
@@ -155,6 +215,7 @@ FN void part(const Source& weights, const Panel& panel, int group, int64_t steps
             _tile_dpbf16ps(2, 4, 7);
             if constexpr (A == 2) _tile_dpbf16ps(3, 5, 7);
         }
+        waiting.some();
     }
     _tile_stored(0, sums, LINE);
     if constexpr (A == 2) _tile_stored(1, sums + SUMS, LINE);
@@ -162,20 +223,26 @@ FN void part(const Source& weights, const Panel& panel, int group, int64_t steps
     if constexpr (A == 2 && B == 2) _tile_stored(3, sums + 3 * SUMS, LINE);
 }
 
-// The parts of K are added like a binary counter carries: (p0 + p1) + (p2 + p3), whatever their number.
-template <int A, int B>
-FN void tiles(const Source& weights, const Panel& panel, int64_t steps, int groups, Ahead& ahead, float* sums) {
+// Sums of all groups of K -> sums, as `leaves` that are still to be added; returns how many. More than LEAVES are added
+// here, as a binary counter carries: (p0 + p1) + (p2 + p3), whatever their number.
+template <int A, int B, class Use>
+FN int tiles(const Source& weights, const Panel& panel, int64_t steps, int groups, Ahead& ahead, Waiting<A, Use>& waiting,
+             float* sums) {
     constexpr int LEVELS = 16, SIZE = A * B * SUMS;
-    if (groups == 1) return part<A, B>(weights, panel, 0, steps, ahead, sums);
+    if (groups <= LEAVES) {
+        for (int g = 0; g < groups; g++) part<A, B>(weights, panel, g, steps, ahead, waiting, sums + g * LEAF);
+        return groups;
+    }
     alignas(64) float levels[LEVELS][SIZE];
     for (int g = 0; g < groups; g++) {
-        part<A, B>(weights, panel, g, steps, ahead, sums);
+        part<A, B>(weights, panel, g, steps, ahead, waiting, sums);
         int level = 0;
         for (int carry = g; carry & 1; carry >>= 1, level++)
             for (int i = 0; i < SIZE; i++) sums[i] = levels[level][i] + sums[i];
         if (g + 1 < groups)
             for (int i = 0; i < SIZE; i++) levels[level][i] = sums[i];
     }
+    return 1;
 }
 
 template <int A>
@@ -189,52 +256,83 @@ FN Source source_of(const Weights& w, int rows, int groups, const Ahead& ahead) 
     return {to, size, steps * TILE, TILE, LINE, pace};
 }
 
-// Calls use(sums, first row, rows) for every block of x rows.
+// Calls use(sums, first row, rows, piece) for every block of x rows and every piece of it.
 template <int A, class Use>
 FN void over_blocks(const Weights& w, const bf16* panel, int rows, int groups, Ahead ahead, const Use& use) {
-    alignas(64) float sums[2 * A * SUMS];
+    alignas(64) float both[2][LEAVES * LEAF];
     int64_t block = BLOCK * packed_width(w.K, groups), steps = steps_of(w.K, groups);
     Source source = source_of<A>(w, rows, groups, ahead);
+    Waiting<A, Use> waiting{use};
     bool narrow = rows <= NARROW;
     configure(narrow);
-    for (int r = 0; r < rows; r += 2 * BLOCK, panel += 2 * block) {
+    int turn = 0;
+    for (int r = 0; r < rows; r += 2 * BLOCK, panel += 2 * block, turn ^= 1) {
+        float* sums = both[turn];
         int left = rows - r, first = left < BLOCK ? left : BLOCK, second = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
         if (second > NARROW) {
-            tiles<A, 2>(source, {panel, block, TILE}, steps, groups, ahead, sums);
-            use(sums, r, first);
-            use(sums + A * SUMS, r + BLOCK, second);
+            int leaves = tiles<A, 2>(source, {panel, block, TILE}, steps, groups, ahead, waiting, sums);
+            waiting.all();
+            waiting.add(sums, leaves, r, first);
+            waiting.add(sums + A * SUMS, leaves, r + BLOCK, second);
             continue;
         }
         if (!narrow && first <= NARROW) configure(narrow = true);
-        tiles<A, 1>(source, {panel, block, tile_size(first)}, steps, groups, ahead, sums);
-        use(sums, r, first);
+        int leaves = tiles<A, 1>(source, {panel, block, tile_size(first)}, steps, groups, ahead, waiting, sums);
+        waiting.all();
+        waiting.add(sums, leaves, r, first);
         if (second <= 0) continue;
         configure(narrow = true);
-        tiles<A, 1>(source, {panel + block, block, tile_size(second)}, steps, groups, ahead, sums);
-        use(sums, r + BLOCK, second);
+        float* beside = sums + A * SUMS;
+        tiles<A, 1>(source, {panel + block, block, tile_size(second)}, steps, groups, ahead, waiting, beside);
+        waiting.all();
+        waiting.add(beside, leaves, r + BLOCK, second);
     }
+    waiting.all();
 }
 
+// Sums as they are.
 template <int A>
-FN void multiply_columns(const Weights& w, const bf16* panel, int rows, int groups, Ahead ahead, float* sums) {
-    over_blocks<A>(w, panel, rows, groups, ahead, [&](const float* found, int r, int here) ENTRY {
-        for (int a = 0; a < A; a++) turn(found + a * SUMS, here, sums + r * COLUMNS + a * BLOCK);
-    });
-}
+struct Plain {
+    static constexpr int PIECES = 1;
+    float* to;
+    FN void operator()(const float* sums, int r, int here, int) const {
+        for (int a = 0; a < A; a++) turn(sums + a * SUMS, here, to + r * COLUMNS + a * BLOCK);
+    }
+};
+
+// Rounded sums of two tiles of weights.
+struct Rounded {
+    static constexpr int PIECES = 1;
+    bf16* const* out;
+    FN void operator()(const float* sums, int r, int here, int) const { turn_rounded(sums, here, out + r); }
+};
+
+// Activated sums of a tile of gates and one of ups.
+struct Activated {
+    static constexpr int PIECES = 4;
+    bf16* inner;
+    int64_t row, width;
+    int columns;
+    int64_t at;
+    FN void operator()(const float* sums, int r, int here, int piece) const {
+        constexpr int SHARE = BLOCK / PIECES;
+        int first = piece * SHARE, end = first + SHARE < columns ? first + SHARE : columns;
+        put_inner(sums, first, end, Inner{inner + r * row, width, tile_size(here)}, at);
+    }
+};
 
 ENTRY void multiply(const bf16* panel, int rows, const bf16* w, int columns, int64_t K, int groups, Ahead ahead,
                     float* sums) {
     if (columns > BLOCK)
-        multiply_columns<2>({{w, w + BLOCK * K}, {BLOCK, columns - BLOCK}, K}, panel, rows, groups, ahead, sums);
+        over_blocks<2>({{w, w + BLOCK * K}, {BLOCK, columns - BLOCK}, K}, panel, rows, groups, ahead, Plain<2>{sums});
     else
-        multiply_columns<1>({{w, w}, {columns, columns}, K}, panel, rows, groups, ahead, sums);
+        over_blocks<1>({{w, w}, {columns, columns}, K}, panel, rows, groups, ahead, Plain<1>{sums});
 }
 
 ENTRY void round_to(const bf16* panel, int rows, const bf16* w, int columns, int64_t K, int groups, Ahead ahead,
                     bf16* const* out) {
     if (columns == 2 * BLOCK) {
-        over_blocks<2>({{w, w + BLOCK * K}, {BLOCK, BLOCK}, K}, panel, rows, groups, ahead,
-                       [&](const float* found, int r, int here) ENTRY { turn_rounded(found, here, out + r); });
+        over_blocks<2>({{w, w + BLOCK * K}, {BLOCK, BLOCK}, K}, panel, rows, groups, ahead, Rounded{out});
         return;
     }
     alignas(64) float sums[CALL_ROWS * COLUMNS];
@@ -245,10 +343,8 @@ ENTRY void round_to(const bf16* panel, int rows, const bf16* w, int columns, int
 
 ENTRY void gate_up(const bf16* panel, int rows, const bf16* gate, const bf16* up, int columns, int64_t K, Ahead ahead,
                    bf16* inner, int64_t I, int64_t at, int groups) {
-    int64_t row = packed_width(I, groups);
-    over_blocks<2>({{gate, up}, {columns, columns}, K}, panel, rows, 1, ahead, [&](const float* sums, int r, int here) ENTRY {
-        put_inner(sums, columns, Inner{inner + r * row, I / groups, tile_size(here)}, at);
-    });
+    Activated use{inner, packed_width(I, groups), I / groups, columns, at};
+    over_blocks<2>({{gate, up}, {columns, columns}, K}, panel, rows, 1, ahead, use);
 }
 
 // Whether processor and kernel let this process use tiles; asks the kernel for their state.

@@ -58,30 +58,27 @@ FN void turn(const float* sums, int rows, float* to) {
     for (int r = 0; r < rows; r++) _mm512_storeu_si512(to + r * COLUMNS, row[r]);
 }
 
-// Sixteen floats, each rounded as `store` does, in the lower halves.
-FN __m512i round_lanes(__m512i bits) {
-    __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
-    __mmask16 nan = _mm512_cmp_ps_mask((__m512)bits, (__m512)bits, _CMP_UNORD_Q);
-    return _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+// Two rows of floats, rounded and interleaved: the pairs (even[i], odd[i]).
+FN __m512i round_pairs(__m512 even, __m512 odd) {
+    const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
 // sums of two tiles [weight row][row of x] -> to[r][n], rounded.
 FN void turn_rounded(const float* sums, int rows, bf16* const* to) {
     if (rows <= NARROW) {
         __m512i places = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
-        for (int r = 0; r < rows; r++)
-            for (int a = 0; a < 2; a++) {
-                __m512i bits = _mm512_i32gather_epi32(places, sums + a * SUMS + r, sizeof(float));
-                _mm256_storeu_si256((__m256i*)(to[r] + a * BLOCK), _mm512_cvtepi32_epi16(round_lanes(bits)));
-            }
+        for (int r = 0; r < rows; r++) {
+            __m512 first = _mm512_i32gather_ps(places, sums + r, sizeof(float));
+            __m512 second = _mm512_i32gather_ps(places, sums + SUMS + r, sizeof(float));
+            _mm512_storeu_si512(to[r], (__m512i)_mm512_cvtne2ps_pbh(second, first));
+        }
         return;
     }
     __m512i pairs[BLOCK];
-    for (int p = 0; p < BLOCK; p++) {
-        __m512i even = _mm512_load_si512(sums + 2 * p * BLOCK), odd = _mm512_load_si512(sums + (2 * p + 1) * BLOCK);
-        pairs[p] = _mm512_or_si512(round_lanes(even), _mm512_slli_epi32(round_lanes(odd), 16));
-    }
+    for (int p = 0; p < BLOCK; p++)
+        pairs[p] = round_pairs(_mm512_load_ps(sums + 2 * p * BLOCK), _mm512_load_ps(sums + (2 * p + 1) * BLOCK));
     transpose(pairs);
     for (int r = 0; r < rows; r++) _mm512_storeu_si512(to[r], pairs[r]);
 }
@@ -99,57 +96,63 @@ struct Inner {
     }
 };
 
-// silu(gate) * up of one column for 16 rows of x.
-FN void activate(const float* gate, const float* up, uint32_t* to) {
-    for (int r = 0; r < BLOCK; r++) {
-        bf16 product;
-        store(&product, rounded<bf16>(silu(rounded<bf16>(gate[r]))) * rounded<bf16>(up[r]));
-        to[r] = product;
-    }
+FN __m512 rounded(__m512 x) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
+}
+
+// silu(gate) * up of one column for 16 rows of x, to be rounded. Nothing but bfloat16 is made of it, so e^-gate is 2^n
+// times a polynomial (Cephes' expf coefficients), and a reciprocal with one step of Newton stands for the division.
+FN __m512 activate(const float* gates, const float* ups) {
+    __m512 gate = rounded(_mm512_loadu_ps(gates)), up = rounded(_mm512_loadu_ps(ups));
+    __m512 x = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), gate), _mm512_set1_ps(87.0f));
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147181f), x);
+    __m512 p = _mm512_set1_ps(1.3981999507e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    __m512 below = _mm512_add_ps(_mm512_scalef_ps(p, n), _mm512_set1_ps(1.0f));
+    __m512 inverse = _mm512_rcp14_ps(below);
+    inverse = _mm512_fmadd_ps(_mm512_fnmadd_ps(below, inverse, _mm512_set1_ps(1.0f)), inverse, inverse);
+    return _mm512_mul_ps(rounded(_mm512_mul_ps(gate, inverse)), up);
 }
 
 // Four columns of up to NARROW rows at once, which begin a row pair of their own.
 FN void put_four(const float* sums, bf16* pair) {
     alignas(64) float gate[BLOCK], up[BLOCK];
-    alignas(64) uint32_t done[BLOCK], pairs[2 * NARROW];
-    __m512i four[2];
-    for (int i = 0; i < 2; i++) {
-        const float* from = sums + i * SUMS;
-        __m256 low = _mm256_set_m128(_mm_load_ps(from + BLOCK), _mm_load_ps(from));
-        __m256 high = _mm256_set_m128(_mm_load_ps(from + 3 * BLOCK), _mm_load_ps(from + 2 * BLOCK));
-        four[i] = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+    for (int n = 0; n < 4; n++) {
+        _mm_store_ps(gate + n * NARROW, _mm_load_ps(sums + n * BLOCK));
+        _mm_store_ps(up + n * NARROW, _mm_load_ps(sums + SUMS + n * BLOCK));
     }
-    _mm512_store_si512(gate, four[0]);
-    _mm512_store_si512(up, four[1]);
-    activate(gate, up, done);
-    for (int i = 0; i < 2 * NARROW; i++) {
-        const uint32_t* one = done + i / NARROW * 2 * NARROW + i % NARROW;
-        pairs[i] = one[0] | one[NARROW] << 16;
-    }
-    memcpy(pair, pairs, sizeof pairs);
+    const __m256i places = _mm256_set_epi16(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+    __m256i done = (__m256i)_mm512_cvtneps_pbh(activate(gate, up));
+    _mm256_storeu_si256((__m256i*)pair, _mm256_permutexvar_epi16(places, done));
 }
 
-// sums of `columns` gates, then of their ups -> columns [at, at + columns) of `inner`.
-FN void put_inner(const float* sums, int columns, const Inner& inner, int64_t at) {
-    for (int n = 0; n < columns; n++) {
-        uint32_t one[BLOCK], two[BLOCK];
+// sums of gates, then of their ups; [first, end) of them -> columns [at + first, at + end) of `inner`.
+FN void put_inner(const float* sums, int first, int end, const Inner& inner, int64_t at) {
+    bool narrow = inner.tile == tile_size(NARROW);
+    for (int n = first; n < end; n++) {
         bf16* pair = inner.pair(at + n);
         int64_t in_group = (at + n) % inner.width, odd = in_group % 2;
-        bool narrow = inner.tile == tile_size(NARROW);
-        if (narrow && in_group % 4 == 0 && n + 4 <= columns && in_group + 4 <= inner.width) {
+        if (narrow && in_group % 4 == 0 && n + 4 <= end && in_group + 4 <= inner.width) {
             put_four(sums + n * BLOCK, pair);
             n += 3;
             continue;
         }
-        activate(sums + n * BLOCK, sums + SUMS + n * BLOCK, one);
-        bool both = !odd && n + 1 < columns && in_group + 1 < inner.width;
-        if (both) {
+        __m512 one = activate(sums + n * BLOCK, sums + SUMS + n * BLOCK);
+        alignas(64) bf16 pairs[2 * BLOCK];
+        if (!odd && n + 1 < end && in_group + 1 < inner.width) {
             n++;
-            activate(sums + n * BLOCK, sums + SUMS + n * BLOCK, two);
-            for (int r = 0; r < BLOCK; r++) one[r] |= two[r] << 16;
-            memcpy(pair, one, size_t(inner.tile / BLOCK) * sizeof(bf16));
+            _mm512_store_si512(pairs, round_pairs(one, activate(sums + n * BLOCK, sums + SUMS + n * BLOCK)));
+            memcpy(pair, pairs, size_t(inner.tile / BLOCK) * sizeof(bf16));
         } else {
-            for (int r = 0; r < inner.tile / BLOCK / 2; r++) pair[2 * r + odd] = bf16(one[r]);
+            _mm512_store_si512(pairs, round_pairs(one, one));
+            for (int r = 0; r < inner.tile / BLOCK / 2; r++) pair[2 * r + odd] = pairs[2 * r];
         }
     }
 }

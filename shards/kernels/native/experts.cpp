@@ -11,7 +11,7 @@ namespace kernels {
 namespace {
 
 // Packed rows of a chunk stay in the second-level cache while an expert's weights pass by.
-constexpr int64_t CHUNK_BYTES = int64_t(512) << 10;
+constexpr int64_t CHUNK_BYTES = int64_t(1024) << 10;
 // Weights of a task where they are what takes time, and tasks a thread where arithmetic is.
 constexpr int64_t TASK_BYTES = int64_t(128) << 10;
 constexpr int64_t TASKS_A_THREAD = 16;
@@ -35,10 +35,9 @@ struct ExpertWeights {
 // Where results go: each pair's own, or a sum over the pairs of a token.
 template <class T>
 struct Results {
-    float* wide_out;       // [T, K, C], or null
-    T* out;                // [T, K, C] or, with weights, [T, C]
+    float* wide_out;       // [T, K, C], not rounded, or null
+    T* out;                // [T, K, C] or, with weights, [T, C], or null
     const float* weights;  // [T, K], or null
-    bool wide;             // with weights: sum unrounded results
 };
 
 template <class T>
@@ -93,9 +92,7 @@ class Experts {
     int64_t panel_size_ = 0;
     T* panels_ = nullptr;       // a chunk of x a thread
     T* inner_ = nullptr;        // [inner rows, I], packed
-    // [T, K, C], results that wait for their sum, unrounded or rounded; one of them is null.
-    float* waiting_ = nullptr;
-    T* rounded_ = nullptr;
+    T* waiting_ = nullptr;      // [T, K, C], results that wait for their sum
 
     // Counting sort.
     void sort() {
@@ -113,11 +110,14 @@ class Experts {
         int64_t row_bytes = matmul_.packed_width(w_.C, 1) * int64_t(sizeof(T));
         int64_t most = std::max<int64_t>(CHUNK_BYTES / row_bytes / CALL_ROWS, 1) * CALL_ROWS, longest = 0;
         for (int64_t e = 0; e < w_.E; e++) {
-            for (int64_t at = starts_[size_t(e)]; at < starts_[size_t(e + 1)]; at += most) {
-                int64_t rows = std::min(most, starts_[size_t(e + 1)] - at);
+            int64_t at = starts_[size_t(e)], end = starts_[size_t(e + 1)], left = blocks_of(end - at, most);
+            // Chunks of like size: each reads all weights of its expert.
+            for (; left > 0; left--) {
+                int64_t rows = std::min(blocks_of(blocks_of(end - at, left), 2 * BLOCK) * 2 * BLOCK, end - at);
                 chunks_.push_back({e, at, rows, inner_rows_});
                 inner_rows_ += panel_rows(rows);
                 longest = std::max(longest, panel_rows(rows));
+                at += rows;
             }
         }
         panel_size_ = int64_t(aligned(size_t(longest * row_bytes)) / sizeof(T));
@@ -138,17 +138,14 @@ class Experts {
         int64_t width = matmul_.packed_width(w_.I, groups_);
         size_t panels = size_t(threads * panel_size_) * sizeof(T);
         size_t inner = aligned(size_t(inner_rows_ * width) * sizeof(T));
-        size_t one = results_.wide ? sizeof(float) : sizeof(T);
-        size_t waiting = results_.weights == nullptr ? 0 : size_t(pairs_ * w_.C) * one;
+        size_t waiting = results_.weights == nullptr ? 0 : size_t(pairs_ * w_.C) * sizeof(T);
         char* at = scratch(panels + inner + waiting);
-        panels_ = (T*)at, inner_ = (T*)(at + panels);
-        at += panels + inner;
-        (results_.wide ? (char*&)waiting_ : (char*&)rounded_) = at;
+        panels_ = (T*)at, inner_ = (T*)(at + panels), waiting_ = (T*)(at + panels + inner);
         // What packing adds to a row multiplies weights that are not there: zeros.
         if (width != w_.I) std::fill_n(inner_, inner_rows_ * width, T(0));
         if (results_.weights != nullptr)
             for (int64_t i = 0; i < pairs_; i++)
-                if (ids_[i] < 0) memset(at + size_t(i * w_.C) * one, 0, size_t(w_.C) * one);
+                if (ids_[i] < 0) std::fill_n(waiting_ + i * w_.C, w_.C, T(0));
     }
 
     void zero_missing() const {
@@ -237,7 +234,8 @@ class Experts {
                 int rows = int(std::min<int64_t>(CALL_ROWS, chunk.rows - r));
                 const T* panel = inner_ + (chunk.panel_row + r) * width;
                 T* to[CALL_ROWS];
-                if (places(chunk.first + r, rows, column, to)) {
+                if (results_.wide_out == nullptr) {
+                    places(chunk.first + r, rows, column, to);
                     matmul_.round_to(panel, rows, down, columns, w_.I, groups_, ahead, to);
                 } else {
                     matmul_.multiply(panel, rows, down, columns, w_.I, groups_, ahead, sums);
@@ -248,26 +246,21 @@ class Experts {
         }
     }
 
-    // Where the results of `rows` places go if they are rounded; false if they are not.
-    bool places(int64_t first, int rows, int64_t column, T** to) const {
-        T* base = results_.weights != nullptr ? rounded_ : results_.out;
-        for (int r = 0; r < rows && !results_.wide; r++) to[r] = base + order_[size_t(first + r)] * w_.C + column;
-        return !results_.wide;
+    // Where the rounded results of `rows` places go.
+    void places(int64_t first, int rows, int64_t column, T** to) const {
+        T* base = results_.weights != nullptr ? waiting_ : results_.out;
+        for (int r = 0; r < rows; r++) to[r] = base + order_[size_t(first + r)] * w_.C + column;
     }
 
     void put(const float* sums, int64_t first, int rows, int64_t column, int columns) const {
-        float* base = results_.weights != nullptr ? waiting_ : results_.wide_out;
         for (int r = 0; r < rows; r++, sums += COLUMNS)
-            std::copy_n(sums, columns, base + order_[size_t(first + r)] * w_.C + column);
+            std::copy_n(sums, columns, results_.wide_out + order_[size_t(first + r)] * w_.C + column);
     }
 
     // The weighted sum over the results of token `t`.
     void mix(int64_t t) const {
-        const float* weights = results_.weights + t * top_k_;
-        if (results_.wide)
-            path_.mix(waiting_ + t * top_k_ * w_.C, weights, top_k_, w_.C, results_.out + t * w_.C);
-        else
-            path_.rows(x_).combine(rounded_ + t * top_k_ * w_.C, weights, top_k_, w_.C, results_.out + t * w_.C);
+        path_.rows(x_).combine(waiting_ + t * top_k_ * w_.C, results_.weights + t * top_k_, top_k_, w_.C,
+                               results_.out + t * w_.C);
     }
 };
 
@@ -278,13 +271,13 @@ void experts(int index, int threads, const void* x, const int64_t* ids, const fl
     const Path& path = *find_path(index);
     ExpertWeights<T> weights = {(const T*)gate_up, (const T*)down, E, C, I};
     if (mix == nullptr) {
-        Results<T> each = {wide ? (float*)out : nullptr, wide ? nullptr : (T*)out, nullptr, wide};
+        Results<T> each = {wide ? (float*)out : nullptr, wide ? nullptr : (T*)out, nullptr};
         Experts<T>(path, (const T*)x, ids, tokens, top_k, weights, groups, each).run(threads);
         return;
     }
-    int64_t most = std::max<int64_t>(PASS_BYTES / std::max<int64_t>(top_k * C * 4, 1), CALL_ROWS);
+    int64_t most = std::max<int64_t>(PASS_BYTES / std::max<int64_t>(top_k * C * int64_t(sizeof(T)), 1), CALL_ROWS);
     for (int64_t t = 0; t < tokens; t += most) {
-        Results<T> sums = {nullptr, (T*)out + t * C, mix + t * top_k, wide};
+        Results<T> sums = {nullptr, (T*)out + t * C, mix + t * top_k};
         Experts<T>(path, (const T*)x + t * C, ids + t * top_k, std::min(most, tokens - t), top_k, weights, groups, sums)
             .run(threads);
     }
@@ -293,8 +286,8 @@ void experts(int index, int threads, const void* x, const int64_t* ids, const fl
 }  // namespace
 }  // namespace kernels
 
-// With `mix` [T, K] the weighted sum over K goes to out [T, C], else every result to out [T, K, C]. Returns 0, or 1 when
-// an expert id is too large.
+// With `mix` [T, K] the weighted sum over K of rounded results goes to out [T, C], else every result, rounded or `wide`, to
+// out [T, K, C]. Returns 0, or 1 when an expert id is too large.
 KERNELS_EXPORT int kernels_experts(int path, int threads, int dtype, const void* x, const int64_t* ids, const float* mix,
                                    const void* gate_up, const void* down, void* out, int wide, int64_t tokens,
                                    int64_t top_k, int64_t E, int64_t C, int64_t I, int groups) {

@@ -12,7 +12,7 @@
 
 namespace kernels {
 
-constexpr int ABI = 3;
+constexpr int ABI = 4;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -110,9 +110,6 @@ struct Path {
     // out = sums + bias (null: none) in out's type; n of them.
     void (*finish_f32)(const float* sums, const float* bias, int n, float* out);
     void (*finish_bf16)(const float* sums, const bf16* bias, int n, bf16* out);
-    // out[c] = sum over k, in order, of y[k * C + c] * weights[k].
-    void (*mix_f32)(const float* y, const float* weights, int64_t K, int64_t C, float* out);
-    void (*mix_bf16)(const float* y, const float* weights, int64_t K, int64_t C, bf16* out);
     // Instead of take_queries_bf16 and attend_bf16, any number of query rows over a range; null: there is no such way.
     AttendRange attend_range_bf16;
 
@@ -128,12 +125,6 @@ struct Path {
     const Matmul<bf16>& matmul(const bf16*) const { return *matmul_bf16; }
     void finish(const float* sums, const float* bias, int n, float* out) const { finish_f32(sums, bias, n, out); }
     void finish(const float* sums, const bf16* bias, int n, bf16* out) const { finish_bf16(sums, bias, n, out); }
-    void mix(const float* y, const float* weights, int64_t K, int64_t C, float* out) const {
-        mix_f32(y, weights, K, C, out);
-    }
-    void mix(const float* y, const float* weights, int64_t K, int64_t C, bf16* out) const {
-        mix_bf16(y, weights, K, C, out);
-    }
 };
 
 // Null where this machine cannot run it. 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 dot products, 4 the same

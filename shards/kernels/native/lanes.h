@@ -55,21 +55,6 @@ ENTRY void finish(const float* sums, const T* bias, int n, T* out) {
         for (int i = 0; i < n; i++) store(out + i, sums[i] + load(bias + i));
 }
 
-template <class T>
-ENTRY void mix(const float* y, const float* weights, int64_t K, int64_t C, T* out) {
-    constexpr int64_t COLUMNS_AT_ONCE = 256;
-    for (int64_t first = 0; first < C; first += COLUMNS_AT_ONCE) {
-        int64_t count = C - first < COLUMNS_AT_ONCE ? C - first : COLUMNS_AT_ONCE;
-        float total[COLUMNS_AT_ONCE] = {};
-        for (int64_t k = 0; k < K; k++) {
-            const float* from = y + k * C + first;
-            float weight = weights[k];
-            for (int64_t c = 0; c < count; c++) total[c] += from[c] * weight;
-        }
-        for (int64_t c = 0; c < count; c++) store(out + first + c, total[c]);
-    }
-}
-
 template <class Kind>
 const Matmul<typename Kind::scalar>* lane_matmul() {
     static const Matmul<typename Kind::scalar> matmul = {

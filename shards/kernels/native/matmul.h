@@ -16,7 +16,7 @@ namespace kernels {
 // Rows of x that are packed together: a panel of `rows` rows holds them rounded up to a multiple of it.
 constexpr int BLOCK = 16;
 // Rows of x that a call takes at most.
-constexpr int CALL_ROWS = 256;
+constexpr int CALL_ROWS = 512;
 
 // Weights that a later call will read, fetched into the second-level cache on the way. Memory gives more to four streams
 // than to one or two, so they are fetched from `at`, `at + half` and, `second` bytes behind, from two places more.

@@ -60,17 +60,10 @@ void route(const Path& path, int threads, const T* logits, float* weights, int64
     });
 }
 
-// y in T, or in float32 where `wide`.
 template <class T>
-void combine(const Path& path, int threads, bool wide, const void* y, const float* weights, T* out, int64_t rows,
-             int64_t K, int64_t C) {
-    for_rows(rows, K * C / 4, threads, [=, &path](int64_t t) {
-        int64_t from = t * K * C;
-        if (wide)
-            path.mix((const float*)y + from, weights + t * K, K, C, out + t * C);
-        else
-            path.rows(out).combine((const T*)y + from, weights + t * K, K, C, out + t * C);
-    });
+void combine(const Path& path, int threads, const T* y, const float* weights, T* out, int64_t rows, int64_t K, int64_t C) {
+    for_rows(rows, K * C / 4, threads,
+             [=, &path](int64_t t) { path.rows(y).combine(y + t * K * C, weights + t * K, K, C, out + t * C); });
 }
 
 template <class T>
@@ -112,12 +105,12 @@ KERNELS_EXPORT void kernels_route(int path, int threads, int dtype, const void* 
         route(*find_path(path), threads, (const float*)logits, weights, ids, rows, E, K, stride, renormalize != 0);
 }
 
-KERNELS_EXPORT void kernels_combine(int path, int threads, int dtype, int wide, const void* y, const float* weights,
-                                    void* out, int64_t rows, int64_t K, int64_t C) {
+KERNELS_EXPORT void kernels_combine(int path, int threads, int dtype, const void* y, const float* weights, void* out,
+                                    int64_t rows, int64_t K, int64_t C) {
     if (dtype == BFLOAT16)
-        combine(*find_path(path), threads, wide != 0, y, weights, (bf16*)out, rows, K, C);
+        combine(*find_path(path), threads, (const bf16*)y, weights, (bf16*)out, rows, K, C);
     else
-        combine(*find_path(path), threads, wide != 0, y, weights, (float*)out, rows, K, C);
+        combine(*find_path(path), threads, (const float*)y, weights, (float*)out, rows, K, C);
 }
 
 KERNELS_EXPORT void kernels_add_gated(int path, int threads, int dtype, const void* x, const void* shared,

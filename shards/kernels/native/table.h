@@ -16,7 +16,7 @@ Path make_path() {
     static const RowLoops<bf16> rows_bf16 = row_loops<bf16>();
     return {take_queries<SingleKeys>, take_queries<Keys>, attend<SingleKeys>, attend<Keys>, merge, &rows_f32,
             &rows_bf16, unit, best, delta, lane_matmul<Widened<float>>(), lane_matmul<Kind>(), finish<float>,
-            finish<bf16>, mix<float>, mix<bf16>, nullptr};
+            finish<bf16>, nullptr};
 }
 
 }  // namespace
