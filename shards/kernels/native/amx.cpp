@@ -13,18 +13,13 @@
 #define ENTRY __attribute__((target(TARGET)))
 #define FN inline __attribute__((always_inline, target(TARGET)))
 
-#include "amx_sums.h"
+#include "amx_pack.h"
 
 namespace kernels {
 namespace {
 
-// Weight rows that are staged side by side, and up to how many rows of x whole tiles are read in place instead.
-constexpr int SIDE_BY_SIDE = 8;
+// Up to how many rows of x whole tiles of weights are read in place.
 constexpr int IN_PLACE_ROWS = 32;
-
-int64_t steps_of(int64_t K, int groups) { return blocks_of(K / groups, STEP); }
-
-int64_t packed_width(int64_t K, int groups) { return groups * steps_of(K, groups) * STEP; }
 
 // Tiles 0-3 are sums, 4-5 weights, 6-7 x.
 struct alignas(64) TileConfig {
@@ -35,7 +30,7 @@ struct alignas(64) TileConfig {
 
 TileConfig narrow_config() {
     TileConfig config;
-    config.row_bytes[0] = config.row_bytes[1] = config.row_bytes[6] = 4 * NARROW;
+    for (int tile : {0, 1, 2, 3, 6, 7}) config.row_bytes[tile] = 4 * NARROW;
     return config;
 }
 
@@ -45,40 +40,6 @@ ENTRY void configure(bool narrow) {
 }
 
 ENTRY void leave() { _tile_release(); }
-
-FN __mmask32 mask_of(int count) { return count < STEP ? (__mmask32(1) << count) - 1 : ~__mmask32(0); }
-
-// Those of K in `here` of up to NARROW rows -> a tile [pairs of K][NARROW rows of x][2].
-FN void pack_narrow(Rows<bf16> x, int rows, int64_t k, __mmask32 here, bf16* to) {
-    alignas(64) uint32_t pairs[BLOCK], tile[BLOCK * NARROW] = {};
-    for (int r = 0; r < rows; r++) {
-        _mm512_store_si512(pairs, _mm512_maskz_loadu_epi16(here, x[r] + k));
-        for (int p = 0; p < BLOCK; p++) tile[p * NARROW + r] = pairs[p];
-    }
-    memcpy(to, tile, sizeof tile);
-}
-
-// Those of K in `here` of up to 16 rows -> a tile [pairs of K][16 rows of x][2].
-FN void pack_tile(Rows<bf16> x, int rows, int64_t k, __mmask32 here, bf16* to) {
-    __m512i row[BLOCK];
-    for (int r = 0; r < BLOCK; r++)
-        row[r] = r < rows ? _mm512_maskz_loadu_epi16(here, x[r] + k) : _mm512_setzero_si512();
-    transpose(row);
-    for (int p = 0; p < BLOCK; p++) _mm512_store_si512(to + p * STEP, row[p]);
-}
-
-ENTRY void pack(Rows<bf16> x, int rows, int64_t K, int groups, bf16* to) {
-    int64_t width = K / groups;
-    for (int g = 0; g < groups; g++) {
-        for (int64_t k = 0; k < width; k += STEP, to += tile_size(rows)) {
-            __mmask32 here = mask_of(width - k < STEP ? int(width - k) : STEP);
-            if (rows <= NARROW)
-                pack_narrow(x, rows, g * width + k, here, to);
-            else
-                pack_tile(x, rows, g * width + k, here, to);
-        }
-    }
-}
 
 // The weight rows of one or two tiles.
 struct Weights {
@@ -98,25 +59,6 @@ FN void fetch(Ahead& ahead, int lines) {
     ahead.lines -= lines;
 }
 
-// Up to 16 weight rows -> tiles [group][step][16 rows][32 of K], zeros behind their ends. It pays where many rows of x
-// follow: tiles read in place collide in the first-level cache, whose sets the rows of most models share.
-FN void stage_rows(const bf16* w, int count, int64_t K, int groups, bf16* to) {
-    int64_t width = K / groups;
-    for (int first = 0; first < BLOCK; first += SIDE_BY_SIDE) {
-        bf16* at = to + first * STEP;
-        for (int g = 0; g < groups; g++) {
-            const bf16* from = w + first * K + g * width;
-            for (int64_t k = 0; k < width; k += STEP, at += TILE) {
-                __mmask32 here = mask_of(width - k < STEP ? int(width - k) : STEP);
-                for (int r = 0; r < SIDE_BY_SIDE; r++) {
-                    __mmask32 mask = first + r < count ? here : 0;
-                    _mm512_store_si512(at + r * STEP, _mm512_maskz_loadu_epi16(mask, from + r * K + k));
-                }
-            }
-        }
-    }
-}
-
 // Packed x: one or two blocks, `block` apart, of tiles of `tile` bfloat16.
 struct Panel {
     const bf16* at;
@@ -132,8 +74,8 @@ struct Source {
     int pace;  // lines of each stream that are fetched ahead a step
 };
 
-// Floats from the sums of one group of K to those of the next, and how many groups wait for their sum.
-constexpr int LEAF = 4 * SUMS;
+// Floats from the sums of one group of K to those of the next, and up to how many groups are added at once.
+constexpr int LEAF = 2 * SUMS;
 constexpr int LEAVES = 8;
 
 // (p0 + p1) + (p2 + p3) of one row of sums over N groups of K.
@@ -145,110 +87,135 @@ FN __m512 tree(const float* at) {
         return _mm512_add_ps(tree<N / 2>(at), tree<N / 2>(at + N / 2 * LEAF));
 }
 
-template <int N>
-FN void sum_leaves(float* sums, int first, int end) {
-    for (int i = first; i < end; i += BLOCK) _mm512_store_ps(sums + i, tree<N>(sums + i));
+template <int A, int N>
+FN void sum_leaves(const float* leaves, float* sums) {
+    for (int i = 0; i < A * SUMS; i += BLOCK) _mm512_store_ps(sums + i, tree<N>(leaves + i));
 }
 
 // Sums of finished blocks, whose results are made piece by piece between the steps of the next product: the vector
 // units have nothing else to do there.
-template <int A, class Use>
+template <class Use>
 struct Waiting {
-    static constexpr int REDUCTIONS = 4;  // pieces in which the groups of a block are added
     struct Block {
-        float* sums;
-        int leaves, row, rows;
+        const float* sums;
+        int row, rows;
     };
     const Use& use;
     Block blocks[2] = {};
-    int count = 0, block = 0, piece = 0;
+    int count = 0, piece = 0;
 
-    FN void add(float* sums, int leaves, int row, int rows) {
-        blocks[count++] = {sums, leaves, row, rows};
-        if (count == 1) piece = leaves > 1 ? -REDUCTIONS : 0;
-    }
+    FN void add(const float* sums, int row, int rows) { blocks[count++] = {sums, row, rows}; }
     FN void some() {
+        int block = piece / Use::PIECES;
         if (block >= count) return;
-        const Block& b = blocks[block];
-        if (piece < 0) return reduce(b, piece++ + REDUCTIONS);
-        use(b.sums, b.row, b.rows, piece);
-        if (++piece < Use::PIECES) return;
-        block++;
-        piece = block < count && blocks[block].leaves > 1 ? -REDUCTIONS : 0;
+        use(blocks[block].sums, blocks[block].row, blocks[block].rows, piece % Use::PIECES);
+        piece++;
     }
     FN void all() {
-        while (block < count) some();
-        count = block = 0;
-    }
-    FN void reduce(const Block& b, int share) {
-        constexpr int SIZE = A * SUMS / REDUCTIONS;
-        if (b.leaves == 2)
-            sum_leaves<2>(b.sums, share * SIZE, (share + 1) * SIZE);
-        else if (b.leaves == 4)
-            sum_leaves<4>(b.sums, share * SIZE, (share + 1) * SIZE);
-        else
-            sum_leaves<8>(b.sums, share * SIZE, (share + 1) * SIZE);
+        while (piece < count * Use::PIECES) some();
+        count = piece = 0;
     }
 };
 
-// Sums of one group of K -> sums [B][A][weight row][row of x].
-template <int A, int B, class Use>
-FN void part(const Source& weights, const Panel& panel, int group, int64_t steps, Ahead& ahead,
-             Waiting<A, Use>& waiting, float* sums) {
-    const bf16 *w = weights.at + group * weights.group, *x = panel.at + group * steps * panel.tile;
-    int row_bytes = panel.tile / BLOCK * 2;
+// Sums over the whole of K of two blocks of x -> sums [2][A][weight row][row of x].
+template <int A, class Use>
+FN void two_blocks(const Source& weights, const Panel& panel, int64_t steps, Ahead& ahead, Waiting<Use>& waiting,
+                   float* sums) {
+    const bf16 *w = weights.at, *x = panel.at;
     _tile_zero(0);
+    _tile_zero(2);
     if constexpr (A == 2) _tile_zero(1);
-    if constexpr (B == 2) _tile_zero(2);
-    if constexpr (A == 2 && B == 2) _tile_zero(3);
-    for (int64_t s = 0; s < steps; s++, w += weights.step, x += panel.tile) {
+    if constexpr (A == 2) _tile_zero(3);
+    for (int64_t s = 0; s < steps; s++, w += weights.step, x += TILE) {
         if (ahead.lines > 0) fetch(ahead, weights.pace);
-        _tile_loadd(6, x, row_bytes);
+        _tile_loadd(6, x, LINE);
         _tile_loadd(4, w, weights.row_bytes);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (A == 2) {
             _tile_loadd(5, w + weights.second, weights.row_bytes);
             _tile_dpbf16ps(1, 5, 6);
         }
-        if constexpr (B == 2) {
-            _tile_loadd(7, x + panel.block, LINE);
+        _tile_loadd(7, x + panel.block, LINE);
+        _tile_dpbf16ps(2, 4, 7);
+        if constexpr (A == 2) _tile_dpbf16ps(3, 5, 7);
+        waiting.some();
+    }
+    _tile_stored(0, sums, LINE);
+    if constexpr (A == 2) _tile_stored(1, sums + SUMS, LINE);
+    _tile_stored(2, sums + A * SUMS, LINE);
+    if constexpr (A == 2) _tile_stored(3, sums + 3 * SUMS, LINE);
+}
+
+// Sums over one group of K of one block of x -> sums [A][weight row][row of x]. Neighbouring groups take the tiles of
+// either SET: one's sums are stored while the next one's come to be.
+template <int A, int SET, class Use>
+FN void one_group(const Source& weights, const Panel& panel, int group, int64_t steps, Ahead& ahead,
+                  Waiting<Use>& waiting, float* sums) {
+    const bf16 *w = weights.at + group * weights.group, *x = panel.at + group * steps * panel.tile;
+    int row_bytes = panel.tile / BLOCK * 2;
+    if constexpr (SET == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t s = 0; s < steps; s++, w += weights.step, x += panel.tile) {
+        if (ahead.lines > 0) fetch(ahead, weights.pace);
+        _tile_loadd(4, w, weights.row_bytes);
+        if constexpr (A == 2) _tile_loadd(5, w + weights.second, weights.row_bytes);
+        if constexpr (SET == 0) {
+            _tile_loadd(6, x, row_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            if constexpr (A == 2) _tile_dpbf16ps(1, 5, 6);
+        } else {
+            _tile_loadd(7, x, row_bytes);
             _tile_dpbf16ps(2, 4, 7);
             if constexpr (A == 2) _tile_dpbf16ps(3, 5, 7);
         }
         waiting.some();
     }
-    _tile_stored(0, sums, LINE);
-    if constexpr (A == 2) _tile_stored(1, sums + SUMS, LINE);
-    if constexpr (B == 2) _tile_stored(2, sums + A * SUMS, LINE);
-    if constexpr (A == 2 && B == 2) _tile_stored(3, sums + 3 * SUMS, LINE);
+    if constexpr (SET == 0) {
+        _tile_stored(0, sums, LINE);
+        if constexpr (A == 2) _tile_stored(1, sums + SUMS, LINE);
+    } else {
+        _tile_stored(2, sums, LINE);
+        if constexpr (A == 2) _tile_stored(3, sums + SUMS, LINE);
+    }
 }
 
-// Sums of all groups of K -> sums, as `leaves` that are still to be added; returns how many. More than LEAVES are added
-// here, as a binary counter carries: (p0 + p1) + (p2 + p3), whatever their number.
-template <int A, int B, class Use>
-FN int tiles(const Source& weights, const Panel& panel, int64_t steps, int groups, Ahead& ahead, Waiting<A, Use>& waiting,
-             float* sums) {
-    constexpr int LEVELS = 16, SIZE = A * B * SUMS;
+// Sums over all groups of K of one block of x. Up to LEAVES groups are added as a tree; more, as a binary counter carries,
+// which gives the same tree: (p0 + p1) + (p2 + p3), whatever their number.
+template <int A, class Use>
+FN void one_block(const Source& weights, const Panel& panel, int64_t steps, int groups, Ahead& ahead,
+                  Waiting<Use>& waiting, float* sums) {
+    constexpr int LEVELS = 16, SIZE = A * SUMS;
+    if (groups == 1) return one_group<A, 0>(weights, panel, 0, steps, ahead, waiting, sums);
     if (groups <= LEAVES) {
-        for (int g = 0; g < groups; g++) part<A, B>(weights, panel, g, steps, ahead, waiting, sums + g * LEAF);
-        return groups;
+        alignas(64) float leaves[LEAVES * LEAF];
+        for (int g = 0; g < groups; g += 2) {
+            one_group<A, 0>(weights, panel, g, steps, ahead, waiting, leaves + g * LEAF);
+            one_group<A, 1>(weights, panel, g + 1, steps, ahead, waiting, leaves + (g + 1) * LEAF);
+        }
+        if (groups == 2) return sum_leaves<A, 2>(leaves, sums);
+        return groups == 4 ? sum_leaves<A, 4>(leaves, sums) : sum_leaves<A, 8>(leaves, sums);
     }
     alignas(64) float levels[LEVELS][SIZE];
     for (int g = 0; g < groups; g++) {
-        part<A, B>(weights, panel, g, steps, ahead, waiting, sums);
+        one_group<A, 0>(weights, panel, g, steps, ahead, waiting, sums);
         int level = 0;
         for (int carry = g; carry & 1; carry >>= 1, level++)
             for (int i = 0; i < SIZE; i++) sums[i] = levels[level][i] + sums[i];
         if (g + 1 < groups)
             for (int i = 0; i < SIZE; i++) levels[level][i] = sums[i];
     }
-    return 1;
 }
 
 template <int A>
 FN Source source_of(const Weights& w, int rows, int groups, const Ahead& ahead) {
     int64_t width = w.K / groups, steps = steps_of(w.K, groups), size = groups * steps * TILE;
-    int pace = int(blocks_of(ahead.lines, blocks_of(rows, 2 * BLOCK) * groups * steps));
+    int64_t blocks = blocks_of(rows, groups == 1 ? 2 * BLOCK : BLOCK);
+    int pace = int(blocks_of(ahead.lines, blocks * groups * steps));
     bool whole = w.counts[0] == BLOCK && w.counts[1] == BLOCK && width % STEP == 0;
     if (whole && rows <= IN_PLACE_ROWS) return {w.rows[0], w.rows[1] - w.rows[0], width, STEP, w.K * 2, pace};
     bf16* to = (bf16*)staging(size_t(A * size) * sizeof(bf16));
@@ -259,33 +226,29 @@ FN Source source_of(const Weights& w, int rows, int groups, const Ahead& ahead) 
 // Calls use(sums, first row, rows, piece) for every block of x rows and every piece of it.
 template <int A, class Use>
 FN void over_blocks(const Weights& w, const bf16* panel, int rows, int groups, Ahead ahead, const Use& use) {
-    alignas(64) float both[2][LEAVES * LEAF];
+    alignas(64) float both[2][2 * A * SUMS];
     int64_t block = BLOCK * packed_width(w.K, groups), steps = steps_of(w.K, groups);
     Source source = source_of<A>(w, rows, groups, ahead);
-    Waiting<A, Use> waiting{use};
+    Waiting<Use> waiting{use};
     bool narrow = rows <= NARROW;
     configure(narrow);
-    int turn = 0;
-    for (int r = 0; r < rows; r += 2 * BLOCK, panel += 2 * block, turn ^= 1) {
+    for (int r = 0, turn = 0; r < rows; turn ^= 1) {
         float* sums = both[turn];
-        int left = rows - r, first = left < BLOCK ? left : BLOCK, second = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
-        if (second > NARROW) {
-            int leaves = tiles<A, 2>(source, {panel, block, TILE}, steps, groups, ahead, waiting, sums);
+        int left = rows - r, here = left < BLOCK ? left : BLOCK;
+        if (groups == 1 && left > BLOCK + NARROW) {
+            int second = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
+            two_blocks<A>(source, {panel, block, TILE}, steps, ahead, waiting, sums);
             waiting.all();
-            waiting.add(sums, leaves, r, first);
-            waiting.add(sums + A * SUMS, leaves, r + BLOCK, second);
+            waiting.add(sums, r, here);
+            waiting.add(sums + A * SUMS, r + BLOCK, second);
+            r += BLOCK + second, panel += 2 * block;
             continue;
         }
-        if (!narrow && first <= NARROW) configure(narrow = true);
-        int leaves = tiles<A, 1>(source, {panel, block, tile_size(first)}, steps, groups, ahead, waiting, sums);
+        if (!narrow && here <= NARROW) configure(narrow = true);
+        one_block<A>(source, {panel, block, tile_size(here)}, steps, groups, ahead, waiting, sums);
         waiting.all();
-        waiting.add(sums, leaves, r, first);
-        if (second <= 0) continue;
-        configure(narrow = true);
-        float* beside = sums + A * SUMS;
-        tiles<A, 1>(source, {panel + block, block, tile_size(second)}, steps, groups, ahead, waiting, beside);
-        waiting.all();
-        waiting.add(beside, leaves, r + BLOCK, second);
+        waiting.add(sums, r, here);
+        r += here, panel += block;
     }
     waiting.all();
 }

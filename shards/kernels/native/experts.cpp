@@ -20,6 +20,10 @@ constexpr int64_t LEAD_BYTES = int64_t(64) << 10;
 // Most memory for results that wait for their sum: tokens beyond it go in another pass.
 constexpr int64_t PASS_BYTES = int64_t(64) << 20;
 
+// From how many rows on results wait in the second-level cache until a task is done: written to memory one by one they
+// would hold the buffers that bring x to the first-level cache.
+constexpr int64_t ASIDE_ROWS = 32;
+
 // Some rows of one expert: places [first, first + rows) of `order`, rows `panel_row` on of `inner`.
 struct Chunk {
     int64_t expert, first, rows, panel_row;
@@ -66,7 +70,8 @@ class Experts {
                 int64_t down = second.first(thread);
                 first.share(thread, [&](int64_t i, int64_t next) { gate_task(i, next, down, panel, held); });
 #pragma omp barrier
-                second.share(thread, [&](int64_t i, int64_t next) { down_task(i, next); });
+                T* results = rows_ + thread * rows_size_;
+                second.share(thread, [&](int64_t i, int64_t next) { down_task(i, next, results); });
             }
             if (results_.weights != nullptr) {
 #pragma omp barrier
@@ -88,10 +93,11 @@ class Experts {
     std::vector<int64_t> starts_;  // [E + 1] first place of each expert in `order_`
     std::vector<int64_t> order_;   // pairs t * top_k + k, by expert
     std::vector<Chunk> chunks_;
-    int64_t inner_rows_ = 0, gate_step_ = 0, down_step_ = 0, gate_tasks_ = 0, down_tasks_ = 0;
-    int64_t panel_size_ = 0;
+    int64_t longest_ = 0, inner_rows_ = 0, gate_step_ = 0, down_step_ = 0, gate_tasks_ = 0, down_tasks_ = 0;
+    int64_t panel_size_ = 0, rows_size_ = 0;
     T* panels_ = nullptr;       // a chunk of x a thread
     T* inner_ = nullptr;        // [inner rows, I], packed
+    T* rows_ = nullptr;         // results of a task a thread, on their way to memory
     T* waiting_ = nullptr;      // [T, K, C], results that wait for their sum
 
     // Counting sort.
@@ -117,6 +123,7 @@ class Experts {
                 chunks_.push_back({e, at, rows, inner_rows_});
                 inner_rows_ += panel_rows(rows);
                 longest = std::max(longest, panel_rows(rows));
+                longest_ = std::max(longest_, rows);
                 at += rows;
             }
         }
@@ -138,9 +145,12 @@ class Experts {
         int64_t width = matmul_.packed_width(w_.I, groups_);
         size_t panels = size_t(threads * panel_size_) * sizeof(T);
         size_t inner = aligned(size_t(inner_rows_ * width) * sizeof(T));
+        rows_size_ = int64_t(aligned(size_t(longest_ * down_step_) * sizeof(T)) / sizeof(T));
+        size_t rows = size_t(threads * rows_size_) * sizeof(T);
         size_t waiting = results_.weights == nullptr ? 0 : size_t(pairs_ * w_.C) * sizeof(T);
-        char* at = scratch(panels + inner + waiting);
-        panels_ = (T*)at, inner_ = (T*)(at + panels), waiting_ = (T*)(at + panels + inner);
+        char* at = scratch(panels + inner + rows + waiting);
+        panels_ = (T*)at, inner_ = (T*)(at + panels), rows_ = (T*)(at + panels + inner);
+        waiting_ = (T*)(at + panels + inner + rows);
         // What packing adds to a row multiplies weights that are not there: zeros.
         if (width != w_.I) std::fill_n(inner_, inner_rows_ * width, T(0));
         if (results_.weights != nullptr)
@@ -218,13 +228,15 @@ class Experts {
         }
     }
 
-    void down_task(int64_t task, int64_t next) const {
+    void down_task(int64_t task, int64_t next, T* mine) const {
         const Chunk& chunk = chunks_[size_t(task / down_tasks_)];
         int64_t column = task % down_tasks_ * down_step_, end = std::min(column + down_step_, w_.C);
         int64_t width = matmul_.packed_width(w_.I, groups_);
         const T* down = down_of(task);
         int64_t lead = std::min(lead_columns(), end - column);
         alignas(64) float sums[CALL_ROWS * COLUMNS];
+        bool aside = chunk.rows > ASIDE_ROWS && results_.wide_out == nullptr;
+        int64_t first = column;
         for (; column < end; column += matmul_.columns) {
             int columns = int(std::min<int64_t>(matmul_.columns, end - column));
             const T* after = down + lead * w_.I;
@@ -235,7 +247,10 @@ class Experts {
                 const T* panel = inner_ + (chunk.panel_row + r) * width;
                 T* to[CALL_ROWS];
                 if (results_.wide_out == nullptr) {
-                    places(chunk.first + r, rows, column, to);
+                    if (aside)
+                        for (int i = 0; i < rows; i++) to[i] = mine + (r + i) * down_step_ + column - first;
+                    else
+                        places(chunk.first + r, rows, column, to);
                     matmul_.round_to(panel, rows, down, columns, w_.I, groups_, ahead, to);
                 } else {
                     matmul_.multiply(panel, rows, down, columns, w_.I, groups_, ahead, sums);
@@ -243,6 +258,12 @@ class Experts {
                 }
             }
             down += columns * w_.I;
+        }
+        if (!aside) return;
+        for (int64_t r = 0; r < chunk.rows; r++) {
+            T* to;
+            places(chunk.first + r, 1, first, &to);
+            std::copy_n(mine + r * down_step_, end - first, to);
         }
     }
 
