@@ -272,14 +272,15 @@ struct Rounded {
 
 // Activated sums of a tile of gates and one of ups.
 struct Activated {
-    static constexpr int PIECES = 4;
+    static constexpr int PIECES = 8;
     bf16* inner;
     int64_t row, width;
     int columns;
     int64_t at;
     FN void operator()(const float* sums, int r, int here, int piece) const {
-        constexpr int SHARE = BLOCK / PIECES;
-        int first = piece * SHARE, end = first + SHARE < columns ? first + SHARE : columns;
+        // Few rows are done four columns at a time.
+        int pieces = here <= NARROW ? BLOCK / 4 : PIECES, share = BLOCK / pieces;
+        int first = piece * share, end = first + share < columns ? first + share : columns;
         put_inner(sums, first, end, Inner{inner + r * row, width, tile_size(here)}, at);
     }
 };
