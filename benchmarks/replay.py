@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from cluster.config import Dtype
 from cluster.dispatcher import Dispatcher
+from cluster.engine import Engine
+from cluster.engine_stats import EngineStats
 from router.errors import OverloadedError
 from router.load import MemberLoad
 from router.prefix import block_hashes
@@ -113,10 +116,32 @@ async def calibrate(dispatcher: Dispatcher) -> MemberSpec:
     return spec_of(load)
 
 
+async def way_s(dispatcher: Dispatcher, engine: Engine) -> float:
+    """Seconds from a client to the engine, and back: half of what a first token takes besides its step, when a request
+    of one step is alone.
+    """
+    rng = random.Random(8)
+    found: list[float] = []
+    for _ in range(9):
+        prompt = tuple(rng.randrange(2000) for _ in range(PROMPTS[0]))
+        before = engine.stats()
+        (seen,) = await replay(dispatcher, [Arrival(at_s=0.0, prompt=prompt, output=1, tenant="")])
+        after = engine.stats()
+        found.append(seen.ttft_s - sum(_step_s(after)) + sum(_step_s(before)))
+    return max(statistics.median(found) / 2, 0.0)
+
+
+def _step_s(stats: EngineStats) -> tuple[float, float, float]:
+    """What is in a step's time as the engine calibrates it."""
+    return stats.schedule_s, stats.launch_s, stats.wait_s
+
+
 def capacity(spec: MemberSpec) -> float:
     """Requests a second that keep the member busy, with its steps full."""
     arrivals = make_arrivals(random.Random(9), "", 10.0, 60.0)
-    seconds = work_s(as_trace(arrivals), spec, 1) + sum(each.output for each in arrivals) * spec.step_time.base_s / ROWS
+    step = spec.step_time
+    common_s = step.step_s(prefill_tokens=0, decode_rows=ROWS, context_tokens=0) - ROWS * step.decode_row_s
+    seconds = work_s(as_trace(arrivals), spec, 1) + sum(each.output for each in arrivals) * common_s / ROWS
     return len(arrivals) / seconds
 
 

@@ -1,7 +1,8 @@
-"""One load on a real member and in simulation: `python -m benchmarks.simulation_validation --model DIR`.
+"""The same load on a real member and in simulation: `python -m benchmarks.simulation_validation --model DIR`.
 
-A gateway's dispatcher, admission and router serve Poisson arrivals on one member of this process; the simulation then
-serves the same arrivals with the step times that the member had measured before. Prints both, and the errors.
+A gateway's dispatcher, admission and router serve Poisson arrivals on one member of this process, at one load after the
+other; the simulation serves the same arrivals with the step times that the member had measured before the first of
+them. Prints both, and the errors.
 """
 
 import argparse
@@ -9,10 +10,12 @@ import asyncio
 import json
 import random
 import statistics
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.replay import Seen, as_trace, calibrate, capacity, make_arrivals, make_member, replay
+from benchmarks.replay import Seen, as_trace, calibrate, capacity, make_arrivals, make_member, replay, way_s
 from cluster.config import Dtype
 from deploy.bench_engine import DTYPES
 from router.admission import AdmissionConfig
@@ -23,14 +26,23 @@ from tests.support.members import dispatching
 _FIGURES = ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "mean_itl_s", "p50_itl_s", "p99_itl_s")
 
 
-async def validate(model: Path, dtype: Dtype, utilisation: float, length_s: float) -> dict[str, object]:
-    """Both runs' figures, in milliseconds."""
-    async with dispatching([make_member(model, dtype)]) as dispatcher:
+async def validate(
+    model: Path, dtype: Dtype, loads: Sequence[float], length_s: float
+) -> AsyncGenerator[dict[str, object]]:
+    """Both runs' figures at each load, in milliseconds. Nothing of a run goes into its simulation but its arrivals."""
+    member = make_member(model, dtype)
+    async with dispatching([member]) as dispatcher:
         spec = await calibrate(dispatcher)
-        arrivals = make_arrivals(random.Random(1), "", utilisation * capacity(spec), length_s)
-        real = _figures(await replay(dispatcher, arrivals))
-    found = simulate(as_trace(arrivals), Fleet(members=1, spec=spec, admission=AdmissionConfig()), "cost")
-    return _report(len(arrivals), spec, real, found)
+        spec = replace(spec, way_s=await way_s(dispatcher, member.engine))
+        for number, load in enumerate(loads, 1):
+            arrivals = make_arrivals(random.Random(number), "", load * capacity(spec), length_s)
+            real = _figures(await replay(dispatcher, arrivals))
+            found = simulate(as_trace(arrivals), Fleet(members=1, spec=spec, admission=AdmissionConfig()), "cost")
+            yield {
+                "utilisation": load,
+                "way_ms": round(1e3 * spec.way_s, 2),
+                **_report(len(arrivals), spec, real, found),
+            }
 
 
 def _figures(seen: list[Seen]) -> dict[str, float]:
@@ -57,14 +69,22 @@ def _report(requests: int, spec: MemberSpec, real: dict[str, float], found: Resu
 
 
 def main() -> None:
-    """Run and print one JSON line."""
+    """Run and print a JSON line for each load."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--utilisation", type=float, default=0.6, help="share of the member's capacity that is asked")
-    parser.add_argument("--seconds", type=float, default=25.0)
+    parser.add_argument(
+        "--utilisation", type=float, nargs="+", default=[0.6], help="shares of the member's capacity that are asked"
+    )
+    parser.add_argument("--seconds", type=float, default=25.0, help="of each load")
     given = parser.parse_args()
-    print(json.dumps(asyncio.run(validate(given.model, DTYPES[given.dtype], given.utilisation, given.seconds))))
+    asyncio.run(_print(given.model, DTYPES[given.dtype], given.utilisation, given.seconds))
+
+
+async def _print(model: Path, dtype: Dtype, loads: Sequence[float], length_s: float) -> None:
+    async with aclosing(validate(model, dtype, loads, length_s)) as lines:
+        async for line in lines:
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

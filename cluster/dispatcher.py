@@ -182,6 +182,8 @@ class Dispatcher:
             journey.mark("admitted_s")
             async for event in self._serve(journey):
                 if journey.num_emitted == 0:
+                    # Before others have their turn, who may then have its member's time.
+                    self._router.started(journey.prefill_member or journey.decode_member, journey.prompt.key)
                     self._gate.started(request.id)
                 journey.take(event)
                 yield event

@@ -29,6 +29,8 @@ def load_message(load: MemberLoad) -> pb.MemberMessage:
                 prefill_token_s=step.prefill_token_s,
                 decode_row_s=step.decode_row_s,
                 context_token_s=step.context_token_s,
+                experts_s=step.experts_s,
+                expert_share=step.expert_share,
             ),
             free_blocks=load.free_blocks,
             total_blocks=load.total_blocks,
@@ -109,6 +111,8 @@ def _read_step_time(message: pb.StepTime) -> StepTime:
             prefill_token_s=message.prefill_token_s,
             decode_row_s=message.decode_row_s,
             context_token_s=message.context_token_s,
+            experts_s=message.experts_s,
+            expert_share=message.expert_share,
         )
     except ConfigError as error:
         raise CorruptDataError(f"member stream: {error}; run one release everywhere") from error

@@ -54,6 +54,7 @@ class ResolvedEngine:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             prefix_cache=config.prefix_cache,
+            expert_share=self.model.num_experts_per_tok / max(self.model.num_experts, 1),
             draft_tokens=config.draft_tokens,
             draft_adaptive=config.draft_policy == "adaptive",
             lease_s=config.lease_s,

@@ -46,7 +46,7 @@ class Scheduler:
         self._pinned: dict[str, Pinned] = {}
         self._uncommitted: deque[_Uncommitted] = deque()
         self._drafting = Drafting(config)
-        self._calibration = StepCalibration()
+        self._calibration = StepCalibration(expert_share=config.expert_share)
         self._arrivals = count()
         self._steps = count()
         self._pull_ids = count()

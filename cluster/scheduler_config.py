@@ -34,6 +34,8 @@ class SchedulerConfig:
     """KV of one token on all ranks of a lane, for load reports."""
     state_bytes: int = 0
     """Recurrent state of one sequence on all ranks of a lane, for load reports."""
+    expert_share: float = 0.0
+    """Of a layer's experts, those that one token is sent to, for step times; 0: the model has none."""
     draft_tokens: int = 0
     """Tokens drafted behind a row in a step, at most."""
     draft_adaptive: bool = True

@@ -1,11 +1,12 @@
 """What a member's steps take, learnt from those it has carried out: a least-squares fit of router.step_time's model."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import mul, truediv
 from typing import Final
 
 from cluster.plan import StepPlan
-from router.step_time import StepTime
+from router.step_time import StepTime, experts_read
 
 _WINDOW: Final = 128
 """Steps remembered of each kind; what steps took before is forgotten, a slow start among it."""
@@ -15,7 +16,7 @@ _DOUBT: Final = 1e-3
 _SWEEPS: Final = 200
 _SETTLED: Final = 1e-7
 _LEAST_S: Final = 1e-9
-_Row = tuple[float, float, float, float]
+_Row = tuple[float, float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,41 +29,52 @@ class MeasuredStep:
     """That its decode rows attended to."""
     seconds: float
 
-    @property
-    def row(self) -> _Row:
+    def row(self, expert_share: float) -> _Row:
         """What each price of the model is multiplied with."""
-        return (1.0, float(self.prefill_tokens), float(self.decode_rows), float(self.context_tokens))
+        experts = experts_read(expert_share, self.prefill_tokens + self.decode_rows)
+        return (1.0, float(self.prefill_tokens), float(self.decode_rows), float(self.context_tokens), experts)
 
 
 def fit_step_time(steps: list[MeasuredStep], guess: StepTime) -> StepTime:
     """Prices of least squares, none negative.
 
-    A step counts by 1 / seconds: short ones, of which there are many, and long ones alike. Each price is drawn to
-    `guess` with a small part of the weight that the steps have in it, so that equal steps do not leave it open (ridge
-    regression: Hoerl and Kennard, 1970), and the whole is solved by coordinate descent, which keeps prices at 0 that
-    would be negative.
+    A step counts by 1 / its seconds, so that short ones, of which there are many, and long ones weigh alike: by the
+    seconds it should take, as a first fit says, for by those it took a short time would count for more just because it
+    was short. Each price is drawn to `guess` with a small part of the weight that the steps have in it, so that equal
+    steps do not leave it open (ridge regression: Hoerl and Kennard, 1970), and the whole is solved by coordinate
+    descent, which keeps prices at 0 that would be negative.
 
     Args:
         steps: with positive seconds.
-        guess: stays the price of what is in none of the steps.
+        guess: stays the price of what is in none of the steps; its `expert_share` is known.
     """
-    start = (guess.base_s, guess.prefill_token_s, guess.decode_row_s, guess.context_token_s)
-    products = [[0.0] * 4 for _ in range(4)]
-    targets = [0.0] * 4
-    for step in steps:
-        row = step.row
-        for i, value in enumerate(row):
-            targets[i] += value
-            for j, other in enumerate(row):
-                products[i][j] += value * other / step.seconds
+    rows = [step.row(guess.expert_share) for step in steps]
+    seconds = [step.seconds for step in steps]
+    start = (guess.base_s, guess.prefill_token_s, guess.decode_row_s, guess.context_token_s, guess.experts_s)
+    first = _fit(rows, seconds, seconds, start)
+    expected = [max(sum(map(mul, first, row)), _LEAST_S) for row in rows]
+    base_s, prefill_s, row_s, context_s, experts_s = _fit(rows, seconds, expected, start)
+    return StepTime(
+        base_s=base_s,
+        prefill_token_s=max(prefill_s, _LEAST_S),
+        decode_row_s=row_s,
+        context_token_s=context_s,
+        experts_s=experts_s,
+        expert_share=guess.expert_share,
+    )
+
+
+def _fit(rows: list[_Row], seconds: list[float], expected: list[float], start: _Row) -> list[float]:
+    """Prices for which rows x prices are nearest `seconds`, each row weighing 1 / its `expected` seconds."""
+    columns = list(zip(*rows, strict=True))
+    weighted = [list(map(truediv, column, expected)) for column in columns]
+    products = [[sum(map(mul, one, other)) for other in columns] for one in weighted]
+    targets = [sum(map(mul, one, seconds)) for one in weighted]
     for i, price in enumerate(start):
         extra = _DOUBT * products[i][i]
         products[i][i] += extra
         targets[i] += extra * price
-    base_s, prefill_s, row_s, context_s = _solve(products, targets, start)
-    return StepTime(
-        base_s=base_s, prefill_token_s=max(prefill_s, _LEAST_S), decode_row_s=row_s, context_token_s=context_s
-    )
+    return _solve(products, targets, start)
 
 
 def _solve(products: list[list[float]], targets: list[float], start: _Row) -> list[float]:
@@ -72,7 +84,7 @@ def _solve(products: list[list[float]], targets: list[float], start: _Row) -> li
         moved = 0.0
         for i, row in enumerate(products):
             if row[i]:
-                rest = targets[i] - sum(row[j] * prices[j] for j in range(4) if j != i)
+                rest = targets[i] - sum(map(mul, row, prices)) + row[i] * prices[i]
                 price = max(rest / row[i], 0.0)
                 moved = max(moved, abs(price - prices[i]) * row[i])
                 prices[i] = price
@@ -85,14 +97,18 @@ class StepCalibration:
     """One scheduler's steps as they are planned and committed. Times are those given to the scheduler.
 
     Steps with and without prompt tokens are remembered apart: long decoding leaves what prompts cost in memory.
+
+    Args:
+        expert_share: of a layer's experts, those that one token is sent to; 0: the model has none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, expert_share: float = 0.0) -> None:
+        self._guess = StepTime(expert_share=expert_share)
         self._planned: deque[tuple[float, MeasuredStep]] = deque()
         self._prefills: deque[MeasuredStep] = deque(maxlen=_WINDOW)
         self._decodes: deque[MeasuredStep] = deque(maxlen=_WINDOW)
         self._new = 0
-        self._fitted = StepTime()
+        self._fitted = self._guess
         self._ended: float | None = None
         """When the last step ended; None when nothing was to be done then."""
 
@@ -117,12 +133,7 @@ class StepCalibration:
         self._ended = now if busy else None
         if seconds <= 0:
             return
-        measured = MeasuredStep(
-            prefill_tokens=step.prefill_tokens,
-            decode_rows=step.decode_rows,
-            context_tokens=step.context_tokens,
-            seconds=seconds,
-        )
+        measured = replace(step, seconds=seconds)
         (self._prefills if step.prefill_tokens else self._decodes).append(measured)
         self._new += 1
 
@@ -131,6 +142,6 @@ class StepCalibration:
         seen = len(self._prefills) + len(self._decodes)
         # The first steps are all there is to know; later ones change little each.
         if self._new >= min(_REFIT_STEPS, seen) > 0:
-            self._fitted = fit_step_time([*self._prefills, *self._decodes], StepTime())
+            self._fitted = fit_step_time([*self._prefills, *self._decodes], self._guess)
             self._new = 0
         return self._fitted

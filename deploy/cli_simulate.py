@@ -27,6 +27,8 @@ def simulate(
     prefill_token_s: Annotated[float, typer.Option(help="Seconds a prompt token adds.")] = 1e-4,
     decode_row_s: Annotated[float, typer.Option(help="Seconds a sequence adds to a step.")] = 1e-4,
     context_token_s: Annotated[float, typer.Option(help="Seconds a token of a sequence's context adds.")] = 2e-8,
+    experts_s: Annotated[float, typer.Option(help="Seconds to read the weights of all experts.")] = 0.0,
+    expert_share: Annotated[float, typer.Option(help="Of the experts, those that one token is sent to.")] = 0.0,
     ttft_slo_s: Annotated[float, typer.Option(help="A good request has its first token by then.")] = 5.0,
     itl_slo_s: Annotated[float, typer.Option(help="A good request has no more between two tokens, on average.")] = 0.1,
     admission: Annotated[
@@ -51,6 +53,8 @@ def simulate(
             prefill_token_s=prefill_token_s,
             decode_row_s=decode_row_s,
             context_token_s=context_token_s,
+            experts_s=experts_s,
+            expert_share=expert_share,
             ttft_slo_s=ttft_slo_s,
             itl_slo_s=itl_slo_s,
             admission=admission,

@@ -11,6 +11,8 @@ from router.request import Request, RequestId
 
 _LEAST_WEIGHT: Final = 0.001
 _MOST_WEIGHT: Final = 1e6
+_BURST_STEPS: Final = 4
+"""Full steps of all members that a quiet tenant's burst may be worth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +160,7 @@ class Admission:
     def decide(self, capacity: Capacity, now: float) -> Decisions:
         """Give turns while the members have room for more first tokens; without members all go, to be told so."""
         released: list[RequestId] = []
+        self._queue.set_burst(_BURST_STEPS * capacity.members * capacity.step_tokens)
         limit = capacity.members * self._config.starting_per_member
         while not capacity.members or self._has_room(limit, capacity):
             item = self._queue.pop()

@@ -22,6 +22,10 @@ class Chooser(Protocol):
         """A member for a request whose full blocks are `blocks`."""
         ...
 
+    def started(self, member_id: MemberId, key: str) -> None:
+        """A request that went to a member has its first token; `key` is its prompt's."""
+        ...
+
     def ended(self, member_id: MemberId) -> None:
         """A request that went to a member has ended."""
         ...
@@ -61,6 +65,9 @@ class RoundRobin:
         self._next += 1
         return self._members[(self._next - 1) % len(self._members)]
 
+    def started(self, member_id: MemberId, key: str) -> None:
+        """Of no interest."""
+
     def ended(self, member_id: MemberId) -> None:
         """Of no interest."""
 
@@ -78,6 +85,9 @@ class LeastLoad:
         """The least loaded one."""
         del prompt, blocks, now
         return self._blind.take(self._blind.least(self._blind.members))
+
+    def started(self, member_id: MemberId, key: str) -> None:
+        """Of no interest."""
 
     def ended(self, member_id: MemberId) -> None:
         """One less."""
@@ -107,6 +117,9 @@ class PrefixOnly:
         chosen = self._blind.take(self._blind.least(members))
         self._index.expect(self._slots[chosen], blocks, now + self._config.expected_s)
         return chosen
+
+    def started(self, member_id: MemberId, key: str) -> None:
+        """Of no interest."""
 
     def ended(self, member_id: MemberId) -> None:
         """One less."""
@@ -140,6 +153,9 @@ class SessionHash:
             self._session_of.setdefault(block, session)
         return self._members[crc32(session.encode()) % len(self._members)]
 
+    def started(self, member_id: MemberId, key: str) -> None:
+        """Of no interest."""
+
     def ended(self, member_id: MemberId) -> None:
         """Of no interest."""
 
@@ -157,6 +173,10 @@ class CostModel:
         """The cheapest one."""
         del blocks
         return self._router.route(prompt, now).decode
+
+    def started(self, member_id: MemberId, key: str) -> None:
+        """Its prompt is computed."""
+        self._router.started(member_id, key)
 
     def ended(self, member_id: MemberId) -> None:
         """The member's next report tells."""

@@ -15,8 +15,8 @@ from router.request import RequestId
 
 QUANTUM_TOKENS: Final = 512
 """Small, for small members too: a quantum and a burst are work that others wait for."""
-BURST_QUANTA: Final = 8
-"""What a flow that asks for nothing can save up."""
+LEAST_BURST_TOKENS: Final = 4096
+"""What a flow that asks for nothing can save up, at least."""
 _MAX_AWAY: Final = 4096
 Flow = tuple[str, int]
 """A tenant and a priority class."""
@@ -47,6 +47,7 @@ class FairQueue:
     """Used by one thread."""
 
     def __init__(self) -> None:
+        self._burst_tokens = LEAST_BURST_TOKENS
         self._lines: dict[Flow, _Line] = {}
         self._turns: deque[Flow] = deque()
         self._away: dict[Flow, tuple[float, int]] = {}
@@ -62,6 +63,14 @@ class FairQueue:
         """Requests that wait, by flow."""
         return {flow: len(line.items) for flow, line in self._lines.items()}
 
+    def set_burst(self, tokens: int) -> None:
+        """What a flow can save up, at least LEAST_BURST_TOKENS: for a large fleet as long to do as for a small one."""
+        more = max(tokens, LEAST_BURST_TOKENS) - self._burst_tokens
+        self._burst_tokens += more
+        for line in self._lines.values() if more > 0 else ():
+            # Or who waits already would go behind all who come now.
+            line.deficit += more * line.weight
+
     def push(self, item: Waiting, weight: float) -> None:
         """Let a request wait."""
         line = self._lines.get(item.flow)
@@ -74,7 +83,7 @@ class FairQueue:
 
     def _saved(self, flow: Flow, weight: float) -> float:
         """Tokens that a flow may use at once when it comes back: a quantum for each round that it was away."""
-        most = BURST_QUANTA * QUANTUM_TOKENS * weight
+        most = self._burst_tokens * weight
         left = self._away.pop(flow, None)
         if left is None:
             return most

@@ -21,6 +21,11 @@ class PolicyConfig:
     others_weight: float = 2.0
     """How much a second that others wait for this request counts against a second that it waits itself. Over 1, because
     a delay is passed on for as long as there is a queue: 1 / (1 - utilisation) times in theory."""
+    work_weight: float = 10.0
+    """How much a second of computing counts beside that, wherever it is: who computes what is cached elsewhere takes it
+    from all who will come, utilisation / (1 - utilisation) seconds of waiting in theory."""
+    stall_weight: float = 0.2
+    """How much a second counts by which the next token of a sequence that runs comes later."""
     tie_s: float = 0.0005
     """Costs this close count as equal."""
 
@@ -28,7 +33,7 @@ class PolicyConfig:
         for name in ("transfer_bytes_per_s", "output_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"policy.{name} must be positive, got {getattr(self, name)}")
-        for name in ("others_weight", "tie_s"):
+        for name in ("others_weight", "work_weight", "stall_weight", "tie_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy.{name} must not be negative, got {getattr(self, name)}")
 
@@ -68,7 +73,8 @@ def prefill_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price
     # Whoever comes while the queue lasts waits for these tokens too: where it is long, computing anew what is cached
     # elsewhere costs many.
     behind = extra.arrivals_per_s * queue_s
-    shared_s = token_s * (1.0 + config.others_weight * behind)
+    work_s = config.work_weight * load.step_time.prefill_token_s
+    shared_s = token_s * (1.0 + config.others_weight * behind) + work_s
     return Price(base_s=queue_s + _room_s(load, extra, config), token_s=shared_s, output_s=0.0)
 
 
@@ -83,7 +89,7 @@ def decode_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
 def mixed_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     """Of both phases on one member: nothing is moved."""
     prefill = prefill_price(load, extra, config)
-    stall_s = config.others_weight * load.step_time.prefill_token_s * _rows(load, extra)
+    stall_s = config.stall_weight * load.step_time.prefill_token_s * _rows(load, extra)
     return Price(
         base_s=prefill.base_s,
         token_s=prefill.token_s + stall_s,
@@ -99,7 +105,8 @@ def _rows(load: MemberLoad, extra: Extra) -> int:
 def _sharing_s(load: MemberLoad, extra: Extra) -> float:
     """Seconds a decode step takes longer for the others in it."""
     step = load.step_time
-    return _rows(load, extra) * step.decode_row_s + load.context_tokens * step.context_token_s
+    together_s = step.step_s(prefill_tokens=0, decode_rows=_rows(load, extra) + 1, context_tokens=load.context_tokens)
+    return together_s - step.step_s(prefill_tokens=0, decode_rows=1, context_tokens=0)
 
 
 def _room_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:

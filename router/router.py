@@ -1,7 +1,7 @@
 """Chooses the members that serve a request, from their reports and from what was routed since."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from router.errors import ConfigError, NoMemberError
@@ -55,6 +55,7 @@ class _Routed:
     """A request that went to a member."""
 
     member_id: MemberId
+    key: str
     until_s: float
     report: int
     """The member's report after which it must be in its numbers."""
@@ -85,6 +86,14 @@ class _Member:
         """A request goes to it."""
         self.routed.append(entry)
         self._count(entry, 1)
+
+    def started(self, key: str) -> None:
+        """A request's prompt is computed, whatever the last report says."""
+        for at, entry in enumerate(self.routed):
+            if entry.key == key and entry.tokens:
+                self._count(entry, -1)
+                self.routed[at] = replace(entry, tokens=0)
+                self._count(self.routed[at], 1)
 
     def settle(self, now: float) -> None:
         """Forget what was routed long enough ago. A request may cross the first report on the way, not the second."""
@@ -158,6 +167,16 @@ class Router:
         if member is not None:
             member.pool.leave(member.slot)
 
+    def started(self, member_id: MemberId, key: str) -> None:
+        """The request with this prompt key has its first token from a member: nobody waits for its prompt there.
+
+        The member's reports tell so too, but later, and whoever comes next is to have its place. Unknown ones are no
+        error.
+        """
+        member = self._members.get(member_id)
+        if member is not None:
+            member.started(key)
+
     def route(self, prompt: Prompt, now: float, *, exclude: frozenset[MemberId] = frozenset()) -> Route:
         """Choose members and remember the choice.
 
@@ -206,6 +225,7 @@ class Router:
         output = min(prompt.max_output, self._config.policy.output_tokens)
         entry = _Routed(
             member_id=offer.member_id,
+            key=prompt.key,
             until_s=now + self._config.recent_s,
             report=member.reports + 2,
             tokens=offer.new_tokens,

@@ -51,6 +51,8 @@ class SimulateOptions:
     prefill_token_s: float = 1e-4
     decode_row_s: float = 1e-4
     context_token_s: float = 2e-8
+    experts_s: float = 0.0
+    expert_share: float = 0.0
     ttft_slo_s: float = 5.0
     itl_slo_s: float = 0.1
     admission: bool = False
@@ -75,6 +77,8 @@ class SimulateOptions:
             prefill_token_s=self.prefill_token_s,
             decode_row_s=self.decode_row_s,
             context_token_s=self.context_token_s,
+            experts_s=self.experts_s,
+            expert_share=self.expert_share,
         )
         return MemberSpec(
             step_time=step,
@@ -86,7 +90,7 @@ class SimulateOptions:
 
 
 _QUEUE_PER_MEMBER = 16
-_MAY_BE_ZERO = frozenset({"base_s", "decode_row_s", "context_token_s"})
+_MAY_BE_ZERO = frozenset({"base_s", "decode_row_s", "context_token_s", "experts_s", "expert_share"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

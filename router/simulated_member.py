@@ -1,6 +1,8 @@
 """A member of a simulated fleet: continuous batching with chunked prefill, its steps timed by a step-time model.
 
-Steps that are alike are taken together: an event is the end of a prompt, of a sequence, or of a reporting period.
+As in the real engine a step is planned when the one before it begins: what comes while a step runs is in the second
+step after it at the earliest. Steps that are alike are taken together: an event is the end of a prompt, of a sequence,
+or of a reporting period.
 """
 
 import math
@@ -25,6 +27,8 @@ class MemberSpec:
     """Tokens whose KV it has room for."""
     max_rows: int = 128
     step_tokens: int = 8192
+    way_s: float = 0.0
+    """That a request is under way from its client to the engine, and a token on the way back."""
     report_s: float = 0.25
     """Time between two reports while steps last."""
 
@@ -42,6 +46,8 @@ class Job:
         self.number = number
         self.request = request
         self.arrival_s = arrival_s
+        self.came_s = arrival_s
+        """When its member got it."""
         self.new_tokens = 0
         """To compute, as it looked when it came to the member."""
         self.cached_tokens = 0
@@ -55,9 +61,14 @@ class _Span:
     """Steps that are alike."""
 
     start_s: float
-    end_s: float
+    step_s: float
     steps: int
-    prefilled: float
+    chunks: tuple[int, ...]
+    """Prompt tokens of each step, by prompt."""
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.steps * self.step_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +85,15 @@ class Progress:
     """Seconds a step."""
 
 
+class _Prompt:
+    """A job whose prompt is being computed."""
+
+    def __init__(self, job: Job, left: int) -> None:
+        self.job = job
+        self.left = left
+        """Tokens to compute."""
+
+
 class SimulatedMember:
     """Times are seconds on the simulation's clock."""
 
@@ -86,8 +106,8 @@ class SimulatedMember:
         self._cache = SimulatedCache(spec.kv_tokens // spec.block_size)
         self._waiting: deque[Job] = deque()
         self._waiting_tokens = 0
-        self._head: Job | None = None
-        self._head_left = 0.0
+        self._prompts: deque[_Prompt] = deque()
+        """Those that are being computed."""
         self._rows: list[tuple[int, int, Job]] = []
         self._context = 0
         self._step = 0
@@ -103,17 +123,17 @@ class SimulatedMember:
         """Take a request in; returns when to call `advance`, if that has changed."""
         self._waiting.append(job)
         depth = self._cache.depth(job.request.full_blocks(self._spec.block_size))
+        job.came_s = now + self._spec.way_s
         job.new_tokens = job.request.prompt_tokens - depth * self._spec.block_size
         self._waiting_tokens += job.new_tokens
         span = self._span
         if span is None:
-            return self._begin(now)
-        if self._head is None:
-            # Only decode steps are going on: the one that runs now is the last of this span.
-            step_s = (span.end_s - span.start_s) / span.steps
-            steps = min(max(math.ceil((now - span.start_s) / step_s), 1), span.steps)
+            return self._begin(job.came_s, job.came_s)
+        if not span.chunks:
+            # Only decode steps are going on: the one behind that which runs now is the last of this span.
+            steps = max(math.ceil((now - span.start_s) / span.step_s), 1) + 1
             if steps < span.steps:
-                self._span = replace(span, steps=steps, end_s=span.start_s + steps * step_s)
+                self._span = replace(span, steps=steps)
                 self.version += 1
                 return self._span.end_s
         return None
@@ -125,21 +145,21 @@ class SimulatedMember:
         rows = len(self._rows)
         self._step += span.steps
         self._context += rows * span.steps
-        self.busy_s += span.end_s - span.start_s
-        progress = Progress(rows=rows, steps=span.steps, gap_s=(span.end_s - span.start_s) / span.steps)
+        self.busy_s += span.steps * span.step_s
+        progress = Progress(rows=rows, steps=span.steps, gap_s=span.step_s)
         while self._rows and self._rows[0][0] <= self._step:
             self._end(heappop(self._rows)[2], now, progress)
-        self._head_left -= span.prefilled
-        if self._head is not None and self._head_left < 0.5:
-            self._start(self._head, now, progress)
-            self._head = None
+        for prompt, chunk in zip(self._prompts, span.chunks, strict=False):
+            prompt.left -= chunk * span.steps
+        while self._prompts and not self._prompts[0].left:
+            self._start(self._prompts.popleft().job, now, progress)
         self._span = None
-        return progress, self._begin(now)
+        return progress, self._begin(now, now - span.step_s)
 
     def _start(self, job: Job, now: float, progress: Progress) -> None:
         """The prompt is computed: the first token is here."""
         self._cache.fill(job.request.full_blocks(self._spec.block_size))
-        job.first_token_s = now
+        job.first_token_s = now + self._spec.way_s
         progress.started.append(job)
         self._context += job.request.prompt_tokens + 1
         if job.request.output_tokens > 1:
@@ -151,7 +171,7 @@ class SimulatedMember:
         blocks = job.request.full_blocks(self._spec.block_size)
         self._cache.release(blocks, self._blocks_of(job.request)[1])
         self._context -= job.request.prompt_tokens + job.request.output_tokens
-        job.end_s = now
+        job.end_s = now + self._spec.way_s
         progress.ended.append(job)
 
     def _blocks_of(self, request: TraceRequest) -> tuple[int, int]:
@@ -159,42 +179,57 @@ class SimulatedMember:
         shared = len(request.full_blocks(self._spec.block_size))
         return shared, -(-(request.prompt_tokens + request.output_tokens) // self._spec.block_size) - shared
 
-    def _admit(self) -> None:
-        """Give the first waiting request a row and room."""
-        if self._head is not None or not self._waiting or len(self._rows) >= self._spec.max_rows:
-            return
+    def _admit(self, planned_s: float) -> bool:
+        """Give the first waiting request a row and room, if it was there by `planned_s`; False: it must wait."""
+        if not self._waiting or len(self._rows) + len(self._prompts) >= self._spec.max_rows:
+            return False
         job = self._waiting[0]
         blocks = job.request.full_blocks(self._spec.block_size)
         depth = self._cache.depth(blocks)
-        if self._cache.reserve(blocks, self._blocks_of(job.request)[1]):
-            self._waiting.popleft()
-            self._waiting_tokens -= job.new_tokens
-            job.cached_tokens = depth * self._spec.block_size
-            self._head, self._head_left = job, float(job.request.prompt_tokens - job.cached_tokens)
+        if job.came_s > planned_s or not self._cache.reserve(blocks, self._blocks_of(job.request)[1]):
+            return False
+        self._waiting.popleft()
+        self._waiting_tokens -= job.new_tokens
+        job.cached_tokens = depth * self._spec.block_size
+        self._prompts.append(_Prompt(job, job.request.prompt_tokens - job.cached_tokens))
+        return True
 
-    def _begin(self, now: float) -> float | None:
-        """Start the next span; returns its end, or None when there is nothing to do."""
-        self._admit()
+    def _chunks(self, planned_s: float) -> tuple[int, ...]:
+        """What a step computes of each prompt; requests are taken in as long as there is room in the step."""
+        room = max(self._spec.step_tokens - len(self._rows), 1)
+        chunks: list[int] = []
+        while room and (len(chunks) < len(self._prompts) or self._admit(planned_s)):
+            chunks.append(min(self._prompts[len(chunks)].left, room))
+            room -= chunks[-1]
+        return tuple(chunks)
+
+    def _begin(self, now: float, planned_s: float) -> float | None:
+        """Start the next span, whose first step was planned at `planned_s`; returns its end, None: nothing to do."""
+        chunks = self._chunks(planned_s)
         rows, step = len(self._rows), self._spec.step_time
-        if self._head is None and not rows:
-            return None
-        room = 0.0 if self._head is None else max(self._spec.step_tokens - rows, 1)
-        full_s = step.step_s(prefill_tokens=room, decode_rows=rows, context_tokens=self._context)
-        steps = max(1, int(self._spec.report_s / full_s))
+        if not chunks and not rows:
+            if not self._waiting:
+                return None
+            # Nothing was planned: the engine looks when the last step has ended, or when a request comes.
+            now = max(now, self._waiting[0].came_s)
+            chunks = self._chunks(now)
+        tokens = sum(chunks)
+        first_s = step.step_s(prefill_tokens=tokens, decode_rows=rows, context_tokens=self._context)
+        steps = max(1, int(self._spec.report_s / first_s))
         if rows:
             steps = min(steps, self._rows[0][0] - self._step)
-        prefilled = steps * room
-        if self._head is not None and prefilled >= self._head_left:
-            steps, prefilled = max(1, math.ceil(self._head_left / room)), self._head_left
-        carried_s = step.step_s(
-            prefill_tokens=0, decode_rows=rows, context_tokens=self._context + rows * (steps - 1) / 2
-        )
-        # The last step of a prompt has room for the beginning of the next one, which then need not pay for the step.
-        shared = prefilled / room if self._waiting and room else steps
-        length_s = prefilled * step.prefill_token_s + shared * carried_s
-        self._span = _Span(start_s=now, end_s=now + length_s, steps=steps, prefilled=prefilled)
+        if len(chunks) == 1:
+            steps = min(steps, self._prompts[0].left // chunks[0])
+        elif chunks or self._is_expected(planned_s):
+            steps = 1
+        step_s = first_s + rows * (steps - 1) / 2 * step.context_token_s
+        self._span = _Span(start_s=now, step_s=step_s, steps=steps, chunks=chunks)
         self.version += 1
         return self._span.end_s
+
+    def _is_expected(self, planned_s: float) -> bool:
+        """Whether a request came too late for the step that begins, and is to be in the next one."""
+        return bool(self._waiting) and self._waiting[0].came_s > planned_s
 
     def load(self) -> MemberLoad:
         """Its report."""
@@ -205,8 +240,8 @@ class SimulatedMember:
             role="mixed",
             sequence=self._reports,
             waiting_requests=len(self._waiting),
-            waiting_tokens=self._waiting_tokens + int(self._head_left if self._head is not None else 0),
-            running_requests=len(self._rows) + (self._head is not None),
+            waiting_tokens=self._waiting_tokens + sum(prompt.left for prompt in self._prompts),
+            running_requests=len(self._rows) + len(self._prompts),
             context_tokens=self._context,
             max_requests=spec.max_rows,
             step_tokens=spec.step_tokens,

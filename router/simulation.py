@@ -119,7 +119,7 @@ class _Run:
         spec = self._fleet.spec
         blocks = job.request.full_blocks(spec.block_size)
         prompt = Prompt(
-            f"r{job.number}",
+            _key(job),
             num_tokens=job.request.prompt_tokens,
             max_output=job.request.output_tokens,
             hashes={spec.block_size: blocks},
@@ -140,6 +140,8 @@ class _Run:
             progress, next_end = member.advance(now)
             self._push(member, next_end)
             self.recorder.take(progress)
+            for job in progress.started:
+                self._chooser.started(member_id, _key(job))
             for _ in progress.ended:
                 self._chooser.ended(member_id)
             if next_end is None or now - self._reported[member_id] >= self._fleet.min_report_gap_s:
@@ -161,6 +163,10 @@ class _Run:
         self._free_tokens += free - self._free[member.member_id]
         self._free[member.member_id] = free
         self._chooser.report(load, member.take_events(), now)
+
+
+def _key(job: Job) -> str:
+    return f"r{job.number}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

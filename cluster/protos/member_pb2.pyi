@@ -572,10 +572,14 @@ class StepTime(_message.Message):
     PREFILL_TOKEN_S_FIELD_NUMBER: _builtins.int
     DECODE_ROW_S_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKEN_S_FIELD_NUMBER: _builtins.int
+    EXPERTS_S_FIELD_NUMBER: _builtins.int
+    EXPERT_SHARE_FIELD_NUMBER: _builtins.int
     base_s: _builtins.float
     prefill_token_s: _builtins.float
     decode_row_s: _builtins.float
     context_token_s: _builtins.float
+    experts_s: _builtins.float
+    expert_share: _builtins.float
     def __init__(
         self,
         *,
@@ -583,10 +587,12 @@ class StepTime(_message.Message):
         prefill_token_s: _builtins.float = ...,
         decode_row_s: _builtins.float = ...,
         context_token_s: _builtins.float = ...,
+        experts_s: _builtins.float = ...,
+        expert_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "context_token_s", b"context_token_s", "decode_row_s", b"decode_row_s", "prefill_token_s", b"prefill_token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "context_token_s", b"context_token_s", "decode_row_s", b"decode_row_s", "expert_share", b"expert_share", "experts_s", b"experts_s", "prefill_token_s", b"prefill_token_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

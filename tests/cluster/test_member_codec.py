@@ -141,7 +141,9 @@ def test_a_load_report_comes_back_whole() -> None:
         waiting_tokens=77,
         context_tokens=1234,
         step_tokens=512,
-        step_time=StepTime(base_s=0.1, prefill_token_s=0.2, decode_row_s=0.3, context_token_s=0.4),
+        step_time=StepTime(
+            base_s=0.1, prefill_token_s=0.2, decode_row_s=0.3, context_token_s=0.4, experts_s=0.5, expert_share=0.6
+        ),
         token_bytes=9,
         state_bytes=8,
         prefix_cache=False,

@@ -1,6 +1,7 @@
 """Step times are learnt from the steps that were carried out, however few or alike they are."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,29 @@ def test_noisy_steps_give_the_prices_behind_them() -> None:
     assert fitted.prefill_token_s == pytest.approx(TRUE.prefill_token_s, rel=0.1)
     for step in make_steps(50):
         assert seconds(fitted, step) == pytest.approx(step.seconds, rel=0.15)
+
+
+def test_a_mixture_of_experts_is_told_from_a_price_of_rows() -> None:
+    # Of 64 experts each token takes 8; a step of 10 tokens reads three quarters of them, one of 50 or 500 all.
+    true = StepTime(base_s=0.009, prefill_token_s=0.0003, decode_row_s=0.0005, context_token_s=0.0, experts_s=0.078)
+    true = replace(true, expert_share=0.125)
+    rng = random.Random(5)
+    steps = [
+        make_step(
+            rng.choice((0, 0, rng.randrange(1, 256))), rng.randrange(1, 12), 0, noise=rng.gauss(1, 0.03), true=true
+        )
+        for _ in range(256)
+    ]
+    fitted = fit_step_time(steps, StepTime(expert_share=0.125))
+    for tokens in (0, 10, 40, 250):
+        step = make_step(tokens, 2, 0, true=true)
+        assert seconds(fitted, step) == pytest.approx(step.seconds, rel=0.05)
+
+
+def test_steps_of_one_kind_cost_their_mean_however_they_scatter() -> None:
+    steps = [replace(make_step(0, 1, 0), seconds=each) for each in (0.001, 0.001, 0.001, 0.009)] * 20
+    fitted = fit_step_time(steps, StepTime())
+    assert seconds(fitted, steps[0]) == pytest.approx(0.003, rel=0.02)
 
 
 def test_equal_steps_give_their_own_time_and_no_negative_price() -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from router.fair_queue import BURST_QUANTA, QUANTUM_TOKENS, FairQueue, Flow, Waiting
+from router.fair_queue import LEAST_BURST_TOKENS, QUANTUM_TOKENS, FairQueue, Flow, Waiting
 from router.request import RequestId
 
 HOG: Flow = ("hog", 0)
@@ -51,7 +51,7 @@ def test_a_flow_that_comes_for_the_first_time_is_next_but_cannot_save_up_without
     fill(queue, HOG, 1000, QUANTUM_TOKENS // 2)
     served(queue, 100)
     fill(queue, OTHER, 1000, QUANTUM_TOKENS // 2)
-    burst = 2 * BURST_QUANTA
+    burst = 2 * LEAST_BURST_TOKENS // QUANTUM_TOKENS
     assert set(served(queue, burst)) == {OTHER}
     tokens = served(queue, 200)
     assert 0.8 < tokens[OTHER] / tokens[HOG] < 1.25
@@ -109,3 +109,16 @@ def test_a_tiny_weight_costs_no_more_turns_than_a_large_one() -> None:
     tokens = served(queue, 30)
     assert time.perf_counter() - began < 1.0
     assert tokens[OTHER] == pytest.approx(2 * tokens[HOG], rel=0.1)
+
+
+def test_a_burst_grows_with_the_fleet_for_those_who_wait_already_too() -> None:
+    queue = FairQueue()
+    fill(queue, OTHER, 2, 10 * LEAST_BURST_TOKENS)
+    queue.set_burst(20 * LEAST_BURST_TOKENS)
+    fill(queue, HOG, 2, 10 * LEAST_BURST_TOKENS)
+    assert [item.flow for _ in range(4) if (item := queue.pop())] == [HOG, HOG, OTHER, OTHER]
+    queue.set_burst(1)
+    new: Flow = ("new", 0)
+    fill(queue, ("newer", 0), 1, 2 * LEAST_BURST_TOKENS)
+    fill(queue, new, 1, LEAST_BURST_TOKENS)
+    assert [item.flow for _ in range(2) if (item := queue.pop())] == [new, ("newer", 0)]

@@ -11,7 +11,7 @@ from router.request import MemberId
 from router.step_time import StepTime
 
 NOTHING = Extra()
-ALONE = PolicyConfig(others_weight=0.0)
+ALONE = PolicyConfig(others_weight=0.0, work_weight=0.0, stall_weight=0.0)
 LOAD = MemberLoad(
     member_id=MemberId("m"),
     role="mixed",
@@ -40,9 +40,14 @@ def test_computing_costs_more_where_others_will_come_behind_it() -> None:
     queued, often = replace(LOAD, waiting_tokens=100), Extra(arrivals_per_s=2.0)
     price = prefill_price(queued, often, ALONE)
     # While the queue of 1.1 s lasts, 2.2 requests come.
-    weighed = prefill_price(queued, often, PolicyConfig(others_weight=3.0))
+    weighed = prefill_price(queued, often, replace(ALONE, others_weight=3.0))
     assert weighed.token_s == pytest.approx((1 + 3 * 2.2) * price.token_s)
     assert weighed.base_s == price.base_s
+
+
+def test_computing_costs_more_wherever_it_is_than_the_wait_for_it() -> None:
+    price, weighed = (prefill_price(LOAD, NOTHING, replace(ALONE, work_weight=weight)) for weight in (0.0, 5.0))
+    assert weighed.token_s == pytest.approx(price.token_s + 5 * 0.01)
 
 
 def test_a_hand_off_pays_for_its_bytes_and_a_step_for_its_rows() -> None:
@@ -56,10 +61,20 @@ def test_a_hand_off_pays_for_its_bytes_and_a_step_for_its_rows() -> None:
 
 def test_a_mixed_member_pays_for_both_phases_and_moves_nothing() -> None:
     load = replace(LOAD, token_bytes=10**6, state_bytes=10**9, running_requests=2)
-    price = mixed_price(load, NOTHING, PolicyConfig(others_weight=1.0))
-    assert price.base_s == prefill_price(load, NOTHING, PolicyConfig()).base_s
-    assert price.token_s == pytest.approx(prefill_price(load, NOTHING, PolicyConfig()).token_s + 2 * 0.01)
+    price = mixed_price(load, NOTHING, replace(ALONE, stall_weight=1.0))
+    assert price.base_s == prefill_price(load, NOTHING, ALONE).base_s
+    assert price.token_s == pytest.approx(prefill_price(load, NOTHING, ALONE).token_s + 2 * 0.01)
     assert price.output_s == pytest.approx(2 * 0.02)
+
+
+def test_rows_share_the_experts_that_a_step_reads_anyway() -> None:
+    step = replace(LOAD.step_time, experts_s=1.0, expert_share=0.5)
+    few, many = (
+        decode_price(replace(LOAD, step_time=step, running_requests=rows), NOTHING, ALONE).output_s for rows in (1, 7)
+    )
+    # Of two rows 0.75 of all experts are read, of one 0.5; of eight 0.996.
+    assert few == pytest.approx(0.02 + 0.25)
+    assert many == pytest.approx(7 * 0.02 + 0.996 - 0.5, abs=1e-3)
 
 
 def test_a_full_member_makes_wait_until_rows_blocks_or_slots_come_back() -> None:

@@ -103,7 +103,7 @@ def test_a_cached_prefix_attracts_until_the_queue_outweighs_it() -> None:
     route = router.route(make_prompt(prompt=prompt), 0.0)
     # The block with the last token does not count: it must be computed.
     assert (route.decode, route.cached_tokens) == ("cached", 3984)
-    router = make_router(make_load("cached", waiting_tokens=9000), make_load("free"))
+    router = make_router(make_load("cached", waiting_tokens=90_000), make_load("free"))
     hold(router, "cached", prompt)
     assert router.route(make_prompt(prompt=prompt), 0.0).decode == "free"
 
@@ -127,6 +127,18 @@ def test_what_was_routed_counts_until_the_second_report_or_for_its_time() -> Non
     router = make_router(*loads)
     assert router.route(make_prompt(1, long_prompt), 0.0).decode == "a"
     assert router.route(make_prompt(3), 2.5).decode == "a"
+
+
+def test_a_prompt_that_is_computed_leaves_its_place_before_the_member_reports_it() -> None:
+    router = make_router(make_load("a"), make_load("b", waiting_tokens=100))
+    long_prompt = tuple(range(1000, 3000))
+    assert router.route(make_prompt(1, long_prompt), 0.0).decode == "a"
+    router.started(MemberId("a"), "another")
+    router.started(MemberId("nobody"), "r1")
+    assert router.route(make_prompt(2), 0.0).decode == "b"
+    router.started(MemberId("a"), "r1")
+    router.started(MemberId("a"), "r1")
+    assert router.route(make_prompt(3, tuple(range(5000, 5064))), 0.0).decode == "a"
 
 
 def test_a_routed_prompt_counts_as_cached_until_it_is_forgotten() -> None:

@@ -15,7 +15,7 @@ from router.router import Route, Router, RouterConfig
 from router.step_time import StepTime
 
 # Others' delay depends on when a member was priced last; everything else only on what is known now.
-POLICY = PolicyConfig(others_weight=0.0, tie_s=0.002, transfer_bytes_per_s=1e6)
+POLICY = PolicyConfig(others_weight=0.0, work_weight=1.0, tie_s=0.002, transfer_bytes_per_s=1e6)
 CONFIG = RouterConfig(policy=POLICY, recent_s=1.0, expected_s=3.0)
 BLOCK = 16
 PRICES = {"prefill": prefill_price, "decode": decode_price, "both": mixed_price}

@@ -40,7 +40,7 @@ def test_a_request_alone_takes_its_prompt_and_its_steps() -> None:
     assert job.end_s - job.first_token_s == pytest.approx(4 * 0.12)
 
 
-def test_a_prompt_that_comes_while_others_decode_waits_for_the_step_that_runs() -> None:
+def test_a_prompt_that_comes_while_others_decode_waits_for_the_step_that_runs_and_the_one_planned_behind_it() -> None:
     member = SimulatedMember(MemberId("m"), SPEC)
     first, second = make_job(0, 10, 100), make_job(1, 10, 1)
     end_s = member.add(first, 0.0)
@@ -48,21 +48,56 @@ def test_a_prompt_that_comes_while_others_decode_waits_for_the_step_that_runs() 
     _, end_s = member.advance(end_s)
     assert end_s == pytest.approx(0.2 + 99 * 0.12)
     end_s = member.add(second, 0.2 + 1.5 * 0.12)
-    assert end_s == pytest.approx(0.2 + 2 * 0.12)
+    assert end_s == pytest.approx(0.2 + 3 * 0.12)
     run(member, end_s)
-    assert second.first_token_s == pytest.approx(0.2 + 2 * 0.12 + 0.12 + 0.1)
+    assert second.first_token_s == pytest.approx(0.2 + 3 * 0.12 + 0.12 + 0.1)
     assert second.end_s == second.first_token_s
     assert first.end_s == pytest.approx(0.2 + 99 * 0.12 + 0.1)
 
 
-def test_a_request_in_the_last_step_of_a_span_changes_no_end() -> None:
+def test_a_request_in_the_last_steps_of_a_span_changes_no_end() -> None:
     member = SimulatedMember(MemberId("m"), SPEC)
     end_s = member.add(make_job(0, 10, 2), 0.0)
     assert end_s is not None
-    assert member.add(make_job(1, 10, 2), 0.05) is None
+    late = make_job(1, 10, 2)
+    assert member.add(late, 0.05) is None
     _, end_s = member.advance(end_s)
+    # The step behind the first was planned when that began, with one row and without the late prompt.
+    assert end_s == pytest.approx(0.2 + 0.12)
     _, end_s = member.advance(end_s or 0.0)
+    assert end_s == pytest.approx(0.32 + 0.2)
     assert member.add(make_job(2, 10, 1), end_s or 0.0) is None
+
+
+def test_a_request_that_comes_to_an_idle_member_is_planned_at_once() -> None:
+    member = SimulatedMember(MemberId("m"), SPEC)
+    first, second = make_job(0, 10, 1), make_job(1, 10, 1)
+    end_s = member.add(first, 0.0)
+    assert member.add(second, 0.1) is None
+    run(member, end_s)
+    assert (first.first_token_s, second.first_token_s) == (pytest.approx(0.2), pytest.approx(0.4))
+
+
+def test_prompts_share_a_step_as_far_as_it_has_room() -> None:
+    member = SimulatedMember(MemberId("m"), SPEC)
+    jobs = [make_job(0, 130, 1), make_job(1, 40, 1), make_job(2, 10, 1)]
+    ends = [member.add(job, 0.0) for job in jobs]
+    run(member, ends[0])
+    # 100 of the first, then its other 30 with 40; there are two rows, and the third waits for one.
+    assert [job.first_token_s for job in jobs] == [pytest.approx(1.1 + each) for each in (0.8, 0.8, 1.0)]
+
+
+def test_the_way_between_client_and_engine_adds_to_a_first_token_and_to_no_gap() -> None:
+    spec = MemberSpec(step_time=SPEC.step_time, block_size=10, kv_tokens=1000, step_tokens=100, way_s=0.05)
+    member = SimulatedMember(MemberId("m"), spec)
+    job, close_behind = make_job(0, 10, 3), make_job(1, 10, 1)
+    end_s = member.add(job, 1.0)
+    assert end_s == pytest.approx(1.05 + 0.2)
+    member.add(close_behind, 1.2)
+    run(member, end_s)
+    assert job.first_token_s == pytest.approx(1.0 + 0.2 + 2 * 0.05)
+    # It came to the engine just as the last step ended.
+    assert job.end_s == pytest.approx(1.25 + 0.12 + 0.22 + 0.05)
 
 
 def test_rows_and_room_are_waited_for() -> None:

@@ -1,5 +1,7 @@
 """Step times add up, and give the rate of a prompt between decode rows."""
 
+from dataclasses import replace
+
 import pytest
 
 from router.errors import ConfigError
@@ -24,3 +26,13 @@ def test_prices_that_cannot_be_are_refused_by_name() -> None:
             StepTime(base_s=value)
     with pytest.raises(ConfigError, match="prefill_token_s must be positive"):
         StepTime(prefill_token_s=0.0)
+    with pytest.raises(ConfigError, match="expert_share must be at most 1"):
+        StepTime(expert_share=1.5)
+
+
+def test_a_step_reads_the_experts_that_its_tokens_are_sent_to_once() -> None:
+    step = replace(STEP, experts_s=8.0, expert_share=0.25)
+    seconds = [step.step_s(prefill_tokens=tokens, decode_rows=1, context_tokens=0) for tokens in (0, 1, 50, 100)]
+    assert seconds[0] == pytest.approx(1.5 + 2.0)
+    assert seconds[1] == pytest.approx(1.6 + 8 * (1 - 0.75**2))
+    assert seconds[3] - seconds[2] == pytest.approx(50 * 0.1, rel=1e-3)
