@@ -4,8 +4,13 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from router.errors import ConfigError
+
+_MOST_MS: Final = 1e14
+"""Of a clock that counts from 1970, some thousand years ahead."""
+_MOST_TOKENS: Final = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +59,15 @@ def read_trace(lines: Iterable[str], block_size: int, *, name: str = "trace") ->
 
 
 def _read_line(line: str, block_size: int) -> TraceRequest:
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except RecursionError:
+        raise ValueError("is nested too deeply to be a request") from None
     if not isinstance(values, dict):
         raise ValueError(f"is no JSON object but {line.strip():.40}")
     arrival = values.get("timestamp")
-    if isinstance(arrival, bool) or not isinstance(arrival, int | float) or not 0 <= arrival < float("inf"):
-        raise ValueError(f"timestamp must be milliseconds from 0 on, got {arrival!r:.40}")
+    if isinstance(arrival, bool) or not isinstance(arrival, int | float) or not 0 <= arrival <= _MOST_MS:
+        raise ValueError(f"timestamp must be milliseconds from 0 to {_MOST_MS:.0e}, got {arrival!r:.40}")
     prompt, output = (_count(values, name) for name in ("input_length", "output_length"))
     ids = values.get("hash_ids")
     if not isinstance(ids, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
@@ -76,8 +84,8 @@ def _read_line(line: str, block_size: int) -> TraceRequest:
 
 def _count(values: dict[str, object], name: str) -> int:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r:.40}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_TOKENS:
+        raise ValueError(f"{name} must be a whole number from 1 to {_MOST_TOKENS:.0e}, got {value!r:.40}")
     return value
 
 
@@ -118,7 +126,8 @@ def scale_trace(trace: Sequence[TraceRequest], factor: float, *, requests: int) 
     copies = max(1, round(factor))
     length_s = trace[-1].arrival_s - trace[0].arrival_s
     window_s = length_s * min(1.0, requests / copies / len(trace))
-    distinct = 1 + max((block for each in trace for block in each.blocks), default=0)
+    ids = {block for each in trace for block in each.blocks}
+    distinct = 1 + max(ids, default=0) - min(ids, default=0)
     speed = factor / copies
     parts: list[TraceRequest] = []
     for copy in range(copies):

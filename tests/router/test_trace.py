@@ -34,6 +34,10 @@ def test_good_lines_become_requests_and_empty_ones_nothing() -> None:
         (line(timestamp="now"), "timestamp must be milliseconds"),
         (line(timestamp=True), "timestamp must be milliseconds"),
         (line(timestamp=float("inf")), "timestamp must be milliseconds"),
+        (line(timestamp=float("nan")), "timestamp must be milliseconds"),
+        (line(timestamp=10**400), "timestamp must be milliseconds from 0 to 1e+14"),
+        ("[" * 100_000, "is nested too deeply"),
+        (line(output_length=10**30), "output_length must be a whole number from 1 to 1e+09"),
         (line(input_length=0), "input_length must be a whole number"),
         (line(output_length=2.5), "output_length must be a whole number"),
         (line(output_length=True), "output_length must be a whole number"),
@@ -76,6 +80,12 @@ def test_copies_have_blocks_of_their_own_and_keep_the_pauses() -> None:
     assert len(owners) == 3
     one = [each.arrival_s for each in scaled if each.blocks[1] == 100]
     assert one == [float(second) for second in range(len(one))]
+
+
+def test_copies_share_no_block_of_any_sign() -> None:
+    trace = [make(0.0, -3, 4), make(10.0, 2, -1)]
+    blocks = [each.blocks for each in scale_trace(trace, 2.0, requests=4)]
+    assert len({block for each in blocks for block in each}) == 8
 
 
 def test_a_small_change_of_rate_changes_the_clock_of_one_copy() -> None:
