@@ -1,7 +1,8 @@
 """Speed-up by drafts: `python -m benchmarks.speculation MODEL [--prompts FILE] [--rows 1 4 16] [--drafts 1 2 3]`.
 
-Ranks for each number of drafts, greedy; each batch is served in turns by all of them, and medians of the rounds are
-compared; the first round warms up. Every round begins with a policy that knows nothing: learning is counted.
+Ranks for each number of drafts, greedy; each batch is served in turns by all of them, from prompts to last tokens, and
+compared round by round: the median ratio, the least and the best. The first round warms up; what is learnt in it is
+kept, as a member does while it serves. With --anew nothing is known at the start of any round: learning is counted.
 Prompts are the lines of FILE, repeated as need be; without one they are random, and drafts are right by chance only.
 """
 
@@ -13,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cluster.config import DraftPolicyChoice, EngineConfig
+from cluster.engine_stats import EngineStats
 from deploy.bench_engine import BenchEngine
 from deploy.tokenizer import load_tokenizer
 from shards.families import load_model_config
@@ -45,24 +47,32 @@ def open_engine(args: argparse.Namespace, drafts: int, policy: DraftPolicyChoice
 
 
 def measure(args: argparse.Namespace, engines: Sequence[tuple[str, BenchEngine]], rows: int) -> None:
-    """Print one line an engine: tokens a second, over those of the first, and how many drafts were right."""
+    """Print one line an engine: tokens a second, the speed over that without drafts, how many drafts were right."""
     prompts = make_prompts(args.model, args.prompts, rows)
-    rates: dict[str, list[float]] = {name: [] for name, _ in engines}
+    seconds: dict[str, list[float]] = {name: [] for name, _ in engines}
+    stats: dict[str, EngineStats] = {}
     expected: list[list[int]] = []
     for round_ in range(args.rounds + 1):
         for name, engine in engines:
+            if args.anew:
+                engine.forget_drafts()
             found = engine.generate(prompts, args.new)
             expected = expected or found.tokens
             assert found.tokens == expected, f"{name} gives other tokens"
             if round_:
-                seconds = found.wall_s - max(found.ttft_s)
-                rates[name].append(rows * (args.new - 1) / seconds)
-    plain = statistics.median(rates[engines[0][0]])
-    for name, engine in engines:
-        rate, stats = statistics.median(rates[name]), engine.stats
-        right = stats.accepted_tokens / stats.drafted_tokens if stats.drafted_tokens else 0.0
-        shares = f"{stats.drafted_tokens / (rows * args.new):5.2f} drafts a token, {right:4.0%} right"
-        print(f"{rows:4d} rows  {name:12s} {rate:8.1f} tokens/s  {rate / plain:5.2f}x  {shares}", flush=True)
+                seconds[name].append(found.wall_s)
+            stats[name] = engine.stats
+    plain = seconds[engines[0][0]]
+    for name, _ in engines:
+        rate, drafted = rows * args.new / statistics.median(seconds[name]), stats[name].drafted_tokens
+        ratios = sorted(without / with_ for without, with_ in zip(plain, seconds[name], strict=True))
+        right = stats[name].accepted_tokens / drafted if drafted else 0.0
+        print(
+            f"{rows:4d} rows  {name:12s} {rate:8.1f} tokens/s  {statistics.median(ratios):6.3f}x "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f})  "
+            f"{drafted / (rows * args.new):5.2f} drafts a token, {right:4.0%} right",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -73,6 +83,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--always", action="store_true", help="also engines that draft whether it pays or not")
+    parser.add_argument("--anew", action="store_true", help="forget what was learnt before each round")
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)

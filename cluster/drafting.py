@@ -1,13 +1,15 @@
 """What a scheduler's policy of drafts is told of its plans: when steps began and ended, and which drafts were right."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from cluster.lane_draft import Work
+from cluster.lane_draft import LaneDraft, Work
 from cluster.plan import StepOutput, StepPlan
 from cluster.scheduler_config import SchedulerConfig
 from cluster.speculation import DraftPolicy
+from shards.batch import StepBatch
 
 _MOST_ROWS_SHORT: Final = 0.25
 """A step counts as one of d drafts when its rows lack at most this part of them: a row near the end of a block, of its
@@ -23,13 +25,21 @@ class _Planned:
     """Decoding rows of the fullest lane; 0: the step does other work too, and is not measured."""
     rows_of_all: int
     drafts: int | None
+    kept: bool
+
+
+_OTHER_WORK: Final = _Planned(rows=0, began=0.0, rows_of_all=0, drafts=None, kept=False)
 
 
 class Drafting:
-    """One scheduler's drafts. Times are those given to the scheduler."""
+    """One scheduler's drafts. Times are those given to the scheduler.
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self._policy = DraftPolicy(config.draft_tokens, adaptive=config.draft_adaptive)
+    Args:
+        policy: what schedulers of the same ranks learnt before; None: nothing is known.
+    """
+
+    def __init__(self, config: SchedulerConfig, policy: DraftPolicy | None = None) -> None:
+        self._policy = policy or DraftPolicy(config.draft_tokens, adaptive=config.draft_adaptive)
         self._planned: deque[_Planned] = deque()
         self._ended: float | None = None
         """When the last step ended; None when nothing was to be done then."""
@@ -41,25 +51,24 @@ class Drafting:
         rows = max(decoding)
         return self._policy.choose(rows) if rows and self._policy.most else 0
 
-    @property
-    def keeps_mtp(self) -> bool:
-        """Whether the step just chosen for keeps what later drafts need."""
-        return not self._policy.asleep
+    def keeps_mtp(self, lanes: Iterable[LaneDraft]) -> bool:
+        """Whether the step just chosen for keeps what later drafts need: not in a nap, nor where that is measured."""
+        policy = self._policy
+        return policy.keeps or not (policy.asleep or all(_only_decodes(lane.batch) for lane in lanes))
 
     def planned(self, plan: StepPlan, drafts: int, now: float) -> None:
         """A plan with rows is given out; `drafts` were chosen for it."""
         if not self._policy.most:
             return
-        rows = [len(lane.rows_S) for lane in plan.lanes]
-        if any(sum(lane.counts_S) - sum(lane.verifies_S) > len(lane.rows_S) for lane in plan.lanes):
-            self._planned.append(_Planned(began=now, rows=0, rows_of_all=0, drafts=None))
+        if not all(_only_decodes(lane) for lane in plan.lanes):
+            self._planned.append(_OTHER_WORK)
             return
-        wanted = drafts * sum(rows)
+        rows = [len(lane.rows_S) for lane in plan.lanes]
+        wanted, kept = drafts * sum(rows), plan.lanes[0].keeps_mtp
         done = (sum(sum(lane.verifies_S) for lane in plan.lanes), sum(sum(lane.drafts_S) for lane in plan.lanes))
         alike = wanted * (1 - _MOST_ROWS_SHORT) <= min(done) and max(done) <= wanted
-        self._planned.append(
-            _Planned(began=now, rows=max(rows), rows_of_all=sum(rows), drafts=drafts if alike else None)
-        )
+        measured_as = drafts if alike else None
+        self._planned.append(_Planned(began=now, rows=max(rows), rows_of_all=sum(rows), drafts=measured_as, kept=kept))
 
     def verified(self, work: Work, accepted: int) -> None:
         """A row's drafts were verified."""
@@ -78,7 +87,13 @@ class Drafting:
             self._policy.measured(
                 rows=planned.rows,
                 drafts=planned.drafts,
+                kept=planned.kept,
                 tokens_a_row=tokens / planned.rows_of_all,
                 seconds=now - began,
             )
         self._ended = now if busy else None
+
+
+def _only_decodes(batch: StepBatch) -> bool:
+    """Whether each row computes one position and the drafts behind it."""
+    return sum(batch.counts_S) - sum(batch.verifies_S) == len(batch.rows_S)

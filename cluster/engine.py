@@ -19,6 +19,7 @@ from cluster.plan import HandoffReady, KvTicket, StepPlan
 from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode
+from cluster.speculation import DraftPolicy
 from router.errors import MemberLostError, MoefleetError, OverloadedError
 from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent
@@ -88,6 +89,7 @@ class Engine:
         outlets: where events go.
         step_timeout_s: an engine that has work but does nothing for this long, and the lease that a pull may last,
             counts as lost.
+        draft_policy: what an earlier engine on the same ranks has learnt of drafts; None: nothing is known.
         clock: unix seconds.
     """
 
@@ -100,12 +102,13 @@ class Engine:
         member_id: MemberId = _LOCAL,
         role: Role = "mixed",
         step_timeout_s: float = 60.0,
+        draft_policy: DraftPolicy | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._stall_s = step_timeout_s + limits.lease_s
         self._active_at = time.monotonic()
         """When something was last done or came in."""
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, draft_policy)
         self._ranks = ranks
         self._outlets = outlets
         self._member_id = member_id

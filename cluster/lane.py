@@ -109,7 +109,7 @@ class Lane:
         Not beyond its last token, nor beyond blocks that are free. Where states are kept not beyond the next block's
         end either: the state there could not be kept.
         """
-        if not self._config.draft_tokens:
+        if not drafts:
             return 0, 0
         size, left = self._config.block_size, seq.tokens_left
         verifies = min(seq.drafts_ready, drafts, left - 1, spare)

@@ -13,6 +13,7 @@ from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
 from cluster.request_check import check_request
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode, Sequence, token_logprob
+from cluster.speculation import DraftPolicy
 from cluster.step_calibration import StepCalibration
 from router.errors import HandoffError, InvalidRequestError, OverloadedError
 from router.load import MemberLoad
@@ -36,16 +37,19 @@ class Scheduler:
     """Continuous batching over the lanes of one engine, up to two plans ahead of the last committed one.
 
     Used by one thread. Times are unix seconds.
+
+    Args:
+        draft_policy: what an earlier scheduler on the same ranks has learnt of drafts; None: nothing is known.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, draft_policy: DraftPolicy | None = None) -> None:
         self.config = config
         self._lanes = [Lane(index, config) for index in range(config.lanes)]
         self._sequences: dict[RequestId, Sequence] = {}
         self._pulls: dict[int, Sequence] = {}
         self._pinned: dict[str, Pinned] = {}
         self._uncommitted: deque[_Uncommitted] = deque()
-        self._drafting = Drafting(config)
+        self._drafting = Drafting(config, draft_policy)
         self._calibration = StepCalibration(expert_share=config.expert_share)
         self._arrivals = count()
         self._steps = count()
@@ -190,7 +194,8 @@ class Scheduler:
             for order, seq in draft.pulls:
                 self._pulls[order.pull_id] = seq
                 orders.append(order)
-        lanes = tuple(draft.finish(keeps_mtp=self._drafting.keeps_mtp) for draft in drafts)
+        keeps_mtp = self._drafting.keeps_mtp(drafts)
+        lanes = tuple(draft.finish(keeps_mtp=keeps_mtp) for draft in drafts)
         plan = StepPlan(step=next(self._steps), lanes=lanes, pulls=tuple(orders))
         if plan.has_rows:
             self._uncommitted.append(_Uncommitted(step=plan.step, works=tuple(tuple(draft.works) for draft in drafts)))

@@ -3,64 +3,103 @@
 A step with d drafts gives 1 + p1 + p1 p2 + ... tokens a row (p_i: how often the draft at depth i is right where those
 before it were) and takes a time that depends on d and on the batch. What is drafted is the d with the most tokens a
 second. To know the times, steps with other d are tried now and then, on a budget: a try costs what a step takes longer
-than its tokens would have taken without drafts, and all tries together may cost `_ALLOWANCE` of the time. Where hardly
-a draft is right the policy naps: what only drafts need, the draft layer's KV, is not kept then.
+than its tokens would have taken without drafts, and all tries together may cost `_ALLOWANCE` of the time. Where
+drafting does not pay the policy naps: what only drafts need, the draft layer's KV, is not kept then. What that KV costs
+is booked too, against steps that do without.
 """
 
 import math
-from dataclasses import dataclass
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
 
 _ALLOWANCE = 0.01
 """Part of the time that tries may cost."""
-_START_STEPS = 6
+_START_STEPS = 5
 """Steps without drafts whose time tries may cost at once, before any has been saved up."""
 _MOST_CREDIT_STEPS = 64
 """What is saved up or gained counts up to this many steps without drafts: what pays may stop paying."""
 _SAMPLES = 4
-"""Steps measured before a mean is used, and steps of one try."""
+"""Steps measured before a time is used, and steps of one try; drafts verified before their acceptance is used."""
+_REMEMBERED = 2
+"""What was known of acceptance before a nap counts like this many drafts behind it."""
 _STALE_STEPS = 1024
 """A time not measured for this many steps of its batch size is measured again."""
+_DOUBTFUL_STEPS = 64
+"""As `_STALE_STEPS`, for the time without drafts when drafting seems not to have paid: contexts grow."""
 _MARGIN = 1.02
-"""Drafting must promise this much more: the means are not exact."""
+"""Drafting must promise this much more: times are not exact."""
 _HOPELESS = 0.1
-"""Where fewer first drafts are right and drafting does not pay, the policy sleeps."""
+"""Where fewer first drafts are right the policy naps at once, in the middle of a try if need be."""
+_IDLE_STEPS = 64
+"""It also naps when drafting has not paid for this many steps, at none of the batch sizes there were, or is in debt."""
 _SHORTEST_NAP, _LONGEST_NAP = 512, 32768
 """Steps of a nap: the first one's, doubled each time that nothing has changed, and the most."""
-_WARM_UP_STEPS = 64
-"""Steps after a nap in which only the layer's KV is kept: sequences that begin in them can be drafted for."""
-_TIME_WEIGHT = 0.1
+_WARM_UP_STEPS = 32
+"""Steps after a nap in which only the layer's KV is kept, at the nap's expense: drafts behind them can be right."""
+_HELD_UP = 1.5
+"""A step's time is booked up to this many times the usual one."""
 _ACCEPTANCE_WEIGHT = 0.02
 
 
 @dataclass(slots=True)
-class _Mean:
-    """An exponentially averaged value; the first `1 / weight` samples count alike."""
+class _Acceptance:
+    """How often drafts of one depth are right, exponentially averaged; the first ones count alike."""
 
-    weight: float
     value: float = 0.0
     count: int = 0
-    seen_at: int = 0
-    """The batch size's step at which it was measured last."""
 
-    def add(self, sample: float) -> None:
+    def add(self, *, right: bool) -> None:
         self.count += 1
-        self.value += (sample - self.value) * max(self.weight, 1 / self.count)
+        self.value += (right - self.value) * max(_ACCEPTANCE_WEIGHT, 1 / self.count)
+
+
+@dataclass(slots=True)
+class _Time:
+    """What steps of one kind take: the median of the latest, as some are held up by what else the machine does."""
+
+    samples: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    seen_at: int = 0
+    """The batch size's step at which one was measured last."""
+
+    @property
+    def is_known(self) -> bool:
+        return len(self.samples) >= _SAMPLES
+
+    @property
+    def value(self) -> float:
+        return statistics.median(self.samples)
 
 
 class _Batch:
     """What is known of steps of one batch size."""
 
     def __init__(self, most: int) -> None:
-        self.times = [_Mean(_TIME_WEIGHT) for _ in range(most + 1)]
+        self.times = [_Time() for _ in range(most + 1)]
         """Seconds a step, by drafts."""
+        self.is_bare = False
+        """Whether the time without drafts is that without the layer's KV; until one was measured it stands in."""
         self.steps = 0
         self.trying = 0
         """Drafts of the try going on."""
         self.tries_left = 0
 
+    def stale(self, drafts: int, steps: int = _STALE_STEPS) -> bool:
+        """Whether this time should be measured (again)."""
+        time = self.times[drafts]
+        return not time.is_known or (not drafts and not self.is_bare) or self.steps - time.seen_at > steps
+
+    def begin_try(self, drafts: int) -> int:
+        """Measure steps with this many drafts from now on -> `drafts`. What was measured long ago is forgotten."""
+        self.trying, self.tries_left = drafts, _SAMPLES
+        self.times[drafts].samples.clear()
+        return drafts
+
 
 class DraftPolicy:
-    """Chooses the drafts of each step of one engine. State with one writer, the scheduler.
+    """Chooses the drafts of each step of one replica. State with one writer, the scheduler.
+
+    It may outlive a scheduler: what was learnt holds for the next one on the same ranks.
 
     Args:
         most: drafts a row, at most.
@@ -69,10 +108,16 @@ class DraftPolicy:
 
     def __init__(self, most: int, *, adaptive: bool) -> None:
         self.most = most
+        self.keeps = True
+        """Whether the step chosen for keeps what only drafts need."""
         self._adaptive = adaptive
-        self._acceptance = [_Mean(_ACCEPTANCE_WEIGHT) for _ in range(most)]
+        self._acceptance = [_Acceptance() for _ in range(most)]
         self._batches: dict[int, _Batch] = {}
-        self._credit_s: float | None = None
+        self._credit_s = 0.0
+        """What tries may still cost; below 0 nothing is drafted."""
+        self._has_credit = False
+        self._idle = 0
+        """Steps since drafts were chosen because they pay."""
         self._nap = _SHORTEST_NAP
         self._nap_left = 0
         self._warm_up_left = 0
@@ -84,8 +129,8 @@ class DraftPolicy:
 
     def acceptance(self, depth: int) -> float:
         """How often a draft at this depth (0 is the first) is right where those before it are; 1 while unknown."""
-        mean = self._acceptance[depth]
-        return mean.value if mean.count >= _SAMPLES else 1.0
+        known = self._acceptance[depth]
+        return known.value if known.count >= _SAMPLES else 1.0
 
     def expected_tokens(self, drafts: int) -> float:
         """Tokens that a row gets in a step with this many drafts."""
@@ -101,103 +146,136 @@ class DraftPolicy:
             return self.most
         if self._rests():
             return 0
+        self.keeps = True
         batch = self._batch(rows)
         batch.steps += 1
-        if not _is_known(batch.times[0]):
-            return 0
+        self._idle += 1
+        if self.acceptance(0) < _HOPELESS:
+            return self._fall_asleep()
         if batch.tries_left and not _is_hopeless(batch):
             batch.tries_left -= 1
+            self.keeps = batch.trying > 0
             return batch.trying
         batch.tries_left = 0
-        best = max(range(self.most + 1), key=lambda drafts: self._rate(batch, drafts))
-        # Whatever the means say, it may not have paid.
-        unpaid = best > 0 and self._credit_s is not None and self._credit_s < 0
-        if (unpaid or not best) and self.acceptance(0) < _HOPELESS:
-            self._nap_left, self._nap = self._nap, min(2 * self._nap, _LONGEST_NAP)
-            return 0
-        if best and self._acceptance[0].count * _ACCEPTANCE_WEIGHT >= 1:
-            self._nap = _SHORTEST_NAP
-        return 0 if unpaid else self._try_instead(batch, best)
+        return self._best(batch) if batch.times[0].is_known else 0
 
     def _rests(self) -> bool:
         """Count down a nap and the warm-up behind it."""
-        if self._nap_left > 1:
-            self._nap_left -= 1
-            return True
         if self._nap_left:
-            self._nap_left, self._warm_up_left = 0, _WARM_UP_STEPS
-            # What was measured is long ago.
-            self._acceptance = [_Mean(_ACCEPTANCE_WEIGHT) for _ in range(self.most)]
+            self._nap_left -= 1
+            self.keeps = self._nap_left == 0
+            if self.keeps:
+                self._wake()
+            return True
         self._warm_up_left = max(0, self._warm_up_left - 1)
         return self._warm_up_left > 0
+
+    def _wake(self) -> None:
+        self._warm_up_left = _WARM_UP_STEPS
+        for known in self._acceptance:
+            known.count = min(known.count, _REMEMBERED)
+
+    def _fall_asleep(self) -> int:
+        """Begin a nap with the next step -> no drafts."""
+        self.keeps = False
+        self._idle = 0
+        self._nap_left, self._nap = self._nap, min(2 * self._nap, _LONGEST_NAP)
+        for batch in self._batches.values():
+            batch.tries_left = 0
+        return 0
+
+    def _best(self, batch: _Batch) -> int:
+        """What promises most, or a number of drafts that is to be tried instead."""
+        best = max(range(self.most + 1), key=lambda drafts: self._rate(batch, drafts))
+        # Whatever the times say, it may not have paid.
+        in_debt = self._credit_s < 0
+        tried = self._to_try(batch, best, _DOUBTFUL_STEPS if in_debt else _STALE_STEPS)
+        if tried is not None:
+            self.keeps = tried > 0
+            return batch.begin_try(tried)
+        if best and not in_debt:
+            self._idle = 0
+            if self._acceptance[0].count * _ACCEPTANCE_WEIGHT >= 1:
+                self._nap = _SHORTEST_NAP
+            return best
+        return self._fall_asleep() if in_debt or self._idle > _IDLE_STEPS else 0
 
     def _rate(self, batch: _Batch, drafts: int) -> float:
         """Tokens a second and row that are to be expected; 0 where it was not tried yet."""
         time = batch.times[drafts]
-        if not _is_known(time):
-            return 0.0
-        return self.expected_tokens(drafts) / (time.value * (_MARGIN if drafts else 1.0))
+        return self.expected_tokens(drafts) / (time.value * (_MARGIN if drafts else 1.0)) if time.is_known else 0.0
 
-    def _try_instead(self, batch: _Batch, best: int) -> int:
-        """`best`, or a number of drafts whose time should be measured (again) if the budget allows."""
-        stale = [
-            drafts
-            for drafts, time in enumerate(batch.times)
-            if drafts != best and (not _is_known(time) or batch.steps - time.seen_at > _STALE_STEPS)
-        ]
-        if not stale or self._credit_s is None:
-            return best
-        drafts = stale[0]
-        # Untried, a draft costs at worst a step each; tried, what was measured.
+    def _to_try(self, batch: _Batch, best: int, plain_stale: int) -> int | None:
+        """Drafts whose time should be measured (again) and that the budget allows; none only after all others.
+
+        A sequence lacks the layer's KV where it was done without: its drafts are worse then.
+        """
+        for drafts in range(1, self.most + 1):
+            if drafts != best and batch.stale(drafts) and self._try_cost(batch, drafts) <= self._credit_s:
+                return drafts
+        return 0 if batch.stale(0, plain_stale) else None
+
+    def _try_cost(self, batch: _Batch, drafts: int) -> float:
+        """Seconds that a try may lose: untried, a draft costs at worst a step each; tried, what was measured."""
         plain_s, known = batch.times[0].value, batch.times[drafts]
-        longest_s = known.value if _is_known(known) else plain_s * (1 + drafts)
-        if self._credit_s < (_SAMPLES + 1) * max(longest_s - plain_s, 0.0):
-            return best
-        batch.trying, batch.tries_left = drafts, _SAMPLES
-        return drafts
+        longest_s = known.value if known.is_known else plain_s * (1 + drafts)
+        return (_SAMPLES + 1) * max(longest_s - plain_s, 0.0)
 
     def verified(self, drafts: int, accepted: int) -> None:
         """A row verified this many drafts and accepted the first `accepted` of them."""
         for depth in range(min(accepted + 1, drafts)):
-            self._acceptance[depth].add(float(depth < accepted))
+            self._acceptance[depth].add(right=depth < accepted)
 
-    def measured(self, *, rows: int, drafts: int | None, tokens_a_row: float, seconds: float) -> None:
+    def measured(self, *, rows: int, drafts: int | None, kept: bool, tokens_a_row: float, seconds: float) -> None:
         """A step of decoding rows only took this long.
 
         Args:
             rows: of the fullest lane.
             drafts: what every row verified and drafted; None where they differ, as when `choose` changes its mind.
+            kept: what `keeps` was for it.
             tokens_a_row: what the rows got, on average.
         """
         if not self._adaptive or not self.most or seconds <= 0:
             return
         batch = self._batch(rows)
-        if drafts is not None:
-            batch.times[drafts].add(seconds)
-            batch.times[drafts].seen_at = batch.steps
         plain = batch.times[0]
-        if not _is_known(plain):
-            return
-        if self._credit_s is None:
-            self._credit_s = _START_STEPS * plain.value
-        if drafts != 0:
-            self._credit_s += plain.value * tokens_a_row - seconds
-        self._credit_s = min(self._credit_s + _ALLOWANCE * seconds, _MOST_CREDIT_STEPS * plain.value)
+        if drafts == 0 and not kept and not batch.is_bare:
+            batch.is_bare = True
+            plain.samples.clear()
+        if drafts is not None and (drafts or kept != batch.is_bare):
+            batch.times[drafts].samples.append(seconds)
+            batch.times[drafts].seen_at = batch.steps
+        if plain.is_known and not self._warm_up_left:
+            if drafts == 0 and not kept:
+                seconds = plain.value
+            self._book(batch, self.most if drafts is None else drafts, seconds, tokens_a_row)
+
+    def _book(self, batch: _Batch, drafts: int, seconds: float, tokens_a_row: float) -> None:
+        """Win or lose what a step took less or more than its tokens without drafts, and gain the allowance.
+
+        What is far beyond the usual is not the drafts' doing: something else held the step up.
+        """
+        plain_s, known = batch.times[0].value, batch.times[drafts]
+        usual_s = known.value if known.is_known else plain_s * (1 + drafts)
+        seconds = min(seconds, _HELD_UP * usual_s)
+        if not self._has_credit:
+            self._has_credit, self._credit_s = True, _START_STEPS * plain_s
+        credit_s = self._credit_s + plain_s * tokens_a_row - (1 - _ALLOWANCE) * seconds
+        self._credit_s = min(credit_s, _MOST_CREDIT_STEPS * plain_s)
 
     def _batch(self, rows: int) -> _Batch:
         """Batch sizes up to four by themselves, larger ones by half octaves."""
         key = rows if rows <= 4 else 4 + int(2 * math.log2(rows / 4))
-        return self._batches.setdefault(key, _Batch(self.most))
+        found = self._batches.get(key)
+        if found is None:
+            found = self._batches[key] = _Batch(self.most)
+        return found
 
 
 def _is_hopeless(batch: _Batch) -> bool:
     """Whether a try that goes on could not pay if every draft were right: then that is known already."""
     tried = batch.times[batch.trying]
-    if not tried.count or tried.value < batch.times[0].value * (1 + batch.trying):
+    if not batch.trying or not tried.samples or tried.value < batch.times[0].value * (1 + batch.trying):
         return False
-    tried.count = max(tried.count, _SAMPLES)
+    tried.samples.extend([tried.value] * _SAMPLES)
     return True
-
-
-def _is_known(time: _Mean) -> bool:
-    return time.count >= _SAMPLES

@@ -10,6 +10,7 @@ from cluster.config import Dtype, EngineConfig
 from cluster.engine_stats import EngineStats
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
+from cluster.speculation import DraftPolicy
 from deploy.local_engine import stream_all
 from router.errors import ConfigError
 from router.request import Request, RequestId, SamplingParams
@@ -59,6 +60,8 @@ class Generated:
 class BenchEngine:
     """Ranks that are loaded, until the context ends; each `generate` is a batch of its own.
 
+    What is learnt of drafts is kept, as in a member that serves.
+
     Args:
         profile: gets the time of each part of rank 0's steps.
 
@@ -70,6 +73,7 @@ class BenchEngine:
     def __init__(self, config: EngineConfig, profile: StepProfile | None = None) -> None:
         self._engine = resolve_engine(config)
         self._replica = LocalReplica(self._engine, profile=profile)
+        self._draft_policy = self._make_policy()
         self.stats = EngineStats()
         """The engine's counters of the latest `generate`."""
 
@@ -82,6 +86,14 @@ class BenchEngine:
     def close(self) -> None:
         """End the ranks."""
         self._replica.close()
+
+    def forget_drafts(self) -> None:
+        """Let the next `generate` begin as a member does: nothing is known of drafts."""
+        self._draft_policy = self._make_policy()
+
+    def _make_policy(self) -> DraftPolicy:
+        config = self._engine.scheduler_config()
+        return DraftPolicy(config.draft_tokens, adaptive=config.draft_adaptive)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new: int) -> Generated:
         """Continue all prompts together, greedily, past the model's end tokens.
@@ -102,7 +114,10 @@ class BenchEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         ttft_s = [0.0] * len(prompts)
         started = time.perf_counter()
-        for events in stream_all(self._engine, self._replica.ranks, requests, on_end=self._keep_stats):
+        served = stream_all(
+            self._engine, self._replica.ranks, requests, draft_policy=self._draft_policy, on_end=self._keep_stats
+        )
+        for events in served:
             now = time.perf_counter() - started
             for event in events:
                 index = int(event.request_id)

@@ -9,6 +9,7 @@ from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected, TicketR
 from cluster.engine_stats import EngineStats
 from cluster.executor import Ranks
 from cluster.resolve import ResolvedEngine
+from cluster.speculation import DraftPolicy
 from cluster.ticket import ticket_maker
 from router.errors import MoefleetError
 from router.request import MemberId, Request, RequestId, TokenEvent
@@ -23,11 +24,13 @@ def stream_all(
     ranks: Ranks,
     requests: Sequence[Request],
     *,
+    draft_policy: DraftPolicy | None = None,
     on_end: Callable[[EngineStats], None] | None = None,
 ) -> Iterator[list[TokenEvent]]:
     """Serve requests together, all there at the first step -> each step's events; the ranks stay up.
 
     Args:
+        draft_policy: what was learnt of drafts on these ranks before; None: nothing.
         on_end: gets the engine's counters when all is served.
 
     Raises:
@@ -40,7 +43,14 @@ def stream_all(
         on_failure=lambda error: logger.error("%s", error),
     )
     timeout_s = engine.config.step_timeout_s
-    runner = Engine(engine.scheduler_config(), ranks, outlets, member_id=_MEMBER, step_timeout_s=timeout_s)
+    runner = Engine(
+        engine.scheduler_config(),
+        ranks,
+        outlets,
+        member_id=_MEMBER,
+        step_timeout_s=timeout_s,
+        draft_policy=draft_policy,
+    )
     for request in requests:
         runner.submit(request)
     runner.start()

@@ -47,6 +47,8 @@ class Drafter:
             lane_drafts: for each depth, how many rows of every lane draft that far. All ranks of all lanes take part.
             keeps: False leaves the layer's KV out; then no row of the lane drafts.
         """
+        if not keeps and not any(map(any, lane_drafts)):
+            return
         pools = self.cache.k_pools[-1], self.cache.v_pools[-1]
         normed_TC = hidden_TC
         if keeps and hidden_TC.shape[0]:
