@@ -87,9 +87,17 @@ FN __m512 tree(const float* at) {
         return _mm512_add_ps(tree<N / 2>(at), tree<N / 2>(at + N / 2 * LEAF));
 }
 
-template <int A, int N>
-FN void sum_leaves(const float* leaves, float* sums) {
-    for (int i = 0; i < A * SUMS; i += BLOCK) _mm512_store_ps(sums + i, tree<N>(leaves + i));
+// Adds 2, 4 or 8 groups.
+template <int A>
+FN void sum_leaves(const float* leaves, int groups, float* sums) {
+    for (int i = 0; i < A * SUMS; i += BLOCK) {
+        if (groups == 2)
+            _mm512_store_ps(sums + i, tree<2>(leaves + i));
+        else if (groups == 4)
+            _mm512_store_ps(sums + i, tree<4>(leaves + i));
+        else
+            _mm512_store_ps(sums + i, tree<8>(leaves + i));
+    }
 }
 
 // Sums of finished blocks, whose results are made piece by piece between the steps of the next product: the vector
@@ -184,21 +192,28 @@ FN void one_group(const Source& weights, const Panel& panel, int group, int64_t 
     }
 }
 
+// Sums over each of up to LEAVES groups of K of one block of x, LEAF apart.
+template <int A, class Use>
+FN void all_groups(const Source& weights, const Panel& panel, int64_t steps, int groups, Ahead& ahead,
+                   Waiting<Use>& waiting, float* leaves) {
+    one_group<A, 0>(weights, panel, 0, steps, ahead, waiting, leaves);
+    for (int g = 1; g < groups; g += 2) {
+        one_group<A, 1>(weights, panel, g, steps, ahead, waiting, leaves + g * LEAF);
+        if (g + 1 < groups) one_group<A, 0>(weights, panel, g + 1, steps, ahead, waiting, leaves + (g + 1) * LEAF);
+    }
+}
+
 // Sums over all groups of K of one block of x. Up to LEAVES groups are added as a tree; more, as a binary counter carries,
 // which gives the same tree: (p0 + p1) + (p2 + p3), whatever their number.
 template <int A, class Use>
 FN void one_block(const Source& weights, const Panel& panel, int64_t steps, int groups, Ahead& ahead,
                   Waiting<Use>& waiting, float* sums) {
     constexpr int LEVELS = 16, SIZE = A * SUMS;
-    if (groups == 1) return one_group<A, 0>(weights, panel, 0, steps, ahead, waiting, sums);
     if (groups <= LEAVES) {
         alignas(64) float leaves[LEAVES * LEAF];
-        for (int g = 0; g < groups; g += 2) {
-            one_group<A, 0>(weights, panel, g, steps, ahead, waiting, leaves + g * LEAF);
-            one_group<A, 1>(weights, panel, g + 1, steps, ahead, waiting, leaves + (g + 1) * LEAF);
-        }
-        if (groups == 2) return sum_leaves<A, 2>(leaves, sums);
-        return groups == 4 ? sum_leaves<A, 4>(leaves, sums) : sum_leaves<A, 8>(leaves, sums);
+        all_groups<A>(weights, panel, steps, groups, ahead, waiting, groups == 1 ? sums : leaves);
+        if (groups > 1) sum_leaves<A>(leaves, groups, sums);
+        return;
     }
     alignas(64) float levels[LEVELS][SIZE];
     for (int g = 0; g < groups; g++) {
@@ -311,6 +326,72 @@ ENTRY void gate_up(const bf16* panel, int rows, const bf16* gate, const bf16* up
     over_blocks<2>({{gate, up}, {columns, columns}, K}, panel, rows, 1, ahead, use);
 }
 
+// One block of x against many weight rows, read in place: a strip of two tiles after the other, and what becomes of a
+// strip's sums is done between the steps of the next one, so that requests to memory never cease.
+template <class Use>
+FN void strips(Source source, const Panel& panel, int64_t K, int rows, int count, int groups, Lead lead, const Use& use) {
+    alignas(64) float both[2][LEAVES * LEAF];
+    int64_t steps = steps_of(K, groups), row_bytes = K * 2;
+    Waiting<Use> waiting{use};
+    configure(rows <= NARROW);
+    int width = Use::STRIP, tail_pace = int(blocks_of(lead.tail.lines, blocks_of(lead.columns, width) * groups * steps));
+    for (int n = 0, turn = 0; n < count; n += width, turn ^= 1, source.at += width * K) {
+        Ahead own;
+        bool inside = n + lead.columns < count;
+        if (inside) own = Use::ahead((const char*)(source.at + lead.columns * K), width * row_bytes, source.second * 2);
+        source.pace = inside ? int(blocks_of(own.lines, groups * steps)) : tail_pace;
+        all_groups<2>(source, panel, steps, groups, inside ? own : lead.tail, waiting, both[turn]);
+        waiting.all();
+        waiting.add(both[turn], n, rows);
+    }
+    waiting.all();
+}
+
+struct FewActivated {
+    static constexpr int PIECES = 4, STRIP = BLOCK;
+    Inner inner;
+    int64_t at;
+    static Ahead ahead(const char* from, int64_t bytes, int64_t second) { return {from, bytes, second}; }
+    FN void operator()(const float* sums, int column, int, int piece) const {
+        constexpr int SHARE = BLOCK / PIECES;
+        put_inner(sums, piece * SHARE, (piece + 1) * SHARE, inner, at + column);
+    }
+};
+
+struct FewRounded {
+    static constexpr int PIECES = 1, STRIP = 2 * BLOCK;
+    bf16* const* out;
+    int groups;
+    static Ahead ahead(const char* from, int64_t bytes, int64_t) { return {from, bytes}; }
+    FN void operator()(const float* leaves, int column, int rows, int) const {
+        alignas(64) float sums[2 * SUMS];
+        bf16* to[BLOCK];
+        for (int r = 0; r < rows; r++) to[r] = out[r] + column;
+        if (groups > 1) sum_leaves<2>(leaves, groups, sums);
+        turn_rounded(groups > 1 ? sums : leaves, rows, to);
+    }
+};
+
+bool strips_fit(int rows, int columns, int width, int64_t K, int groups) {
+    return rows <= BLOCK && columns % width == 0 && K / groups % STEP == 0 && groups <= LEAVES;
+}
+
+ENTRY bool few_gate_up(const bf16* panel, int rows, const bf16* gate, const bf16* up, int columns, int64_t K, Lead lead,
+                       bf16* inner, int64_t I, int64_t at, int groups) {
+    if (!strips_fit(rows, columns, FewActivated::STRIP, K, 1)) return false;
+    FewActivated use{{inner, I / groups, tile_size(rows)}, at};
+    strips({gate, up - gate, 0, STEP, K * 2, 0}, {panel, 0, tile_size(rows)}, K, rows, columns, 1, lead, use);
+    return true;
+}
+
+ENTRY bool few_round_to(const bf16* panel, int rows, const bf16* w, int columns, int64_t K, int groups, Lead lead,
+                        bf16* const* out) {
+    if (!strips_fit(rows, columns, FewRounded::STRIP, K, groups)) return false;
+    Source source{w, BLOCK * K, K / groups, STEP, K * 2, 0};
+    strips(source, {panel, 0, tile_size(rows)}, K, rows, columns, groups, lead, FewRounded{out, groups});
+    return true;
+}
+
 // Whether processor and kernel let this process use tiles; asks the kernel for their state.
 bool tiles_allowed() {
     constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
@@ -323,7 +404,8 @@ bool tiles_allowed() {
 }  // namespace
 
 const Matmul<bf16>* amx_matmul() {
-    static const Matmul<bf16> matmul = {2 * BLOCK, packed_width, pack, multiply, round_to, gate_up, leave};
+    static const Matmul<bf16> matmul = {2 * BLOCK,    packed_width, pack,        multiply, round_to, gate_up,
+                                         few_gate_up, few_round_to, leave};
     static const bool allowed = tiles_allowed();
     return allowed ? &matmul : nullptr;
 }

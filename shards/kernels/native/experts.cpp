@@ -12,9 +12,10 @@ namespace {
 
 // Packed rows of a chunk stay in the second-level cache while an expert's weights pass by.
 constexpr int64_t CHUNK_BYTES = int64_t(1024) << 10;
-// Weights of a task where they are what takes time, and tasks a thread where arithmetic is.
-constexpr int64_t TASK_BYTES = int64_t(128) << 10;
-constexpr int64_t TASKS_A_THREAD = 16;
+// Weights of a task where they are what takes time, and tasks a thread: each end of a task costs a pause of the requests
+// to memory, so most are whole experts.
+constexpr int64_t TASK_BYTES = int64_t(2) << 20;
+constexpr int64_t TASKS_A_THREAD = 4;
 // How far ahead weights are fetched at least: what memory delivers while one request is under way, and more.
 constexpr int64_t LEAD_BYTES = int64_t(64) << 10;
 // Most memory for results that wait for their sum: tokens beyond it go in another pass.
@@ -215,6 +216,12 @@ class Experts {
         int64_t width = matmul_.packed_width(w_.C, 1), inner_width = matmul_.packed_width(w_.I, groups_);
         int64_t row_bytes = w_.C * int64_t(sizeof(T));
         const T* gate = gate_of(task);
+        if (matmul_.few_gate_up != nullptr) {
+            Lead lead{int(matmul_.columns / 2), after_gate(next, down)};
+            if (matmul_.few_gate_up(panel, int(chunk.rows), gate, gate + w_.I * w_.C, int(end - column), w_.C, lead,
+                                    inner_ + chunk.panel_row * inner_width, w_.I, column, groups_))
+                return;
+        }
         for (; column < end; column += matmul_.columns / 2) {
             int columns = int(std::min<int64_t>(matmul_.columns / 2, end - column));
             Ahead ahead(gate + columns * w_.C, columns * row_bytes, w_.I * row_bytes);
@@ -237,6 +244,14 @@ class Experts {
         alignas(64) float sums[CALL_ROWS * COLUMNS];
         bool aside = chunk.rows > ASIDE_ROWS && results_.wide_out == nullptr;
         int64_t first = column;
+        if (matmul_.few_round_to != nullptr && chunk.rows <= BLOCK && results_.wide_out == nullptr) {
+            T* to[BLOCK];
+            places(chunk.first, int(chunk.rows), column, to);
+            Lead ahead{int(lead), next < 0 ? Ahead() : Ahead(down_of(next), lead * w_.I * int64_t(sizeof(T)))};
+            if (matmul_.few_round_to(inner_ + chunk.panel_row * width, int(chunk.rows), down, int(end - column), w_.I,
+                                     groups_, ahead, to))
+                return;
+        }
         for (; column < end; column += matmul_.columns) {
             int columns = int(std::min<int64_t>(matmul_.columns, end - column));
             const T* after = down + lead * w_.I;

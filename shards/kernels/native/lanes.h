@@ -58,7 +58,7 @@ ENTRY void finish(const float* sums, const T* bias, int n, T* out) {
 template <class Kind>
 const Matmul<typename Kind::scalar>* lane_matmul() {
     static const Matmul<typename Kind::scalar> matmul = {
-        COLUMNS, plain_width, nullptr, multiply<Kind>, round_to<Kind>, gate_up<Kind>, nullptr};
+        COLUMNS, plain_width, nullptr, multiply<Kind>, round_to<Kind>, gate_up<Kind>, nullptr, nullptr, nullptr};
     return &matmul;
 }
 

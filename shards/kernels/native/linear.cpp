@@ -31,6 +31,7 @@ struct Linear {
     void task(int64_t row, int64_t column, const T* next) const {
         int64_t rows_end = std::min(row + chunk, rows), end = std::min(column + step, N);
         int64_t width = matmul.packed_width(K, groups);
+        if (few(column, end, next)) return;
         alignas(64) float sums[CALL_ROWS * COLUMNS];
         for (; column < end; column += matmul.columns) {
             int columns = int(std::min<int64_t>(matmul.columns, end - column));
@@ -49,6 +50,15 @@ struct Linear {
                 }
             }
         }
+    }
+
+    // Few rows in one call, where the instruction set has one; whether it was done.
+    bool few(int64_t column, int64_t end, const T* next) const {
+        if (matmul.few_round_to == nullptr || rows > BLOCK || wide_out != nullptr || bias != nullptr) return false;
+        T* to[BLOCK];
+        for (int i = 0; i < int(rows); i++) to[i] = out + i * N + column;
+        Lead lead{matmul.columns, Ahead(next, int64_t(sizeof(T)) * matmul.columns * K)};
+        return matmul.few_round_to(panel, int(rows), weight + column * K, int(end - column), K, groups, lead, to);
     }
 
     void put(const float* sums, int64_t row, int count, int64_t column, int columns) const {

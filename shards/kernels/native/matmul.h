@@ -36,6 +36,13 @@ struct Ahead {
     static int64_t lines_of(int64_t bytes, int64_t parts) { return (bytes + parts * LINE - 1) / (parts * LINE); }
 };
 
+// What a call for few rows of x fetches: the weights `columns` rows ahead of those at hand, and from where its own end
+// on, in equal parts, `tail`.
+struct Lead {
+    int columns;
+    Ahead tail;
+};
+
 template <class T>
 struct Matmul {
     // Weight rows that a call takes at most, an even number; a sum's rows are COLUMNS apart.
@@ -53,6 +60,12 @@ struct Matmul {
     // of rows of I, packed in `groups` for the product that follows.
     void (*gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Ahead ahead, T* inner,
                     int64_t I, int64_t at, int groups);
+    // `gate_up` and `round_to` of up to BLOCK rows for any number of columns at once; false, and nothing done, where
+    // they cannot take the sizes. Null where there is no such way.
+    bool (*few_gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Lead lead, T* inner,
+                        int64_t I, int64_t at, int groups);
+    bool (*few_round_to)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Lead lead,
+                         T* const* out);
     // After the last call of a thread; null where there is nothing to put back.
     void (*leave)();
 };
