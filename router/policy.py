@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from router.errors import ConfigError
 from router.load import MemberLoad
+from router.step_time import experts_read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +105,11 @@ def _rows(load: MemberLoad, extra: Extra) -> int:
 
 def _sharing_s(load: MemberLoad, extra: Extra) -> float:
     """Seconds a decode step takes longer for the others in it."""
-    step = load.step_time
-    together_s = step.step_s(prefill_tokens=0, decode_rows=_rows(load, extra) + 1, context_tokens=load.context_tokens)
-    return together_s - step.step_s(prefill_tokens=0, decode_rows=1, context_tokens=0)
+    step, rows = load.step_time, _rows(load, extra)
+    shared_s = rows * step.decode_row_s + load.context_tokens * step.context_token_s
+    if step.experts_s:
+        shared_s += step.experts_s * (experts_read(step.expert_share, rows + 1) - step.expert_share)
+    return shared_s
 
 
 def _room_s(load: MemberLoad, extra: Extra, config: PolicyConfig) -> float:

@@ -1,14 +1,13 @@
-"""The members of one role and block size: what each would ask of a request, and what each has cached."""
+"""The members of one role and block size, and what each would ask of a request."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, inf
 from typing import Final, Literal
 from zlib import crc32
 
-from router.load import CacheEvents, MemberLoad
+from router.load import MemberLoad
 from router.policy import Extra, PolicyConfig, Price, decode_price, mixed_price, prefill_price
-from router.prefix_index import PrefixIndex
 from router.prompt import Prompt
 from router.request import MemberId
 
@@ -17,7 +16,8 @@ Part = Literal["prefill", "decode", "both"]
 
 _Pricing = Callable[[MemberLoad, Extra, PolicyConfig], Price]
 _PRICING: Final[dict[Part, _Pricing]] = {"prefill": prefill_price, "decode": decode_price, "both": mixed_price}
-_MAX_SETS: Final = 4096
+_FEW: Final = 32
+"""Members of a set that are quicker found one by one."""
 _MEMORY_S: Final = 30.0
 """Over which arrivals are averaged."""
 
@@ -26,7 +26,6 @@ _MEMORY_S: Final = 30.0
 class Offer:
     """The cheapest member of a pool for a request."""
 
-    slot: int
     member_id: MemberId
     cost_s: float
     new_tokens: int
@@ -76,36 +75,39 @@ class Pool:
         parts: what its members may be asked for.
         block_size: of all its members.
         config: prices.
-        max_expected: see PrefixIndex.
     """
 
-    def __init__(self, parts: Collection[Part], block_size: int, config: PolicyConfig, *, max_expected: int) -> None:
+    def __init__(self, parts: Collection[Part], block_size: int, config: PolicyConfig) -> None:
         self.block_size = block_size
         self._config = config
         self._lists = {part: _PriceList(_PRICING[part], config) for part in parts}
         self._stale = [prices.stale for prices in self._lists.values()]
-        self._index = PrefixIndex(max_expected=max_expected)
         self._seats: list[Seat | None] = []
+        self._numbers: list[int] = []
+        self._slots: dict[int, int] = {}
+        """By number."""
         self._free: list[int] = []
-        self._recurrent = False
-        self._slots: dict[int, tuple[int, ...]] = {}
+        self._mask = 0
+        """The numbers as a bit set."""
         self._arrivals = 0.0
         self._arrived_s = -inf
 
     @property
-    def arrivals_per_s(self) -> float:
+    def _arrivals_per_s(self) -> float:
         """Requests that were sent to a member, on average over the last while."""
-        return self._arrivals / _MEMORY_S / max(len(self._seats) - len(self._free), 1)
+        return self._arrivals / _MEMORY_S / max(len(self._slots), 1)
 
-    def add(self, seat: Seat) -> int:
-        """Take a member in; returns its slot."""
+    def add(self, seat: Seat, number: int) -> int:
+        """Take a member in, under its number in what `best` is told of caches; returns its slot."""
         if self._free:
             slot = self._free.pop()
-            self._seats[slot] = seat
+            self._seats[slot], self._numbers[slot] = seat, number
         else:
             slot = len(self._seats)
             self._seats.append(seat)
-        self._recurrent = seat.load.total_state_slots > 0
+            self._numbers.append(number)
+        self._slots[number] = slot
+        self._mask |= 1 << number
         self.touch(slot)
         return slot
 
@@ -118,36 +120,27 @@ class Pool:
         """A member left."""
         self._seats[slot] = None
         self._free.append(slot)
-        self._index.clear(slot)
+        del self._slots[self._numbers[slot]]
+        self._mask ^= 1 << self._numbers[slot]
         self.touch(slot)
 
-    def take_events(self, slot: int, events: CacheEvents) -> None:
-        """What happened in a member's prefix cache."""
-        if events.cleared:
-            self._index.clear(slot)
-        self._index.remove(slot, events.removed, events.removed_states)
-        self._index.store(slot, events.stored, events.stored_states)
-
-    def snapshot(self, slot: int, sequence: int) -> CacheEvents:
-        """What a member is known to hold, as it would tell it itself."""
-        kv, states = self._index.held(slot)
-        return CacheEvents(after=0, sequence=sequence, cleared=True, stored=kv, stored_states=states)
-
-    def expect(self, offer: Offer, prompt: Prompt, now: float, until_s: float) -> None:
-        """The prompt goes to a member, and will be in its cache."""
+    def arrived(self, now: float) -> None:
+        """A request goes to a member."""
         self._arrivals = self._arrivals * exp(min(self._arrived_s - now, 0.0) / _MEMORY_S) + 1.0
         self._arrived_s = now
-        seat = self._seats[offer.slot]
-        if seat is not None and seat.load.prefix_cache:
-            self._index.expect(offer.slot, prompt.hashes(self.block_size), until_s)
 
-    def best(self, part: Part, prompt: Prompt, now: float, exclude: frozenset[MemberId]) -> Offer | None:
-        """The cheapest member for a part of a request, among equals one that the prompt's key picks; None: nobody."""
+    def best(
+        self, part: Part, prompt: Prompt, depths: Sequence[tuple[int, int]], exclude: frozenset[MemberId]
+    ) -> Offer | None:
+        """The cheapest member for a part of a request, among equals one that the prompt's key picks; None: nobody.
+
+        Args:
+            depths: who can go on behind how many blocks of it, as Caches tells it.
+        """
         prices = self._lists[part]
         if prices.stale:
-            prices.refresh(self._seats, self.arrivals_per_s)
+            prices.refresh(self._seats, self._arrivals_per_s)
         output = min(prompt.max_output, self._config.output_tokens)
-        depths = self._depths(prompt, now)
         columns = zip(prices.base, prices.token, prices.output, self._new_tokens(prompt, depths), strict=True)
         costs = [base + new * token + output * one for base, token, one, new in columns]
         for slot, seat in enumerate(self._seats) if exclude else ():
@@ -159,39 +152,47 @@ class Pool:
         limit = least + self._config.tie_s
         equal = [slot for slot, cost in enumerate(costs) if cost <= limit]
         slot = equal[crc32(prompt.key.encode()) % len(equal)]
-        seat = self._seats[slot]
+        seat, number = self._seats[slot], self._numbers[slot]
         assert seat is not None, "a price without a member"
-        cached = self.block_size * next((depth for depth, members in depths if members >> slot & 1), 0)
+        cached = self.block_size * next((depth for depth, members in depths if members >> number & 1), 0)
         return Offer(
-            slot=slot,
             member_id=seat.load.member_id,
             cost_s=costs[slot],
             new_tokens=prompt.num_tokens - cached,
             cached_tokens=cached,
         )
 
-    def _depths(self, prompt: Prompt, now: float) -> list[tuple[int, int]]:
-        """How many blocks of the prompt who can go on behind, as PrefixIndex tells it."""
-        hashes = prompt.hashes(self.block_size)
-        self._index.forget(now)
-        depths = self._index.depths(hashes)
-        return self._index.state_depths(hashes, depths) if self._recurrent and depths else depths
-
     def _new_tokens(self, prompt: Prompt, depths: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of the prompt that each slot does not hold."""
-        new = [prompt.num_tokens] * len(self._seats)
-        for depth, members in depths:
-            left = prompt.num_tokens - depth * self.block_size
-            for slot in self._slots_of(members):
-                new[slot] = left
+        groups: list[tuple[int, int]] = []
+        left, most, widest = self._mask, 0, 0
+        for depth, told in depths:
+            members = told & self._mask
+            left ^= members
+            groups.append((depth, members))
+            if members.bit_count() > most:
+                most, widest = members.bit_count(), depth
+        # A common beginning is held by nearly all, or nothing by nobody: one by one only the others.
+        if left.bit_count() >= most:
+            widest = 0
+        else:
+            groups.append((0, left))
+        new = [prompt.num_tokens - widest * self.block_size] * len(self._seats)
+        for depth, members in groups:
+            if depth != widest:
+                tokens = prompt.num_tokens - depth * self.block_size
+                for slot in self._slots_of(members):
+                    new[slot] = tokens
         return new
 
-    def _slots_of(self, members: int) -> tuple[int, ...]:
-        """The slots in a bit set; the few sets that hold common prefixes come up again and again."""
-        slots = self._slots.get(members)
-        if slots is None:
-            if len(self._slots) >= _MAX_SETS:
-                self._slots.clear()
-            slots = tuple(slot for slot, digit in enumerate(reversed(f"{members:b}")) if digit == "1")
-            self._slots[members] = slots
-        return slots
+    def _slots_of(self, members: int) -> Iterator[int]:
+        """The slots in a bit set."""
+        if members.bit_count() < _FEW:
+            while members:
+                number = members.bit_length() - 1
+                yield self._slots[number]
+                members ^= 1 << number
+        else:
+            for number, digit in enumerate(reversed(f"{members:b}")):
+                if digit == "1":
+                    yield self._slots[number]

@@ -62,11 +62,6 @@ class PrefixIndex:
             _discard(self._states, held.states, tuple(held.states), 1 << member)
         self._expected.leave(member)
 
-    def held(self, member: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """By its own word: blocks whose KV it holds, and blocks behind which it holds a recurrent state."""
-        held = self._held.get(member, _Held())
-        return tuple(held.kv), tuple(held.states)
-
     def expect(self, member: int, hashes: Sequence[int], until_s: float) -> None:
         """The member will soon hold these first blocks of a prompt; its own word replaces this from `until_s` on."""
         self._expected.add(member, hashes, until_s)

@@ -1,9 +1,10 @@
 """Chooses the members that serve a request, from their reports and from what was routed since."""
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
+from router.caches import Caches
 from router.errors import ConfigError, NoMemberError
 from router.load import CacheEvents, MemberLoad
 from router.policy import Extra, PolicyConfig
@@ -50,26 +51,51 @@ class Route:
     """What the router predicts it to cost; comparable between requests of one size."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Routed:
-    """A request that went to a member."""
+    """A request that went to a member, which counts it until it must be in the member's numbers.
 
-    member_id: MemberId
-    key: str
-    until_s: float
-    report: int
-    """The member's report after which it must be in its numbers."""
-    tokens: int
-    held_tokens: int
+    Args:
+        member_id: the member.
+        key: the request's.
+        until_s: when it counts no more in any case.
+        report: the member's report after which it must be in its numbers.
+        tokens: of its prompt, as far as they are not known to be computed.
+        held_tokens: whose KV the member will hold.
+    """
+
+    __slots__ = ("held_tokens", "key", "member_id", "report", "tokens", "until_s")
+
+    def __init__(
+        self, member_id: MemberId, key: str, until_s: float, report: int, tokens: int, held_tokens: int
+    ) -> None:
+        self.member_id = member_id
+        self.key = key
+        self.until_s = until_s
+        self.report = report
+        self.tokens = tokens
+        self.held_tokens = held_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A request that is being routed."""
+
+    prompt: Prompt
+    now: float
+    exclude: frozenset[MemberId]
+    depths: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """Who can go on behind how many of its blocks, by block size; looked up once."""
 
 
 class _Member:
     """What the router knows of one member."""
 
-    def __init__(self, load: MemberLoad, pool: Pool) -> None:
+    def __init__(self, load: MemberLoad, pool: Pool, caches: Caches, number: int) -> None:
         self.seat = Seat(load=load, extra=Extra())
         self.pool = pool
-        self.slot = pool.add(self.seat)
+        self.slot = pool.add(self.seat, number)
+        self.caches = caches
+        self.number = number
         self.reports = 0
         self.routed: deque[_Routed] = deque()
         self.sequence: int | None = None
@@ -89,11 +115,11 @@ class _Member:
 
     def started(self, key: str) -> None:
         """A request's prompt is computed, whatever the last report says."""
-        for at, entry in enumerate(self.routed):
-            if entry.key == key and entry.tokens:
+        for entry in self.routed:
+            if entry.key == key:
                 self._count(entry, -1)
-                self.routed[at] = replace(entry, tokens=0)
-                self._count(self.routed[at], 1)
+                entry.tokens = 0
+                self._count(entry, 1)
 
     def settle(self, now: float) -> None:
         """Forget what was routed long enough ago. A request may cross the first report on the way, not the second."""
@@ -117,6 +143,7 @@ class Router:
         self._members: dict[MemberId, _Member] = {}
         self._pools: dict[_PoolKey, Pool] = {}
         self._pools_of: dict[Role, list[Pool]] = {}
+        self._caches: dict[int, Caches] = {}
         self._recent: deque[_Routed] = deque()
 
     @property
@@ -140,13 +167,17 @@ class Router:
 
     def _join(self, load: MemberLoad, before: _Member | None) -> _Member:
         """A member that is new, or has another role: then its cache is what it was."""
-        member = _Member(load, self._pool(load))
+        caches = self._caches.get(load.block_size)
+        if caches is None:
+            caches = self._caches[load.block_size] = Caches(load.block_size, max_expected=self._config.max_expected)
         if before is not None:
-            if before.seat.load.block_size == load.block_size and before.sequence is not None:
-                member.pool.take_events(member.slot, before.pool.snapshot(before.slot, before.sequence))
-                member.sequence = before.sequence
             before.pool.leave(before.slot)
-        return member
+            if before.caches is caches:
+                member = _Member(load, self._pool(load), caches, before.number)
+                member.sequence = before.sequence
+                return member
+            before.caches.leave(before.number)
+        return _Member(load, self._pool(load), caches, caches.add(load))
 
     def take_events(self, member_id: MemberId, events: CacheEvents) -> bool:
         """Take what happened in a known member's prefix cache.
@@ -157,7 +188,7 @@ class Router:
         member = self._members.get(member_id)
         if member is None or not (events.cleared or events.after == member.sequence):
             return False
-        member.pool.take_events(member.slot, events)
+        member.caches.take_events(member.number, events)
         member.sequence = events.sequence
         return True
 
@@ -166,6 +197,7 @@ class Router:
         member = self._members.pop(member_id, None)
         if member is not None:
             member.pool.leave(member.slot)
+            member.caches.leave(member.number)
 
     def started(self, member_id: MemberId, key: str) -> None:
         """The request with this prompt key has its first token from a member: nobody waits for its prompt there.
@@ -188,10 +220,11 @@ class Router:
             NoMemberError: nobody can decode.
         """
         self._forget_old(now)
-        pair = self._pair(prompt, now, exclude)
-        alone = self._best("mixed", "both", prompt, now, exclude)
+        asked = _Asked(prompt=prompt, now=now, exclude=exclude)
+        pair = self._pair(asked)
+        alone = self._best("mixed", "both", asked)
         if pair is None and alone is None:
-            alone = self._best("decode", "both", prompt, now, exclude)
+            alone = self._best("decode", "both", asked)
         if pair is not None and (alone is None or pair[0].cost_s + pair[1].cost_s <= alone.cost_s):
             for offer in pair:
                 self._note(offer, prompt, now)
@@ -203,18 +236,22 @@ class Router:
         self._note(alone, prompt, now)
         return _route(None, alone)
 
-    def _pair(self, prompt: Prompt, now: float, exclude: frozenset[MemberId]) -> tuple[Offer, Offer] | None:
-        first = self._best("prefill", "prefill", prompt, now, exclude)
+    def _pair(self, asked: _Asked) -> tuple[Offer, Offer] | None:
+        first = self._best("prefill", "prefill", asked)
         if first is None:
             return None
-        second = self._best("decode", "decode", prompt, now, exclude)
-        second = second or self._best("mixed", "decode", prompt, now, exclude)
+        second = self._best("decode", "decode", asked)
+        second = second or self._best("mixed", "decode", asked)
         return None if second is None else (first, second)
 
-    def _best(self, role: Role, part: Part, prompt: Prompt, now: float, exclude: frozenset[MemberId]) -> Offer | None:
+    def _best(self, role: Role, part: Part, asked: _Asked) -> Offer | None:
         found: Offer | None = None
         for pool in self._pools_of.get(role, ()):
-            offer = pool.best(part, prompt, now, exclude)
+            depths = asked.depths.get(pool.block_size)
+            if depths is None:
+                depths = self._caches[pool.block_size].depths(asked.prompt, asked.now)
+                asked.depths[pool.block_size] = depths
+            offer = pool.best(part, asked.prompt, depths, asked.exclude)
             if offer is not None and (found is None or offer.cost_s < found.cost_s):
                 found = offer
         return found
@@ -224,8 +261,8 @@ class Router:
         member = self._members[offer.member_id]
         output = min(prompt.max_output, self._config.policy.output_tokens)
         entry = _Routed(
-            member_id=offer.member_id,
-            key=prompt.key,
+            offer.member_id,
+            prompt.key,
             until_s=now + self._config.recent_s,
             report=member.reports + 2,
             tokens=offer.new_tokens,
@@ -233,7 +270,9 @@ class Router:
         )
         member.note(entry)
         self._recent.append(entry)
-        member.pool.expect(offer, prompt, now, now + self._config.expected_s)
+        member.pool.arrived(now)
+        if member.seat.load.prefix_cache:
+            member.caches.expect(member.number, prompt, now + self._config.expected_s)
 
     def _forget_old(self, now: float) -> None:
         """Price members anew that have not reported for long after something was routed to them."""
@@ -246,7 +285,7 @@ class Router:
         key = (load.role, load.block_size)
         pool = self._pools.get(key)
         if pool is None:
-            pool = Pool(_PARTS[load.role], load.block_size, self._config.policy, max_expected=self._config.max_expected)
+            pool = Pool(_PARTS[load.role], load.block_size, self._config.policy)
             self._pools[key] = pool
             self._pools_of.setdefault(load.role, []).append(pool)
         return pool

@@ -230,6 +230,16 @@ def test_members_of_different_block_sizes_are_compared() -> None:
     assert router.route(make_prompt(2), 3.0).decode == "large"
 
 
+def test_many_holders_among_more_others_are_all_known() -> None:
+    names = [f"m{index}" for index in range(80)]
+    router = make_router(*(make_load(name) for name in names))
+    for name in names[1::2][:39]:
+        hold(router, name, PROMPT)
+    chosen = [router.route(make_prompt(number), 0.0) for number in range(39)]
+    assert {route.cached_tokens for route in chosen} == {48}
+    assert {route.decode for route in chosen} == set(names[1::2][:39])
+
+
 def test_ties_are_broken_by_the_request_the_same_way_each_time_and_spread() -> None:
     def choose(number: int) -> MemberId:
         return make_router(make_load("a"), make_load("b"), make_load("c")).route(make_prompt(number), 0.0).decode
