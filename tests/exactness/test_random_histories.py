@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from shards.mesh import Layout
 from tests.support.mtp import make_mtp_reference
 from tests.support.random_histories import Counts, open_histories
 from tests.support.stepping import needs_native
 
-FAST, SLOW = 12, 80
+FAST, SLOW, SLOW_GROUPS = 12, 80, 8
 """`python -m benchmarks.random_histories` runs thousands."""
 
 
-def run(folder: Path, seeds: range) -> Counts:
+def run(folder: Path, seeds: range, layout: Layout | None = None) -> Counts:
     make_mtp_reference(folder, disturbance=1.4)
-    with open_histories(folder) as histories:
+    with open_histories(folder, layout) as histories:
         for seed in seeds:
             histories.run(seed)
         return histories.counts
@@ -36,4 +37,15 @@ def test_many_histories_with_all_that_can_happen(tmp_path: Path) -> None:
     assert counts.histories == SLOW
     assert min(counts.hits, counts.evicted_states, counts.aborts, counts.handoffs) > 50, counts
     assert min(counts.preemptions, counts.failed_pulls) > 5, counts
+    assert 0 < counts.accepted < counts.drafted, counts
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(dp=2, ep=2)], ids=str)
+def test_members_of_several_ranks_over_gloo_give_the_tokens_of_one_rank_alone(tmp_path: Path, layout: Layout) -> None:
+    counts = run(tmp_path, range(SLOW_GROUPS), layout)
+
+    assert counts.histories == SLOW_GROUPS
+    assert min(counts.hits, counts.evicted_states, counts.aborts, counts.handoffs) > 0, counts
     assert 0 < counts.accepted < counts.drafted, counts

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from cluster.plan import StepOutput
 from cluster.scheduler import Scheduler
@@ -62,10 +63,10 @@ class Answers:
         self._rank.close()
 
 
-def limits(vocab_size: int) -> SchedulerConfig:
-    """All the room a rank of `open_rank` has, nothing reused."""
+def limits(vocab_size: int, lanes: int = 1) -> SchedulerConfig:
+    """All the room that ranks of `open_rank` have, nothing reused."""
     return SchedulerConfig(
-        lanes=1,
+        lanes=lanes,
         num_blocks=MOST_BLOCKS,
         num_slots=MOST_SLOTS,
         block_size=BLOCK,
@@ -81,11 +82,11 @@ def limits(vocab_size: int) -> SchedulerConfig:
     )
 
 
-def open_rank(model: Path, *, drafts: int) -> Rank:
-    """A loaded rank, float32 and the native kernels, that drafts up to this many tokens."""
+def open_rank(model: Path, *, drafts: int, place: Place | None = None, comms: Comms | None = None) -> Rank:
+    """A loaded rank, float32 and the native kernels, that drafts up to this many tokens; alone unless placed."""
     config = RankConfig(
         model=model,
-        place=Place(layout=Layout(), rank=0),
+        place=place or Place(layout=Layout(), rank=0),
         kernels="native",
         block_size=BLOCK,
         num_blocks=MOST_BLOCKS,
@@ -95,17 +96,39 @@ def open_rank(model: Path, *, drafts: int) -> Rank:
         draft_tokens=drafts,
         threads=1,
     )
-    rank = Rank(config, Comms.local())
+    rank = Rank(config, comms or Comms.local())
     rank.load()
     return rank
 
 
-def fill(rank: Rank, blocks: tuple[int, ...], slots: int | slice) -> None:
-    """Leave numbers in blocks and state slots that nothing good can come of."""
+def fill(rank: Rank, blocks: tuple[int, ...], slot: int | None) -> None:
+    """Leave numbers in blocks and a state slot (None: in all) that nothing good can come of."""
     generator = torch.Generator().manual_seed(5)
-    cache = rank.cache
-    for pool in (*cache.k_pools, *cache.v_pools):
+    slots = slice(None) if slot is None else slot
+    pools, states = _pools(rank)
+    for pool in pools:
         shape = (len(blocks), *pool.shape[1:])
         pool[list(blocks)] = 9 * torch.randn(shape, generator=generator)
-    for pool in (*cache.conv_states, *cache.delta_states):
+    for pool in states:
         pool[slots] = 9 * torch.randn(pool[slots].shape, generator=generator)
+
+
+def read_room(rank: Rank, blocks: list[int], slot: int) -> list[Tensor]:
+    """The content of blocks and a state slot, pool by pool."""
+    pools, states = _pools(rank)
+    return [*(pool[blocks] for pool in pools), *(pool[slot] for pool in states)]
+
+
+def write_room(rank: Rank, blocks: list[int], slot: int, content: list[Tensor]) -> None:
+    """Put into blocks and a state slot what `read_room` gave."""
+    pools, states = _pools(rank)
+    for pool, piece in zip(pools, content[: len(pools)], strict=True):
+        pool[blocks] = piece
+    for pool, piece in zip(states, content[len(pools) :], strict=True):
+        pool[slot] = piece
+
+
+def _pools(rank: Rank) -> tuple[list[Tensor], list[Tensor]]:
+    """Pools by block, and by state slot."""
+    cache = rank.cache
+    return [*cache.k_pools, *cache.v_pools], [*cache.conv_states, *cache.delta_states]

@@ -17,7 +17,8 @@ from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import OverloadedError
 from router.request import MemberId, Request, RequestId, TokenEvent
-from shards.rank import Rank
+from shards.mesh import Layout
+from tests.support.history_members import MemberRanks, open_members, spoil
 from tests.support.history_ranks import (
     BLOCK,
     GREEDY,
@@ -30,9 +31,7 @@ from tests.support.history_ranks import (
     MOST_SLOTS,
     SAMPLED,
     Answers,
-    fill,
     limits,
-    open_rank,
 )
 
 _STEPS_TO_END: Final = 3000
@@ -64,11 +63,11 @@ class Counts:
 
 
 class Member:
-    """One rank and its scheduler, which plans a step ahead as an engine does."""
+    """Ranks and their scheduler, which plans a step ahead as an engine does."""
 
-    def __init__(self, name: str, rank: Rank, config: SchedulerConfig) -> None:
+    def __init__(self, name: str, ranks: MemberRanks, config: SchedulerConfig) -> None:
         self.name = name
-        self.rank = rank
+        self.ranks = ranks
         self.config = config
         self.scheduler = Scheduler(config)
         self.outputs: deque[StepOutput] = deque()
@@ -81,9 +80,7 @@ class Member:
         if plan is None:
             return False
         self.orders += plan.pulls
-        lane = self.rank.step(plan.lanes[0])
-        assert lane is not None
-        self.outputs.append(StepOutput(step=plan.step, lanes=(lane,)))
+        self.outputs.append(StepOutput(step=plan.step, lanes=self.ranks.step(plan.lanes)))
         return True
 
     def pull(self, source: "Member", rng: random.Random, now: float) -> bool:
@@ -93,44 +90,39 @@ class Member:
         """
         order = self.orders.pop(rng.randrange(len(self.orders)))
         torn = rng.random() < 0.15
-        self._copy(order, source.rank)
+        lane, ticket_id = order.ticket.id.split(":", 1)
+        self._copy(order, source.ranks, int(lane))
         if rng.random() < 0.7:
-            source.scheduler.release_ticket(order.ticket.id)
+            source.scheduler.release_ticket(ticket_id)
         if torn:
-            fill(self.rank, order.dst_blocks, order.dst_slot)
+            self.ranks.fill(order.lane, order.dst_blocks, order.dst_slot)
         self.scheduler.pull_done(PullDone(pull_id=order.pull_id, error="torn" if torn else ""), now)
         return not torn
 
-    def _copy(self, order: PullOrder, source: Rank) -> None:
-        ticket, ours, theirs = order.ticket, self.rank.cache, source.cache
+    def _copy(self, order: PullOrder, source: MemberRanks, source_lane: int) -> None:
+        ticket = order.ticket
         sources = list(ticket.blocks[order.first // BLOCK : -(-ticket.num_tokens // BLOCK)])
-        targets = list(order.dst_blocks[: len(sources)])
-        pairs = (*zip(ours.k_pools, theirs.k_pools, strict=True), *zip(ours.v_pools, theirs.v_pools, strict=True))
-        for ours_pool, theirs_pool in pairs:
-            ours_pool[targets] = theirs_pool[sources]
-        states = (
-            *zip(ours.conv_states, theirs.conv_states, strict=True),
-            *zip(ours.delta_states, theirs.delta_states, strict=True),
-        )
-        for ours_pool, theirs_pool in states:
-            ours_pool[order.dst_slot] = theirs_pool[ticket.state_slot]
+        content = source.read(source_lane, sources, ticket.state_slot)
+        self.ranks.write(order.lane, list(order.dst_blocks[: len(sources)]), order.dst_slot, content)
 
 
 class Histories:
     """Makes histories and checks them. `counts` tells what they came to.
 
     Args:
-        ranks: two, that draft up to MOST_DRAFTS tokens.
+        ranks: of two members, that draft up to MOST_DRAFTS tokens.
+        layout: of each of them.
     """
 
-    def __init__(self, answers: Answers, ranks: tuple[Rank, Rank]) -> None:
+    def __init__(self, answers: Answers, ranks: tuple[MemberRanks, MemberRanks], layout: Layout) -> None:
         self.counts = Counts()
         self._answers = answers
         self._ranks = ranks
+        self._layout = layout
 
     def run(self, seed: int, actions: int = 40) -> None:
         """One history. Raises AssertionError naming the seed and what was done where something is off."""
-        history = _History(seed, self._answers, self._ranks, self.counts)
+        history = _History(seed, self._answers, self._ranks, self._layout, self.counts)
         try:
             history.run(actions)
         except AssertionError as error:
@@ -138,14 +130,16 @@ class Histories:
 
 
 class _History:
-    def __init__(self, seed: int, answers: Answers, ranks: tuple[Rank, Rank], counts: Counts) -> None:
+    def __init__(
+        self, seed: int, answers: Answers, ranks: tuple[MemberRanks, MemberRanks], layout: Layout, counts: Counts
+    ) -> None:
         self._rng = rng = random.Random(seed)
+        self._layout = layout
         self._answers = answers
         self._counts = counts
-        # What lies in the cache before is never to be seen.
-        for rank in ranks:
-            fill(rank, tuple(range(MOST_BLOCKS)), slice(None))
-        self._members = [Member(name, rank, self._config()) for name, rank in zip("ab", ranks, strict=True)]
+        for own in ranks:
+            spoil(own, layout.dp)
+        self._members = [Member(name, own, self._config()) for name, own in zip("ab", ranks, strict=True)]
         self._beginnings = [tuple(random.Random(i).choices(range(answers.vocab_size), k=40)) for i in range(3)]
         self._requests: dict[RequestId, Request] = {}
         self._told: dict[RequestId, int] = {}
@@ -164,7 +158,7 @@ class _History:
     def _config(self) -> SchedulerConfig:
         rng = self._rng
         return replace(
-            limits(self._answers.vocab_size),
+            limits(self._answers.vocab_size, self._layout.dp),
             num_blocks=rng.choice((13, 13, 16, MOST_BLOCKS)),
             num_slots=rng.choice((2, 4, 6, MOST_SLOTS)),
             max_rows=rng.choice((2, 3, MOST_ROWS)),
@@ -283,10 +277,15 @@ class _History:
         answer = self._answers.of(request)[: self._told[request.id]]
         target = self._members[1 - self._members.index(source)]
         layout = KvLayout(
-            fingerprint="", tp=1, block_size=BLOCK, num_blocks=MOST_BLOCKS, num_slots=MOST_SLOTS, dtype="float32"
+            fingerprint="",
+            tp=self._layout.tp,
+            block_size=BLOCK,
+            num_blocks=MOST_BLOCKS,
+            num_slots=MOST_SLOTS,
+            dtype="float32",
         )
         ticket = KvTicket(
-            id=ready.ticket_id,
+            id=f"{ready.lane}:{ready.ticket_id}",
             member_id=source.name,
             layout=layout,
             ranks=(),
@@ -357,11 +356,9 @@ class _History:
 
 
 @contextmanager
-def open_histories(model: Path) -> Iterator[Histories]:
-    """Ranks of a Qwen3-Next checkpoint with a multi-token prediction head, for any number of histories."""
-    answers = Answers(model)
-    ranks = open_rank(model, drafts=MOST_DRAFTS), open_rank(model, drafts=MOST_DRAFTS)
-    yield Histories(answers, ranks)
-    for rank in ranks:
-        rank.close()
+def open_histories(model: Path, layout: Layout | None = None) -> Iterator[Histories]:
+    """Members of a Qwen3-Next checkpoint with a multi-token prediction head, for any number of histories."""
+    answers, layout = Answers(model), layout or Layout()
+    with open_members(model, layout) as ranks:
+        yield Histories(answers, ranks, layout)
     answers.close()
