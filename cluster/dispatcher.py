@@ -78,7 +78,7 @@ class Dispatcher:
         self._config = config or DispatcherConfig()
         self._on_trace = on_trace
         self._clock = clock
-        self._gate = Gate(admission, lambda: router.loads, clock)
+        self._gate = Gate(admission, lambda: router.loads, lambda: router.backlog_tokens, clock)
         self._credentials = credentials
         self._clients: dict[MemberId, MemberClient] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -200,6 +200,7 @@ class Dispatcher:
                 await asyncio.sleep(0)
         route = self._router.route(journey.prompt, self._clock())
         journey.routed(route)
+        self._gate.routed(journey.request.id)
         if route.prefill is None:
             journey.decode = self._client(route.decode).submit(journey.request, mode="full")
             journey.mark("submitted_s")

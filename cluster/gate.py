@@ -14,14 +14,20 @@ class Gate:
     Args:
         admission: who may enter, and when.
         loads: the members' latest reports.
+        backlog: prompt tokens that members have before them, with what was routed since they reported.
         clock: unix seconds.
     """
 
     def __init__(
-        self, admission: Admission, loads: Callable[[], Iterable[MemberLoad]], clock: Callable[[], float]
+        self,
+        admission: Admission,
+        loads: Callable[[], Iterable[MemberLoad]],
+        backlog: Callable[[], int],
+        clock: Callable[[], float],
     ) -> None:
         self._admission = admission
         self._loads = loads
+        self._backlog = backlog
         self._clock = clock
         self._turns: dict[RequestId, asyncio.Future[None]] = {}
 
@@ -35,6 +41,10 @@ class Gate:
         turn = self._turns[request.id] = asyncio.get_running_loop().create_future()
         self._decide()
         return turn
+
+    def routed(self, request_id: RequestId) -> None:
+        """It is on its way to a member."""
+        self._admission.routed(request_id)
 
     def started(self, request_id: RequestId) -> None:
         """It has its first token: others may have their turn."""
@@ -57,7 +67,7 @@ class Gate:
         return self._admission.waiting()
 
     def _decide(self) -> None:
-        decisions = self._admission.decide(_capacity(self._loads()), self._clock())
+        decisions = self._admission.decide(_capacity(self._loads(), self._backlog()), self._clock())
         for request_id in decisions.released:
             turn = self._turns.pop(request_id)
             # Whoever was cancelled is about to leave.
@@ -69,7 +79,7 @@ class Gate:
                 turn.set_exception(error)
 
 
-def _capacity(loads: Iterable[MemberLoad]) -> Capacity:
+def _capacity(loads: Iterable[MemberLoad], backlog_tokens: int) -> Capacity:
     """Of the members that compute prompts, the prefill pool, or all where there is none; and of those that decode."""
     able = [load for load in loads if not load.draining]
     prefill = [load for load in able if load.role == "prefill"]
@@ -80,6 +90,7 @@ def _capacity(loads: Iterable[MemberLoad]) -> Capacity:
         step_tokens=max((load.step_tokens for load in computing), default=0),
         decode_places=_decode_places(prefill, decode) if prefill and decode else None,
         free_tokens=sum(load.free_blocks * load.block_size for load in decode or able),
+        backlog_tokens=backlog_tokens,
     )
 
 

@@ -88,6 +88,8 @@ class Capacity:
     free_tokens: int | None = None
     """KV that the members that decode have room for; a request takes its prompt, cached or not, and its output. None:
     without bounds."""
+    backlog_tokens: int | None = None
+    """Prompt tokens that those who compute prompts have before them, of requests that were routed; None: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,9 @@ class Admission:
         self._queue = FairQueue()
         self._refused: list[tuple[RequestId, OverloadedError | DeadlineExceededError]] = []
         self._starting_tokens = 0
+        self._routing: dict[RequestId, int] = {}
+        """Tokens of those that have their turn and are in no member's backlog yet."""
+        self._routing_tokens = 0
         self._pace = Pace()
 
     @property
@@ -173,6 +178,8 @@ class Admission:
                 continue
             self._starting[item.request_id] = item.tokens
             self._starting_tokens += item.tokens
+            self._routing[item.request_id] = item.tokens
+            self._routing_tokens += item.tokens
             released.append(item.request_id)
         refused = tuple(self._refused)
         self._refused.clear()
@@ -186,10 +193,19 @@ class Admission:
         # One may always wait at a member: it gets the room that comes free.
         if self._starting and capacity.free_tokens is not None and self._starting_tokens >= capacity.free_tokens:
             return False
-        return len(self._starting) < requests or self._starting_tokens < requests * capacity.step_tokens
+        tokens = requests * capacity.step_tokens
+        if len(self._starting) < requests or self._starting_tokens < tokens:
+            return True
+        # Members that are about to run out of prompts: a turn given at a first token comes some steps late.
+        return capacity.backlog_tokens is not None and capacity.backlog_tokens + self._routing_tokens < tokens
+
+    def routed(self, request_id: RequestId) -> None:
+        """The request is on its way to a member, and in its backlog from now on. More calls change nothing."""
+        self._routing_tokens -= self._routing.pop(request_id, 0)
 
     def started(self, request_id: RequestId, now: float) -> None:
         """The request has its first token. More calls change nothing."""
+        self.routed(request_id)
         tokens = self._starting.pop(request_id, None)
         if tokens is not None:
             self._starting_tokens -= tokens

@@ -152,6 +152,13 @@ class Router:
         return tuple(member.seat.load for member in self._members.values())
 
     @property
+    def backlog_tokens(self) -> int:
+        """Prompt tokens before those who compute prompts: the prefill pool, or all where there is none."""
+        seats = [member.seat for member in self._members.values() if not member.seat.load.draining]
+        computing = [seat for seat in seats if seat.load.role == "prefill"] or seats
+        return sum(seat.load.waiting_tokens + seat.extra.tokens for seat in computing)
+
+    @property
     def block_sizes(self) -> frozenset[int]:
         """Those in use: prompts are hashed by them."""
         return frozenset(block_size for _, block_size in self._pools)

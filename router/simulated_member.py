@@ -240,7 +240,7 @@ class SimulatedMember:
             role="mixed",
             sequence=self._reports,
             waiting_requests=len(self._waiting),
-            waiting_tokens=self._waiting_tokens + sum(prompt.left for prompt in self._prompts),
+            waiting_tokens=self._waiting_tokens + self._unplanned_tokens(),
             running_requests=len(self._rows) + len(self._prompts),
             context_tokens=self._context,
             max_requests=spec.max_rows,
@@ -250,6 +250,11 @@ class SimulatedMember:
             total_blocks=self._cache.num_blocks,
             block_size=spec.block_size,
         )
+
+    def _unplanned_tokens(self) -> int:
+        """Of prompts that are being computed, what is in neither of the two steps that are planned."""
+        room = max(self._spec.step_tokens - len(self._rows), 1)
+        return max(sum(prompt.left for prompt in self._prompts) - 2 * room, 0)
 
     def take_events(self) -> CacheEvents | None:
         """What its cache took in and let go since the last call; None: nothing."""

@@ -74,6 +74,8 @@ class _Run:
         self._reported: dict[MemberId, float] = {}
         self._free = dict.fromkeys(self._members, 0)
         self._free_tokens = 0
+        self._backlog = dict.fromkeys(self._members, 0)
+        self._backlog_tokens = 0
         self._admission = Admission(fleet.admission) if fleet.admission is not None else None
         self._at_gate: dict[RequestId, Job] = {}
         self.recorder = _Recorder()
@@ -108,10 +110,16 @@ class _Run:
 
     def _decide(self, admission: Admission, now: float) -> None:
         fleet = self._fleet
-        capacity = Capacity(members=fleet.members, step_tokens=fleet.spec.step_tokens, free_tokens=self._free_tokens)
+        capacity = Capacity(
+            members=fleet.members,
+            step_tokens=fleet.spec.step_tokens,
+            free_tokens=self._free_tokens,
+            backlog_tokens=self._backlog_tokens,
+        )
         decisions = admission.decide(capacity, now)
         for request_id in decisions.released:
             self._route(self._at_gate.pop(request_id), now)
+            admission.routed(request_id)
         for request_id, _ in decisions.refused:
             self._at_gate.pop(request_id).refused = True
 
@@ -126,6 +134,11 @@ class _Run:
         )
         member = self._members[self._chooser.choose(prompt, blocks, now)]
         self._push(member, member.add(job, now))
+        self._count_backlog(member.member_id, self._backlog[member.member_id] + job.new_tokens)
+
+    def _count_backlog(self, member_id: MemberId, tokens: int) -> None:
+        self._backlog_tokens += tokens - self._backlog[member_id]
+        self._backlog[member_id] = tokens
 
     def _push(self, member: SimulatedMember, end_s: float | None) -> None:
         if end_s is not None:
@@ -146,7 +159,7 @@ class _Run:
                 self._chooser.ended(member_id)
             if next_end is None or now - self._reported[member_id] >= self._fleet.min_report_gap_s:
                 self._report(member, now)
-            if self._admission is not None and (progress.started or progress.ended):
+            if self._admission is not None:
                 self._tell(self._admission, progress, now)
 
     def _tell(self, admission: Admission, progress: Progress, now: float) -> None:
@@ -162,6 +175,7 @@ class _Run:
         free = load.free_blocks * load.block_size
         self._free_tokens += free - self._free[member.member_id]
         self._free[member.member_id] = free
+        self._count_backlog(member.member_id, load.waiting_tokens)
         self._chooser.report(load, member.take_events(), now)
 
 

@@ -28,7 +28,8 @@ class Fleet:
     def __init__(self, *loads: MemberLoad, config: AdmissionConfig | None = None) -> None:
         self.loads = loads
         self.admission = Admission(config)
-        self.gate = Gate(self.admission, lambda: self.loads, lambda: 0.0)
+        self.backlog = 100
+        self.gate = Gate(self.admission, lambda: self.loads, lambda: self.backlog, lambda: 0.0)
 
 
 async def test_turns_go_on_with_first_tokens_and_ends() -> None:
@@ -43,6 +44,18 @@ async def test_turns_go_on_with_first_tokens_and_ends() -> None:
     for name in "abc":
         fleet.gate.leave(RequestId(name))
     assert (fleet.admission.num_in_flight, fleet.admission.num_queued) == (0, 0)
+
+
+async def test_members_that_are_about_to_run_out_of_prompts_get_the_next() -> None:
+    fleet = Fleet(replace(make_load("a"), step_tokens=5))
+    turns = {name: fleet.gate.enter(make_request(name)) for name in "abc"}
+    fleet.backlog = 0
+    fleet.gate.refresh()
+    assert [name for name, turn in turns.items() if turn.done()] == ["a", "b"]
+    fleet.gate.routed(RequestId("a"))
+    fleet.gate.routed(RequestId("b"))
+    fleet.gate.refresh()
+    assert turns["c"].done()
 
 
 async def test_a_new_member_gives_turns_to_those_who_wait() -> None:

@@ -141,6 +141,17 @@ def test_a_prompt_that_is_computed_leaves_its_place_before_the_member_reports_it
     assert router.route(make_prompt(3, tuple(range(5000, 5064))), 0.0).decode == "a"
 
 
+def test_the_backlog_is_of_those_who_compute_prompts_with_what_was_routed_since() -> None:
+    router = make_router(make_load("d", "decode", waiting_tokens=30), make_load("m", waiting_tokens=7))
+    assert router.backlog_tokens == 37
+    router.update(make_load("p", "prefill", waiting_tokens=5), 0.0)
+    router.update(make_load("q", "prefill", waiting_tokens=500, draining=True), 0.0)
+    router.route(make_prompt(1), 0.0)
+    assert router.backlog_tokens == 5 + 64
+    router.started(MemberId("p"), "r1")
+    assert router.backlog_tokens == 5
+
+
 def test_a_routed_prompt_counts_as_cached_until_it_is_forgotten() -> None:
     router = make_router(make_load("a"), make_load("b"), config=RouterConfig(expected_s=10.0))
     prompt = tuple(range(2000))
