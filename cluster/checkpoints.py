@@ -31,6 +31,6 @@ def checkpoint_ends(config: SchedulerConfig, *, first: int, shared: int, length:
 def _spacing_behind(config: SchedulerConfig, position: int) -> int:
     """Tokens from the grid's `position` to its next: the largest power of two times the least spacing that fits."""
     doubled = config.state_spacing << max(0, (position // config.state_spacing).bit_length() - 1)
-    slots = max(1, (config.num_slots - config.max_rows) // 2)
+    slots = max(1, config.num_checkpoints // 2)
     widest = max(config.state_spacing, -(-config.max_model_len // slots))
     return min(doubled, widest)

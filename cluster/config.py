@@ -12,6 +12,7 @@ Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 KernelChoice = Literal["auto", "native", "torch", "triton"]
 DeterministicChoice = Literal["auto", "on", "off"]
+StateCheckpoints = Literal["exact", "int8"]
 DraftPolicyChoice = Literal["adaptive", "always"]
 KvTransport = Literal["auto", "tcp", "p2p"]
 MOST_DRAFT_TOKENS = 8
@@ -55,6 +56,8 @@ class EngineConfig:
     """Reuse KV and recurrent state of equal prefixes."""
     state_cache_share: float = 0.25
     """Part of kv_memory_bytes for recurrent states kept for equal prefixes; not used without prefix_cache."""
+    state_checkpoints: StateCheckpoints = "exact"
+    """How these are kept. int8: about four times as many fit, and what goes on from one is not exact."""
     draft_tokens: int = 0
     """Tokens drafted a row and step by the checkpoint's multi-token prediction head, at most; 0: none, and the head is
     not loaded."""
@@ -75,6 +78,7 @@ class EngineConfig:
         _one_of("device", self.device, get_args(Device))
         _one_of("kernels", self.kernels, get_args(KernelChoice))
         _one_of("deterministic", self.deterministic, get_args(DeterministicChoice))
+        _one_of("state_checkpoints", self.state_checkpoints, get_args(StateCheckpoints))
         _one_of("draft_policy", self.draft_policy, get_args(DraftPolicyChoice))
         _one_of("kv_transport", self.kv_transport, get_args(KvTransport))
         _check_draft_tokens(self.draft_tokens)
@@ -90,11 +94,7 @@ class EngineConfig:
                 f"max_step_tokens={self.max_step_tokens} must be at least max_rows={self.max_rows}: each running "
                 "sequence needs a token a step; raise max_step_tokens or lower max_rows"
             )
-        if not 0 < self.state_cache_share < 1:
-            raise ConfigError(
-                f"state_cache_share must be between 0 and 1, got {self.state_cache_share}; to keep no states, turn "
-                "prefix_cache off"
-            )
+        self._check_states()
         for name in ("lease_s", "step_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive seconds, got {getattr(self, name)}")
@@ -102,6 +102,18 @@ class EngineConfig:
             raise ConfigError(
                 f"deterministic=on needs the native kernels, got kernels={self.kernels} device={self.device}; "
                 "use kernels=native on device=cpu, or deterministic=auto"
+            )
+
+    def _check_states(self) -> None:
+        if not 0 < self.state_cache_share < 1:
+            raise ConfigError(
+                f"state_cache_share must be between 0 and 1, got {self.state_cache_share}; to keep no states, turn "
+                "prefix_cache off"
+            )
+        if self.state_checkpoints == "int8" and not self.prefix_cache:
+            raise ConfigError(
+                "state_checkpoints=int8 needs prefix_cache, without which no states are kept; turn prefix_cache on or "
+                "use state_checkpoints=exact"
             )
 
 

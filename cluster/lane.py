@@ -40,7 +40,10 @@ class Lane:
         self.index = index
         self.waiting: list[Sequence] = []
         self.active: list[Sequence] = []
-        self.states = StatePool(config.num_slots)
+        self.states = StatePool(config.num_int8 or config.num_slots)
+        """Kept states."""
+        self.slots = StatePool(config.num_slots) if config.num_int8 else self.states
+        """Where running states lie; among the kept ones, where these are exact."""
         # A state is of use only with all KV before it.
         self.blocks = BlockPool(config.num_blocks, self.states.forget)
         self.num_preemptions = 0
@@ -200,7 +203,7 @@ class Lane:
         With recurrent state, KV may be known farther than any state. Then what lies between is computed once more:
         into the known blocks, as it gives what they hold.
         """
-        if not self._free_rows or (self._config.num_slots and not self.states.num_ready):
+        if not self._free_rows or (self._config.num_slots and not self.slots.num_ready):
             return False
         known = self._known_blocks(seq)
         self.blocks.share(known)
@@ -224,14 +227,14 @@ class Lane:
             return -1
         if usable and seq.ticket is None:
             value = seq.hashes(usable, self._config.block_size)[-1]
-            if self.states.is_last_ready(value):
-                return self.states.take_over(value)
+            if self.slots.is_last_ready(value):
+                return self.slots.take_over(value)
             draft.batch.restore_from.append(self.states.lend(value))
-            slot = self.states.take()
+            slot = self.slots.take()
             assert slot is not None, f"{seq.request.id} got no slot although one was ready"
             draft.batch.restore_to.append(slot)
             return slot
-        slot = self.states.take()
+        slot = self.slots.take()
         assert slot is not None, f"{seq.request.id} got no slot although one was ready"
         return slot
 
@@ -358,13 +361,13 @@ class Lane:
     def _give_slot(self, slot: int) -> None:
         """Give a recurrent-state slot back; -1 is none."""
         if slot >= 0:
-            self.states.give(slot)
+            self.slots.give(slot)
 
     def describe(self) -> str:
         """What is free here, and who holds or waits for the rest."""
         return (
             f"lane {self.index}: {len(self.active)} active, {len(self.waiting)} waiting, "
-            f"{self.blocks.num_free} blocks, {len(self._free_rows)} rows and {self.states.num_free} slots free"
+            f"{self.blocks.num_free} blocks, {len(self._free_rows)} rows and {self.slots.num_free} slots free"
         )
 
     def check_integrity(self, pinned: list[Pinned], uncommitted: list[Work]) -> None:
@@ -373,9 +376,13 @@ class Lane:
         rows = sorted([*self._free_rows, *(seq.row for seq in self.active)])
         assert rows == list(range(self._config.max_rows)), f"lane {self.index}: rows free or held: {rows}"
         owners = (self.active, pinned)
-        held = [owner.slot for group in owners for owner in group]
-        held += [slot for work in uncommitted for _, slot in work.saves]
-        self.states.check_integrity(slot for slot in held if slot >= 0)
+        held = [owner.slot for group in owners for owner in group if owner.slot >= 0]
+        saved = [slot for work in uncommitted for _, slot in work.saves]
+        if self.slots is self.states:
+            self.states.check_integrity([*held, *saved])
+        else:
+            self.slots.check_integrity(held)
+            self.states.check_integrity(saved)
         for seq in self.waiting:
             assert seq.phase == "waiting", f"{seq.request.id} is {seq.phase} but in the waiting list"
             assert not seq.blocks, f"{seq.request.id} waits but holds blocks {seq.blocks}"

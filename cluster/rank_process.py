@@ -227,7 +227,8 @@ def _one_host(store: Store, config: RankProcessConfig) -> bool:
 
 
 def _settings_digest(engine: ResolvedEngine) -> str:
-    settings = (engine.config, engine.model, engine.kernels, engine.deterministic, engine.num_blocks, engine.num_slots)
+    room = (engine.num_blocks, engine.num_slots, engine.num_int8)
+    settings = (engine.config, engine.model, engine.kernels, engine.deterministic, room)
     return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ from cluster.memory import check_memory
 from cluster.plan import KvLayout
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import CheckpointError, ConfigError
-from shards.cache import cache_shape, fit
+from shards.cache import Room, cache_shape, fit
 from shards.config import ModelConfig
 from shards.cuts import check_layout
 from shards.families import load_model_config
@@ -35,6 +35,8 @@ class ResolvedEngine:
     """KV blocks of a lane."""
     num_slots: int
     """Recurrent-state slots of a lane, running and kept; 0 for a model without recurrent state."""
+    num_int8: int
+    """Places of a lane for states kept in int8; 0: kept states take slots."""
     max_model_len: int
     threads: int
 
@@ -42,11 +44,13 @@ class ResolvedEngine:
         """Limits for the scheduler."""
         config, tp = self.config, self.config.layout.tp
         dtype = torch_dtype(config.dtype)
-        one = cache_shape(self.model, tp, 0, num_blocks=1, block_size=config.block_size, num_slots=1, dtype=dtype)
+        size = config.block_size
+        one = cache_shape(self.model, tp, 0, num_blocks=1, block_size=size, num_slots=1, dtype=dtype, num_int8=1)
         return SchedulerConfig(
             lanes=config.layout.dp,
             num_blocks=self.num_blocks,
             num_slots=self.num_slots,
+            num_int8=self.num_int8,
             block_size=config.block_size,
             max_rows=config.max_rows,
             max_step_tokens=config.max_step_tokens,
@@ -61,6 +65,7 @@ class ResolvedEngine:
             max_waiting=config.max_waiting,
             token_bytes=one.bytes_per_block * tp // config.block_size,
             state_bytes=one.bytes_per_slot * tp,
+            checkpoint_bytes=(one.bytes_per_int8 if self.num_int8 else one.bytes_per_slot) * tp,
         )
 
     def rank_config(self, rank: int, device: str) -> RankConfig:
@@ -77,6 +82,7 @@ class ResolvedEngine:
             block_size=config.block_size,
             num_blocks=self.num_blocks,
             num_slots=self.num_slots,
+            num_int8=self.num_int8,
             max_rows=config.max_rows,
             max_model_len=self.max_model_len,
             draft_tokens=config.draft_tokens,
@@ -117,10 +123,11 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         kernels = select_kernels(config.kernels, config.device)
         deterministic = resolve_deterministic(config.deterministic, config.kernels, config.device)
         check_layout(model, config.layout, deterministic=deterministic, groups=config.reduction_groups)
-        num_blocks, num_slots = _room(config, model)
+        _check_checkpoints(config, model)
+        room = _room(config, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    max_model_len = _max_model_len(config, model, num_blocks)
+    max_model_len = _max_model_len(config, model, room.num_blocks)
     if config.device == "cpu":
         _check_memory(config, model, max_model_len, weights=weights, ranks=ranks)
     return ResolvedEngine(
@@ -128,8 +135,9 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         model=model,
         kernels=cast(KernelChoice, kernels.name),
         deterministic=deterministic,
-        num_blocks=num_blocks,
-        num_slots=num_slots,
+        num_blocks=room.num_blocks,
+        num_slots=room.num_slots,
+        num_int8=room.num_int8,
         max_model_len=max_model_len,
         threads=config.threads or max(1, len(os.sched_getaffinity(0)) // ranks),
     )
@@ -144,7 +152,16 @@ def _check_head(config: EngineConfig) -> None:
         )
 
 
-def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
+def _check_checkpoints(config: EngineConfig, model: ModelConfig) -> None:
+    """Refuse int8 states where there are none: whoever asks for them expects memory back."""
+    if config.state_checkpoints == "int8" and not model.delta_layers:
+        raise ConfigError(
+            f"state_checkpoints=int8 needs a model with recurrent state, which {model.architecture} has not; use "
+            "state_checkpoints=exact"
+        )
+
+
+def _room(config: EngineConfig, model: ModelConfig) -> Room:
     """Blocks and recurrent-state slots of a lane that fit in the KV memory."""
     return fit(
         model,
@@ -154,6 +171,7 @@ def _room(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
         dtype=torch_dtype(config.dtype),
         max_rows=config.max_rows,
         checkpoint_share=config.state_cache_share if config.prefix_cache else 0.0,
+        int8=config.state_checkpoints == "int8",
     )
 
 

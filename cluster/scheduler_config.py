@@ -15,6 +15,8 @@ class SchedulerConfig:
     """KV blocks of a lane."""
     num_slots: int
     """Recurrent-state slots of a lane, for running sequences and states kept; 0 for a model without such state."""
+    num_int8: int = 0
+    """Places for states kept in int8; 0: kept states take slots."""
     block_size: int
     """Tokens a block."""
     max_rows: int
@@ -34,6 +36,8 @@ class SchedulerConfig:
     """KV of one token on all ranks of a lane, for load reports."""
     state_bytes: int = 0
     """Recurrent state of one sequence on all ranks of a lane, for load reports."""
+    checkpoint_bytes: int = 0
+    """A kept state on all ranks of a lane, for load reports."""
     expert_share: float = 0.0
     """Of a layer's experts, those that one token is sent to, for step times; 0: the model has none."""
     draft_tokens: int = 0
@@ -73,11 +77,16 @@ class SchedulerConfig:
                 f"max_step_tokens={self.max_step_tokens} cannot give each of max_rows={self.max_rows} rows a token a "
                 f"step; raise max_step_tokens to {self.max_rows} or lower max_rows"
             )
-        if self.prefix_cache and self.num_slots == 1:
+        if self.prefix_cache and self.num_slots == 1 and not self.num_int8:
             raise ConfigError(
                 "prefix_cache with recurrent state needs a slot to keep a state in besides the running one, got "
                 "num_slots=1; raise num_slots or turn prefix_cache off"
             )
+
+    @property
+    def num_checkpoints(self) -> int:
+        """States that can be kept while every row runs."""
+        return self.num_int8 or self.num_slots - self.max_rows
 
     def blocks_for(self, positions: int) -> int:
         """Blocks that hold this many positions."""

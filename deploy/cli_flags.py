@@ -26,6 +26,7 @@ FLAG_KEYS: Final[Mapping[str, str]] = {
     "max_model_len": "engine.max_model_len",
     "block_size": "engine.block_size",
     "prefix_cache": "engine.prefix_cache",
+    "state_checkpoints": "engine.state_checkpoints",
     "draft_tokens": "engine.draft_tokens",
     "gateways": "gateway.replicas",
     "http_host": "http.host",

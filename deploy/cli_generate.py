@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from cluster.config import DeterministicChoice, Device, Dtype, EngineConfig, KernelChoice
+from cluster.config import DeterministicChoice, Device, Dtype, EngineConfig, KernelChoice, StateCheckpoints
 from deploy.cli_errors import told_errors
 from deploy.sizes import parse_bytes
 from shards.mesh import Layout
@@ -76,6 +76,13 @@ def generate(
         bool,
         typer.Option("--no-prefix-cache", help="Never reuse KV and state of equal prefixes.", rich_help_panel=_ENGINE),
     ] = False,
+    state_checkpoints: Annotated[
+        StateCheckpoints,
+        typer.Option(
+            help="Recurrent states kept for equal prefixes; int8: four times as many, tokens behind a hit not exact.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "exact",
     draft_tokens: Annotated[
         int,
         typer.Option(
@@ -137,6 +144,7 @@ def generate(
                 chunk_tokens=chunk,
                 max_model_len=max_model_len,
                 prefix_cache=not no_prefix_cache,
+                state_checkpoints=state_checkpoints,
                 draft_tokens=draft_tokens,
             ),
             sampling=SamplingInput(

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 from typer.models import OptionInfo
 
-from cluster.config import DeterministicChoice, Device, Dtype, KernelChoice
+from cluster.config import DeterministicChoice, Device, Dtype, KernelChoice, StateCheckpoints
 from deploy.cli_flags import FLAG_KEYS, overlay
 from deploy.config import config_keys, load_config_file, parse_config
 from deploy.render import render_document
@@ -124,6 +124,14 @@ def serve(
             "Reuse KV and recurrent state of equal prefixes.",
             unset="on",
             names=("--prefix-cache/--no-prefix-cache",),
+        ),
+    ] = None,
+    state_checkpoints: Annotated[
+        StateCheckpoints | None,
+        _flag(
+            "state_checkpoints",
+            _ENGINE,
+            "Recurrent states kept for equal prefixes; int8: four times as many, tokens behind a hit are not exact.",
         ),
     ] = None,
     draft_tokens: Annotated[

@@ -20,6 +20,7 @@ from cluster.config import (
     EngineConfig,
     KernelChoice,
     KvTransport,
+    StateCheckpoints,
 )
 from deploy.sizes import parse_bytes
 from router.errors import ConfigError
@@ -63,6 +64,8 @@ class EngineOptions:
     """Reuse KV and recurrent state of equal prefixes."""
     state_cache_share: float = 0.25
     """Part of a rank's kv_memory for recurrent states kept for equal prefixes; not used without prefix_cache."""
+    state_checkpoints: StateCheckpoints = "exact"
+    """How these are kept. int8: about four times as many fit, and what goes on from one is not exact."""
     draft_tokens: Draft = 0
     """Tokens drafted a row and step by the checkpoint's multi-token prediction head, at most; 0: none."""
     draft_policy: DraftPolicyChoice = "adaptive"
@@ -320,6 +323,7 @@ def engine_config(config: ServeConfig, role: Role) -> EngineConfig:
             max_waiting=pool.max_waiting,
             prefix_cache=options.prefix_cache,
             state_cache_share=options.state_cache_share,
+            state_checkpoints=options.state_checkpoints,
             draft_tokens=options.draft_tokens,
             draft_policy=options.draft_policy,
             threads=pool.threads,

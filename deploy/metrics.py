@@ -171,7 +171,7 @@ class GatewayMetrics:
             self._state_usage.labels(*labels).set(_used_share(load.free_state_slots, load.total_state_slots))
             if load.total_state_slots:
                 self._checkpoints.labels(*labels).set(load.state_checkpoints)
-                self._checkpoint_bytes.labels(*labels).set(load.state_checkpoints * load.state_bytes)
+                self._checkpoint_bytes.labels(*labels).set(load.state_checkpoints * load.checkpoint_bytes)
                 self._evicted_checkpoints.labels(*labels).set(load.evicted_checkpoints)
             for name, gauge in self._counts.items():
                 gauge.labels(*labels).set(getattr(load.counts, name))

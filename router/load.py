@@ -51,10 +51,12 @@ class MemberLoad:
     """KV of one token, that a hand-off moves."""
     state_bytes: int = 0
     """Recurrent state of one sequence, that a hand-off moves; 0: the model has none."""
+    checkpoint_bytes: int = 0
+    """Recurrent state that is kept for later sequences: `state_bytes`, or less where it is kept in int8."""
     free_state_slots: int = 0
     total_state_slots: int = 0
     state_checkpoints: int = 0
-    """Recurrent states kept for later sequences; their slots count as free."""
+    """Recurrent states kept for later sequences; slots that they take count as free."""
     evicted_checkpoints: int = 0
     """Given up for room, since the start."""
     prefix_cache: bool = True

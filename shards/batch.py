@@ -72,7 +72,8 @@ class StepBatch:
     starts: tuple[RowStart, ...] = ()
     restore_from: list[int] = field(default_factory=list)
     restore_to: list[int] = field(default_factory=list)
-    """State slot restore_from[i] is copied to slot restore_to[i] before anything is computed; no slot is in both."""
+    """Kept state restore_from[i] is copied to slot restore_to[i] before anything is computed. Kept states lie in slots
+    (no slot is in both), or where they are int8 in places of their own."""
     grown_rows: list[int] = field(default_factory=list)
     grown_blocks: list[int] = field(default_factory=list)
     """Block grown_blocks[i] is appended to the table of row grown_rows[i] (after `starts`)."""
@@ -89,7 +90,8 @@ class StepBatch:
     save_ends: list[int] = field(default_factory=list)
     save_to: list[int] = field(default_factory=list)
     """The state of row save_rows[i] behind its first save_ends[i] positions, the last of which this step computes, is
-    copied to slot save_to[i], which no row of the step has. Rows that verify drafts keep none behind their middle."""
+    copied to the place save_to[i] of kept states, which is no row's slot. Rows that verify drafts keep none behind
+    their middle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from shards.config import ModelConfig
 from shards.cuts import even_range, kv_head_range
 from shards.host_memory import available_memory
+from shards.states import Int8States, LayerStates
 
 ALIGNMENT_BYTES = 256
 
@@ -43,7 +44,7 @@ class CacheShape:
     """Geometry of one rank's cache: where every array lies and which heads of the model it holds.
 
     N blocks, H KV heads held here, P block size, D head dim; M slots, C conv channels held here (laid out
-    [q | k | v] of the key heads held), W conv width, V value heads held here.
+    [q | k | v] of the key heads held), W conv width, V value heads held here; J states kept in int8.
     """
 
     k_pools: tuple[Pool, ...]
@@ -53,6 +54,12 @@ class CacheShape:
     """[M, C, W - 1] in the model's dtype, by delta layer."""
     delta_states: tuple[Pool, ...]
     """[M, V, Dk, Dv] float32, by delta layer."""
+    int8_convs: tuple[Pool, ...]
+    """[J, C, W - 1] in the model's dtype, by delta layer: of the states kept in int8."""
+    int8_deltas: tuple[Pool, ...]
+    """[J, V, Dk, Dv] int8, by delta layer."""
+    int8_scales: tuple[Pool, ...]
+    """[J, V, Dk] float32, by delta layer."""
     kv_heads: range
     """Global KV heads held here."""
     key_heads: range
@@ -60,11 +67,14 @@ class CacheShape:
     num_blocks: int
     block_size: int
     num_slots: int
+    num_int8: int
     dtype: torch.dtype
     bytes_per_block: int
     """Over all attention layers, k and v."""
     bytes_per_slot: int
     """Over all delta layers."""
+    bytes_per_int8: int
+    """As bytes_per_slot, of a state kept in int8."""
     total_bytes: int
     """Size of the flat buffer."""
 
@@ -90,8 +100,12 @@ def cache_shape(
     block_size: int,
     num_slots: int,
     dtype: torch.dtype,
+    num_int8: int = 0,
 ) -> CacheShape:
-    """Geometry of the cache of rank `tp_rank` of `layout_tp`; equal arguments give equal geometry in every process."""
+    """Geometry of the cache of rank `tp_rank` of `layout_tp`; equal arguments give equal geometry in every process.
+
+    States kept in int8 come last: where the rest lies does not depend on them.
+    """
     kv_heads = kv_head_range(model.num_key_value_heads, layout_tp, tp_rank)
     key_heads = even_range(model.linear_num_key_heads, layout_tp, tp_rank) if model.delta_layers else range(0)
     kv_shape = (num_blocks, len(kv_heads), block_size, model.head_dim)
@@ -101,19 +115,28 @@ def cache_shape(
     v_pools = tuple(layouter.place(kv_shape, dtype) for _ in range(model.num_kv_layers))
     conv_states = tuple(layouter.place(conv_shape, dtype) for _ in model.delta_layers)
     delta_states = tuple(layouter.place(delta_shape, torch.float32) for _ in model.delta_layers)
+    int8_conv, int8_delta = _state_shapes(model, len(key_heads), num_int8)
+    int8_convs = tuple(layouter.place(int8_conv, dtype) for _ in model.delta_layers)
+    int8_deltas = tuple(layouter.place(int8_delta, torch.int8) for _ in model.delta_layers)
+    int8_scales = tuple(layouter.place(int8_delta[:-1], torch.float32) for _ in model.delta_layers)
     return CacheShape(
         k_pools=k_pools,
         v_pools=v_pools,
         conv_states=conv_states,
         delta_states=delta_states,
+        int8_convs=int8_convs,
+        int8_deltas=int8_deltas,
+        int8_scales=int8_scales,
         kv_heads=kv_heads,
         key_heads=key_heads,
         num_blocks=num_blocks,
         block_size=block_size,
         num_slots=num_slots,
+        num_int8=num_int8,
         dtype=dtype,
         bytes_per_block=sum(pool.row_bytes for pool in k_pools + v_pools),
         bytes_per_slot=sum(pool.row_bytes for pool in conv_states + delta_states),
+        bytes_per_int8=sum(pool.row_bytes for pool in int8_convs + int8_deltas + int8_scales),
         total_bytes=layouter.end_bytes,
     )
 
@@ -129,6 +152,17 @@ def _state_shapes(model: ModelConfig, key_heads: int, num_slots: int) -> tuple[t
     return conv, (num_slots, value_heads, key_dim, value_dim)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What one rank's memory is cut into."""
+
+    num_blocks: int
+    num_slots: int
+    """Of running states; of kept ones too, where these are exact."""
+    num_int8: int
+    """Of states kept in int8."""
+
+
 def fit(
     model: ModelConfig,
     tp: int,
@@ -138,35 +172,45 @@ def fit(
     dtype: torch.dtype,
     max_rows: int,
     checkpoint_share: float,
-) -> tuple[int, int]:
-    """How many blocks and state slots `memory_bytes` of one rank hold -> (num_blocks, num_slots).
+    int8: bool = False,
+) -> Room:
+    """How many blocks and state slots `memory_bytes` of one rank hold.
 
     Models with delta layers get slots for `checkpoint_share` of the memory (if any, at least one) to keep states in,
     and one for each of `max_rows` rows, or as many as half of the rest holds; what is left is blocks, no more than
     `max_rows` sequences of the model's full length need. There are no more kept states than blocks.
 
+    Args:
+        int8: states are kept in int8.
+
     Raises:
         ValueError: the memory holds no block (or no slot).
     """
-    unit = cache_shape(model, tp, 0, num_blocks=1, block_size=block_size, num_slots=1, dtype=dtype)
-    usable = memory_bytes - ALIGNMENT_BYTES * (2 * model.num_kv_layers + 2 * len(model.delta_layers))
+    unit = cache_shape(model, tp, 0, num_blocks=1, block_size=block_size, num_slots=1, num_int8=1, dtype=dtype)
+    arrays = 2 * model.num_kv_layers + (5 if int8 else 2) * len(model.delta_layers)
+    usable = memory_bytes - ALIGNMENT_BYTES * arrays
+    kept_bytes = unit.bytes_per_int8 if int8 else unit.bytes_per_slot
     num_blocks = max_rows * -(-model.max_position_embeddings // block_size)
     kept = running = 0
     if unit.bytes_per_slot:
-        kept = int(usable * checkpoint_share) // unit.bytes_per_slot
+        kept = int(usable * checkpoint_share) // kept_bytes
         kept = min(max(kept, checkpoint_share > 0), num_blocks)
-        running = min(max_rows, (usable - kept * unit.bytes_per_slot) // 2 // unit.bytes_per_slot)
+        running = min(max_rows, (usable - kept * kept_bytes) // 2 // unit.bytes_per_slot)
     if unit.bytes_per_block:
-        num_blocks = min(num_blocks, (usable - (kept + running) * unit.bytes_per_slot) // unit.bytes_per_block)
+        rest = usable - kept * kept_bytes - running * unit.bytes_per_slot
+        num_blocks = min(num_blocks, rest // unit.bytes_per_block)
     if num_blocks < 1 or (unit.bytes_per_slot and running < 1):
-        needed = 2 * max(unit.bytes_per_slot, unit.bytes_per_block) + kept * unit.bytes_per_slot + memory_bytes - usable
+        needed = 2 * max(unit.bytes_per_slot, unit.bytes_per_block) + kept * kept_bytes + memory_bytes - usable
         advice = ", or turn prefix_cache off, which takes state slots too" if kept else ""
         raise ValueError(
             f"kv_memory_bytes={memory_bytes} holds no KV: a block of {block_size} tokens takes "
             f"{unit.bytes_per_block} bytes a rank and a state slot {unit.bytes_per_slot}; "
             f"give at least {needed}{advice}"
         )
-    return num_blocks, min(kept, num_blocks) + running
+    kept = min(kept, num_blocks)
+    if int8:
+        return Room(num_blocks=num_blocks, num_slots=running, num_int8=kept)
+    return Room(num_blocks=num_blocks, num_slots=kept + running, num_int8=0)
 
 
 class KvCache:
@@ -187,6 +231,8 @@ class KvCache:
         self.v_pools = [self._view(pool) for pool in shape.v_pools]
         self.conv_states = [self._view(pool) for pool in shape.conv_states]
         self.delta_states = [self._view(pool) for pool in shape.delta_states]
+        self.states = [self._layer_states(i) for i in range(len(shape.delta_states))]
+        """By delta layer."""
 
     def _allocate(self, num_bytes: int, device: torch.device) -> Tensor:
         if device.type != "cpu":
@@ -208,18 +254,36 @@ class KvCache:
         flat = self.buffer[pool.offset_bytes : pool.offset_bytes + pool.num_bytes]
         return flat.view(pool.dtype).view(pool.shape)
 
-    def copy_states(self, sources: list[int], targets: list[int]) -> None:
-        """Copy state slots of all delta layers, source i to target i; no slot is in both."""
-        if not sources:
-            return
-        device = self.buffer.device
-        source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
-        for pool in (*self.conv_states, *self.delta_states):
-            pool.index_copy_(0, target, pool.index_select(0, source))
+    def _layer_states(self, index: int) -> LayerStates:
+        shape, int8 = self.shape, None
+        if shape.num_int8:
+            int8 = Int8States(
+                conv_JQW=self._view(shape.int8_convs[index]),
+                delta_JVDD=self._view(shape.int8_deltas[index]),
+                scales_JVD=self._view(shape.int8_scales[index]),
+            )
+        return LayerStates(conv_MQW=self.conv_states[index], delta_MVDD=self.delta_states[index], int8=int8)
+
+    def keep_states(self, slots: list[int], kept: list[int]) -> None:
+        """Copy state slot slots[i] of all delta layers to the place kept[i] of kept states."""
+        if slots:
+            slots_K, kept_K = self._indices(slots), self._indices(kept)
+            for layer in self.states:
+                layer.keep(slots_K, kept_K)
+
+    def restore_states(self, kept: list[int], slots: list[int]) -> None:
+        """Copy the kept state kept[i] of all delta layers to slot slots[i]."""
+        if slots:
+            kept_K, slots_K = self._indices(kept), self._indices(slots)
+            for layer in self.states:
+                layer.restore(kept_K, slots_K)
+
+    def _indices(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.buffer.device)
 
     def close(self) -> None:
         """Let go of the memory; views handed out keep it mapped until they are gone."""
-        for pools in (self.k_pools, self.v_pools, self.conv_states, self.delta_states):
+        for pools in (self.k_pools, self.v_pools, self.conv_states, self.delta_states, self.states):
             pools.clear()
         self.buffer = torch.empty(0, dtype=torch.uint8)
         if self.fd >= 0:

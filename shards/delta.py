@@ -14,6 +14,7 @@ from shards.linear import RowLinear, Runtime
 from shards.loading import Loader, as_slice
 from shards.rows import StepTensors
 from shards.segments import Segment
+from shards.states import LayerStates
 from shards.verify import Replay
 
 
@@ -52,39 +53,34 @@ class Delta:
             ),
         )
 
-    def forward(
-        self, runtime: Runtime, x_TC: Tensor, step: StepTensors, conv_state_MQW: Tensor, state_MVDD: Tensor
-    ) -> Tensor:
+    def forward(self, runtime: Runtime, x_TC: Tensor, step: StepTensors, states: LayerStates) -> Tensor:
         """Advances the states of the step's slots -> [T, C] on every rank of the lane."""
         projected_TN = runtime.kernels.linear(x_TC, self.in_proj_NC)
         if step.verified_U is not None:
             step.delta_inputs.append(projected_TN[step.verified_U])
         if step.segments:
-            pieces = [self._run(runtime, projected_TN, part, conv_state_MQW, state_MVDD) for part in step.segments]
+            pieces = [self._run(runtime, projected_TN, part, states) for part in step.segments]
             out_TN = torch.cat(pieces)
         else:
             where = (step.state_slots_S, step.query_start_S1, step.fresh_S, step.advance_S)
-            out_TN = runtime.kernels.delta_net(projected_TN, self.weights, conv_state_MQW, state_MVDD, *where)
+            out_TN = runtime.kernels.delta_net(projected_TN, self.weights, states.conv_MQW, states.delta_MVDD, *where)
         return self.out_proj.forward(runtime, runtime.comms.tp, out_TN)
 
-    def _run(
-        self, runtime: Runtime, projected_TN: Tensor, part: Segment, conv_state_MQW: Tensor, state_MVDD: Tensor
-    ) -> Tensor:
+    def _run(self, runtime: Runtime, projected_TN: Tensor, part: Segment, states: LayerStates) -> Tensor:
         """One segment's tokens, and then the states to keep behind them."""
         projected_UN = projected_TN[part.first_token : part.end_token]
         where = (part.state_slots_S, part.query_start_S1, part.fresh_S, part.advance_S)
-        out_UN = runtime.kernels.delta_net(projected_UN, self.weights, conv_state_MQW, state_MVDD, *where)
-        part.keep(conv_state_MQW)
-        part.keep(state_MVDD)
+        out_UN = runtime.kernels.delta_net(projected_UN, self.weights, states.conv_MQW, states.delta_MVDD, *where)
+        if part.sources_K.shape[0]:
+            states.keep(part.sources_K, part.targets_K)
         return out_UN
 
-    def replay(
-        self, runtime: Runtime, projected_UN: Tensor, replay: Replay, conv_state_MQW: Tensor, state_MVDD: Tensor
-    ) -> None:
+    def replay(self, runtime: Runtime, projected_UN: Tensor, replay: Replay, states: LayerStates) -> None:
         """Advance the states of rows that verified drafts over their accepted tokens: `forward`'s bits."""
         fresh = torch.zeros_like(replay.state_slots_S, dtype=torch.bool)
         where = (replay.state_slots_S, replay.query_start_S1, fresh)
-        runtime.kernels.delta_net(projected_UN[replay.kept_K], self.weights, conv_state_MQW, state_MVDD, *where)
+        kept_KN = projected_UN[replay.kept_K]
+        runtime.kernels.delta_net(kept_KN, self.weights, states.conv_MQW, states.delta_MVDD, *where)
 
 
 def _load_in_proj(loader: Loader, prefix: str) -> Tensor:

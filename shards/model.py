@@ -96,7 +96,7 @@ class Model:
         """Advance the recurrent states of rows that verified drafts over the accepted tokens."""
         deltas = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Delta)]
         for i, (delta, inputs) in enumerate(zip(deltas, step.delta_inputs, strict=True)):
-            delta.replay(runtime, inputs, replay, cache.conv_states[i], cache.delta_states[i])
+            delta.replay(runtime, inputs, replay, cache.states[i])
 
     def _norm(self, runtime: Runtime, x: Tensor, weight_C: Tensor) -> Tensor:
         return runtime.kernels.rms_norm(x, weight_C, self._eps, zero_centred=self._zero_centred)
@@ -108,7 +108,7 @@ def _mix(runtime: Runtime, layer: DecoderLayer, x_TC: Tensor, step: StepTensors,
         case Attention() as attention:
             return attention.forward(runtime, x_TC, step, cache.k_pools[i], cache.v_pools[i])
         case Delta() as delta:
-            return delta.forward(runtime, x_TC, step, cache.conv_states[i], cache.delta_states[i])
+            return delta.forward(runtime, x_TC, step, cache.states[i])
         case _:
             assert_never(layer.mixer)
 

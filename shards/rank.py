@@ -56,6 +56,8 @@ class RankConfig:
     block_size: int = 16
     num_blocks: int
     num_slots: int
+    num_int8: int = 0
+    """Places for states kept in int8; 0: they are kept exactly, in slots."""
     max_rows: int
     max_model_len: int
     draft_tokens: int = 0
@@ -123,6 +125,7 @@ class Rank:
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             num_slots=config.num_slots,
+            num_int8=config.num_int8,
             dtype=torch_dtype(config.dtype),
         )
         self.cache = KvCache(shape, self._device)
@@ -169,7 +172,7 @@ class Rank:
             with part(self._profile, "rows"):
                 self._rows.update(batch)
             with part(self._profile, "states"):
-                self.cache.copy_states(batch.restore_from, batch.restore_to)
+                self.cache.restore_states(batch.restore_from, batch.restore_to)
             lane_tokens, *lane_drafts = self._lane_counts(batch)
             output = self._compute(self._model, batch, lane_tokens, lane_drafts) if any(lane_tokens) else LaneOutput()
             with part(self._profile, "states"):
@@ -197,7 +200,7 @@ class Rank:
         ends = {row: first + n for row, first, n in zip(batch.rows_S, batch.first_S, batch.counts_S, strict=True)}
         at_end = [i for i, row in enumerate(batch.save_rows) if batch.save_ends[i] == ends[row]]
         rows = [batch.save_rows[i] for i in at_end]
-        self.cache.copy_states(self._rows.state_slots(rows), [batch.save_to[i] for i in at_end])
+        self.cache.keep_states(self._rows.state_slots(rows), [batch.save_to[i] for i in at_end])
 
     def _lane_counts(self, batch: StepBatch) -> list[tuple[int, ...]]:
         """Every lane's number of tokens in this step, then for each depth its number of rows that draft that far."""

@@ -28,11 +28,7 @@ class Segment:
     """bool; None: all advance."""
     sources_K: Tensor
     targets_K: Tensor
-    """Slot sources_K[i] is copied to slot targets_K[i]."""
-
-    def keep(self, state_M: Tensor) -> None:
-        """Copy what is to be kept in one state pool, whose first axis counts slots."""
-        state_M.index_copy_(0, self.targets_K, state_M.index_select(0, self.sources_K))
+    """Slot sources_K[i] is copied to the place targets_K[i] of kept states."""
 
 
 def cut(batch: StepBatch, slots_S: list[int], device: torch.device) -> tuple[Segment, ...]:

@@ -469,6 +469,7 @@ class Load(_message.Message):
     STATE_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     EVICTED_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_BYTES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     role: _builtins.str
     waiting_requests: _builtins.int
@@ -490,6 +491,7 @@ class Load(_message.Message):
     state_bytes: _builtins.int
     state_checkpoints: _builtins.int
     evicted_checkpoints: _builtins.int
+    checkpoint_bytes: _builtins.int
     @_builtins.property
     def step_time(self) -> Global___StepTime: ...
     @_builtins.property
@@ -519,10 +521,11 @@ class Load(_message.Message):
         state_checkpoints: _builtins.int = ...,
         evicted_checkpoints: _builtins.int = ...,
         counts: Global___Counts | None = ...,
+        checkpoint_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_tokens", b"context_tokens", "counts", b"counts", "draining", b"draining", "evicted_checkpoints", b"evicted_checkpoints", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_cache", b"prefix_cache", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "state_bytes", b"state_bytes", "state_checkpoints", b"state_checkpoints", "step_time", b"step_time", "step_tokens", b"step_tokens", "token_bytes", b"token_bytes", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "checkpoint_bytes", b"checkpoint_bytes", "context_tokens", b"context_tokens", "counts", b"counts", "draining", b"draining", "evicted_checkpoints", b"evicted_checkpoints", "free_blocks", b"free_blocks", "free_state_slots", b"free_state_slots", "handoff_requests", b"handoff_requests", "max_requests", b"max_requests", "prefix_cache", b"prefix_cache", "role", b"role", "running_requests", b"running_requests", "sequence", b"sequence", "state_bytes", b"state_bytes", "state_checkpoints", b"state_checkpoints", "step_time", b"step_time", "step_tokens", b"step_tokens", "token_bytes", b"token_bytes", "total_blocks", b"total_blocks", "total_state_slots", b"total_state_slots", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,6 +30,8 @@ from shards.weights import CheckpointReader
         ({"kv_transport": "shm"}, "kv_transport must be one of auto, tcp, p2p, got 'shm'"),
         ({"lease_s": 0.0}, "lease_s must be positive"),
         ({"state_cache_share": 1.0}, "state_cache_share must be between 0 and 1, got 1.0"),
+        ({"state_checkpoints": "int4"}, "state_checkpoints must be one of exact, int8, got 'int4'"),
+        ({"state_checkpoints": "int8", "prefix_cache": False}, "state_checkpoints=int8 needs prefix_cache"),
         ({"draft_tokens": 9}, "draft_tokens must be between 0 and 8, got 9"),
         ({"step_timeout_s": -1.0}, "step_timeout_s must be positive seconds, got -1.0"),
         ({"step_timeout_s": math.nan}, "step_timeout_s must be positive seconds, got nan"),
@@ -59,6 +61,7 @@ def test_engine_options_are_these_and_no_others() -> None:
         "max_waiting",
         "prefix_cache",
         "state_cache_share",
+        "state_checkpoints",
         "draft_tokens",
         "draft_policy",
         "threads",
@@ -86,6 +89,16 @@ def test_model_with_recurrent_state_gets_slots_for_rows_and_for_states_it_keeps(
     assert engine.scheduler_config().prefix_cache
 
 
+def test_states_kept_in_int8_take_memory_of_their_own_at_their_real_size(next_checkpoint: Path) -> None:
+    config = EngineConfig(model=next_checkpoint, kv_memory_bytes=64 << 20, max_rows=8)
+    exact, int8 = (resolve_engine(replace(config, state_checkpoints=kind)) for kind in ("exact", "int8"))
+    assert (exact.num_int8, int8.num_slots) == (0, 8)
+    assert int8.num_int8 > 2.5 * (exact.num_slots - 8)
+    loads = exact.scheduler_config(), int8.scheduler_config()
+    assert loads[0].checkpoint_bytes == loads[0].state_bytes == loads[1].state_bytes > 2 * loads[1].checkpoint_bytes
+    assert int8.rank_config(0, "cpu").num_int8 == int8.num_int8
+
+
 def test_memory_for_no_state_to_keep_is_refused_with_both_remedies(next_checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"give at least \d+, or turn prefix_cache off"):
         resolve_engine(EngineConfig(model=next_checkpoint, kv_memory_bytes=1 << 10))
@@ -98,6 +111,7 @@ def test_memory_for_no_state_to_keep_is_refused_with_both_remedies(next_checkpoi
         ({"max_model_len": 10**6}, "max_model_len=1000000 exceeds the model's max_position_embeddings"),
         ({"kv_memory_bytes": 1 << 60}, r"--kv-memory\) to at most"),
         ({"kv_memory_bytes": 1000}, "kv_memory_bytes=1000 holds no KV"),
+        ({"state_checkpoints": "int8"}, "int8 needs a model with recurrent state, which qwen3_moe has not; use state_"),
         ({"kv_memory_bytes": 1 << 19, "max_model_len": 4096}, "max_model_len=4096 does not fit in kv_memory_bytes"),
     ],
 )

@@ -58,6 +58,15 @@ def test_each_of_ten_turns_goes_on_from_the_end_of_the_one_before(next_checkpoin
     assert all(events[0].cached_tokens == 0 for events in cold)
 
 
+def test_states_kept_in_int8_are_found_as_deep_as_exact_ones_and_mean_the_same_in_every_layout(
+    next_checkpoint: Path,
+) -> None:
+    config = replace(make_config(next_checkpoint), state_checkpoints="int8")
+    one, two = chat(config, 4), chat(replace(config, layout=Layout(tp=2)), 4)
+    assert [events[0].cached_tokens for events in one] == [0, 16, 48, 64]
+    assert tokens_of(one) == tokens_of(two)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2, ep=2)], ids=["one", "tp2", "dp2"])
 def test_prompts_with_a_common_beginning_get_the_tokens_each_gets_cold(next_checkpoint: Path, layout: Layout) -> None:

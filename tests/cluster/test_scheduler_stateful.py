@@ -49,16 +49,21 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(
         slots=st.sampled_from([0, 2, 3, 4, 6, 12]),
+        int8=st.sampled_from([0, 0, 1, 2, 7]),
         blocks=st.integers(17, 40),
         chunk=st.sampled_from([1, 5, 24]),
         lanes=st.sampled_from([1, 2]),
         spacing=st.sampled_from([1, 4, 9]),
         prefix_cache=st.sampled_from([True, True, True, False]),
     )
-    def begin(self, slots: int, blocks: int, chunk: int, lanes: int, spacing: int, *, prefix_cache: bool) -> None:
+    def begin(
+        self, slots: int, int8: int, blocks: int, chunk: int, lanes: int, spacing: int, *, prefix_cache: bool
+    ) -> None:
+        int8 = int8 if slots and prefix_cache else 0
         self.config = replace(
             CONFIG,
             num_slots=slots,
+            num_int8=int8,
             num_blocks=blocks,
             chunk_tokens=chunk,
             lanes=lanes,
@@ -66,7 +71,7 @@ class Histories(RuleBasedStateMachine):
             prefix_cache=prefix_cache,
         )
         self.scheduler = Scheduler(self.config)
-        self.lanes = [FakeLane() for _ in range(lanes)]
+        self.lanes = [FakeLane(kept={} if int8 else None) for _ in range(lanes)]
         self.outputs: deque[StepOutput] = deque()
         self.requests: dict[RequestId, Request] = {}
         self.streams: dict[RequestId, list[int]] = {}

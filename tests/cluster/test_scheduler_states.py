@@ -125,6 +125,27 @@ def test_the_only_slot_left_is_taken_over_with_the_state_in_it() -> None:
     assert again.restore_from == []
 
 
+def test_states_in_places_of_their_own_leave_all_slots_to_running_sequences() -> None:
+    config = replace(STATES, num_slots=2, num_int8=3, max_rows=2, state_bytes=100, checkpoint_bytes=27)
+    bench = Bench(config)
+    bench.add(make_request("a", PROMPT, max_tokens=1))
+    run(bench)
+    bench.add(make_request("c", 1, max_tokens=9))
+    assert first_batch(bench).rows_S == [0]
+    bench.add(make_request("b", PROMPT, max_tokens=2))
+    again = first_batch(bench)
+    assert again.first_S == [1, 8]
+    assert (again.restore_from, again.restore_to) == ([0], [again.starts[0].state_slot])
+    load = bench.scheduler.load(0.0, MemberId("m"), "mixed")
+    assert (load.total_state_slots, load.free_state_slots, load.state_checkpoints) == (2, 0, 1)
+    assert (load.state_bytes, load.checkpoint_bytes) == (100, 27)
+
+
+def test_one_slot_is_enough_where_states_are_kept_elsewhere() -> None:
+    config = replace(STATES, num_slots=1, num_int8=1, max_rows=1)
+    assert cached(config, PROMPT, PROMPT) == [0, 8]
+
+
 def test_states_of_a_poisoned_or_aborted_step_are_not_kept() -> None:
     bench = Bench(STATES)
     request = make_request("a", tuple(range(7)), max_tokens=9)

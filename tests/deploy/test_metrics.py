@@ -107,7 +107,9 @@ def test_what_members_count_is_told() -> None:
 
 def test_members_with_recurrent_state_tell_how_many_states_they_keep() -> None:
     metrics = GatewayMetrics("tiny")
-    kept = replace(make_load("a"), total_state_slots=9, state_checkpoints=3, state_bytes=100, evicted_checkpoints=2)
+    kept = replace(
+        make_load("a"), total_state_slots=9, state_checkpoints=3, checkpoint_bytes=100, evicted_checkpoints=2
+    )
     metrics.render([kept, make_load("b")], {})
     found = [
         sample(metrics, name, member_id="a", role="mixed")

@@ -11,7 +11,7 @@ from tests.support.model_configs import make_moe_config, make_next_config
 def fit_float32(
     config: ModelConfig, *, memory_bytes: int, max_rows: int, tp: int = 1, checkpoint_share: float = 0.0
 ) -> tuple[int, int]:
-    return fit(
+    room = fit(
         config,
         tp,
         memory_bytes=memory_bytes,
@@ -20,6 +20,7 @@ def fit_float32(
         max_rows=max_rows,
         checkpoint_share=checkpoint_share,
     )
+    return room.num_blocks, room.num_slots
 
 
 def test_every_array_has_its_own_aligned_place_in_the_buffer() -> None:
@@ -76,9 +77,8 @@ def test_a_cache_larger_than_the_host_is_refused() -> None:
 @pytest.mark.parametrize("config", [make_moe_config(), make_next_config()])
 def test_what_fit_answers_fits_and_one_block_more_does_not(config: ModelConfig) -> None:
     memory = 1 << 18
-    blocks, slots = fit(
-        config, 2, memory_bytes=memory, block_size=16, dtype=torch.float32, max_rows=8, checkpoint_share=0
-    )
+    room = fit(config, 2, memory_bytes=memory, block_size=16, dtype=torch.float32, max_rows=8, checkpoint_share=0)
+    blocks, slots = room.num_blocks, room.num_slots
 
     def total(num_blocks: int) -> int:
         return cache_shape(
@@ -97,15 +97,7 @@ def test_fit_gives_slots_at_most_half_of_the_memory() -> None:
 
 
 def test_fit_asks_for_no_more_blocks_than_the_rows_can_use() -> None:
-    blocks, _ = fit(
-        make_moe_config(),
-        1,
-        memory_bytes=1 << 40,
-        block_size=16,
-        dtype=torch.float32,
-        max_rows=2,
-        checkpoint_share=0.25,
-    )
+    blocks, _ = fit_float32(make_moe_config(), memory_bytes=1 << 40, max_rows=2, checkpoint_share=0.25)
 
     assert blocks == 2 * 256 // 16
 
@@ -153,8 +145,36 @@ def test_states_are_copied_whole_from_slot_to_slot() -> None:
     for pool in pools:
         pool.copy_(torch.arange(4.0).view(-1, *[1] * (pool.dim() - 1)).expand(pool.shape))
 
-    cache.copy_states([], [])
-    cache.copy_states([0, 2], [3, 1])
+    cache.keep_states([], [])
+    cache.restore_states([], [])
+    cache.keep_states([0], [3])
+    cache.restore_states([2], [1])
 
     assert [pool.flatten(1).unique(dim=1).flatten().tolist() for pool in pools] == [[0.0, 2.0, 2.0, 0.0]] * len(pools)
     cache.close()
+
+
+def test_states_kept_in_int8_lie_behind_all_else_and_fit_at_their_real_size() -> None:
+    config, memory = make_next_config(), 1 << 20
+    geometry = {"num_blocks": 5, "block_size": 16, "num_slots": 3, "dtype": torch.bfloat16}
+    shape, plain = (cache_shape(config, 2, 1, **geometry, num_int8=count) for count in (4, 0))
+    assert shape.delta_states == plain.delta_states
+    assert shape.int8_convs[0].offset_bytes == plain.total_bytes
+    assert [pool.shape for pool in shape.int8_deltas] == [(4, 4, 8, 12)] * 3
+    assert [pool.shape for pool in shape.int8_scales] == [(4, 4, 8)] * 3
+    assert shape.bytes_per_int8 == 3 * (80 * 3 * 2 + 4 * 8 * 12 + 4 * 8 * 4)
+    room = fit(
+        config, 1, memory_bytes=memory, block_size=16, dtype=torch.float32, max_rows=8, checkpoint_share=0.5, int8=True
+    )
+    whole = cache_shape(
+        config,
+        1,
+        0,
+        num_blocks=room.num_blocks,
+        block_size=16,
+        num_slots=room.num_slots,
+        num_int8=room.num_int8,
+        dtype=torch.float32,
+    )
+    assert 0.9 * memory / 2 < room.num_int8 * whole.bytes_per_int8 <= memory / 2
+    assert 0.9 * memory < whole.total_bytes <= memory

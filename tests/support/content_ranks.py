@@ -47,6 +47,8 @@ class FakeLane:
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     states: dict[int, tuple[int, int]] = field(default_factory=dict)
     rows: dict[int, FakeRow] = field(default_factory=dict)
+    kept: dict[int, tuple[int, int]] | None = None
+    """Where kept states lie, if not in slots."""
 
     def run(self, batch: StepBatch) -> LaneOutput:
         for start in batch.starts:
@@ -59,8 +61,8 @@ class FakeLane:
                 start.sampling.logprobs is not None,
             )
         for source, target in zip(batch.restore_from, batch.restore_to, strict=True):
-            assert target not in batch.restore_from
-            self.states[target] = self.states[source]
+            assert self.kept is not None or target not in batch.restore_from
+            self.states[target] = (self.states if self.kept is None else self.kept)[source]
         for row, block in zip(batch.grown_rows, batch.grown_blocks, strict=True):
             self.rows[row].blocks.append(block)
         output = LaneOutput()
@@ -117,8 +119,9 @@ class FakeLane:
         slots = {self.rows[row].slot for row in batch.rows_S}
         for row, end, target in zip(batch.save_rows, batch.save_ends, batch.save_to, strict=True):
             assert end in spans[row]
-            assert target not in slots
-            self.states[target] = (end, digest(tuple(self.rows[row].tokens[:end])))
+            assert self.kept is not None or target not in slots
+            kept = self.states if self.kept is None else self.kept
+            kept[target] = (end, digest(tuple(self.rows[row].tokens[:end])))
 
     def _compute(self, row: int, first: int, count: int, output: LaneOutput) -> None:
         held = self.rows[row]

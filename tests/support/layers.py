@@ -52,7 +52,7 @@ def run_mixer(folder: Path, layer: int, x_TC: Tensor, *, tp: int, chunk: int) ->
             if isinstance(mixer, Attention):
                 outputs.append(mixer.forward(runtime, x, step, cache.k_pools[0], cache.v_pools[0]))
             else:
-                outputs.append(mixer.forward(runtime, x, step, cache.conv_states[0], cache.delta_states[0]))
+                outputs.append(mixer.forward(runtime, x, step, cache.states[0]))
         return torch.cat(outputs)
 
     return on_every_rank(Layout(tp=tp), work)
