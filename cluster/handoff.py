@@ -160,6 +160,7 @@ class Puller:
                 block_size=layout.block_size,
                 num_slots=layout.num_slots,
                 dtype=self._shape.dtype,
+                state_dtype=self._shape.state_dtype,
             )
             for rank in range(layout.tp)
         ]

@@ -139,6 +139,7 @@ def layout_message(layout: KvLayout) -> pb.KvLayout:
         num_blocks=layout.num_blocks,
         num_slots=layout.num_slots,
         dtype=layout.dtype,
+        state_dtype=layout.state_dtype,
         version=layout.version,
     )
 
@@ -152,6 +153,7 @@ def read_layout(message: pb.KvLayout) -> KvLayout:
         num_blocks=message.num_blocks,
         num_slots=message.num_slots,
         dtype=message.dtype,
+        state_dtype=message.state_dtype,
         version=message.version,
     )
 

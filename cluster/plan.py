@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from router.request import RequestId
 from shards.batch import LaneOutput, StepBatch
 
-KV_FORMAT = 3
+KV_FORMAT = 4
 """Version of what a ticket means and of the bytes between a KV server and its readers. Raise it with either."""
 
 
@@ -34,6 +34,8 @@ class KvLayout:
     num_blocks: int
     num_slots: int
     dtype: str
+    state_dtype: str = "float32"
+    """Of recurrent states; without meaning for models that have none."""
     version: int = KV_FORMAT
 
 

@@ -214,6 +214,7 @@ def encode_ticket(ticket: KvTicket) -> list[object]:
             layout.num_blocks,
             layout.num_slots,
             layout.dtype,
+            layout.state_dtype,
             layout.version,
         ],
         [encode_source_rank(source) for source in ticket.ranks],
@@ -231,7 +232,7 @@ def decode_ticket(value: object) -> KvTicket:
         CorruptDataError: the value is no KvTicket.
     """
     ticket_id, member_id, layout, ranks, blocks, state_slot, num_tokens, expires = as_list(value, 8)
-    fingerprint, tp, block_size, num_blocks, num_slots, dtype, version = as_list(layout, 7)
+    fingerprint, tp, block_size, num_blocks, num_slots, dtype, state_dtype, version = as_list(layout, 8)
     return KvTicket(
         id=as_typed(ticket_id, str),
         member_id=as_typed(member_id, str),
@@ -242,6 +243,7 @@ def decode_ticket(value: object) -> KvTicket:
             num_blocks=as_typed(num_blocks, int),
             num_slots=as_typed(num_slots, int),
             dtype=as_typed(dtype, str),
+            state_dtype=as_typed(state_dtype, str),
             version=as_typed(version, int),
         ),
         ranks=_many(ranks, decode_source_rank),

@@ -16,6 +16,7 @@ _MUST_AGREE = {
     "version": "run one release of the software on both pools",
     "fingerprint": "serve both pools from one checkpoint",
     "dtype": "serve both pools with one dtype",
+    "state_dtype": "serve both pools with one state_dtype",
 }
 
 
@@ -114,7 +115,7 @@ def check_pair(source: KvLayout, dest: KvLayout) -> None:
     """Whether KV can move from one layout to the other at all.
 
     Raises:
-        HandoffError: format version, model or dtype differ; names both sides.
+        HandoffError: format version, model or a dtype differ; names both sides.
     """
     for name, remedy in _MUST_AGREE.items():
         theirs, ours = getattr(source, name), getattr(dest, name)

@@ -10,7 +10,7 @@ from cluster.memory import check_memory
 from cluster.plan import KvLayout
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import CheckpointError, ConfigError
-from shards.cache import Room, cache_shape, fit
+from shards.cache import Room, fit, unit_shape
 from shards.config import ModelConfig
 from shards.cuts import check_layout
 from shards.families import load_model_config
@@ -43,9 +43,8 @@ class ResolvedEngine:
     def scheduler_config(self) -> SchedulerConfig:
         """Limits for the scheduler."""
         config, tp = self.config, self.config.layout.tp
-        dtype = torch_dtype(config.dtype)
-        size = config.block_size
-        one = cache_shape(self.model, tp, 0, num_blocks=1, block_size=size, num_slots=1, dtype=dtype, num_int8=1)
+        dtype, state_dtype = torch_dtype(config.dtype), torch_dtype(config.state_dtype)
+        one = unit_shape(self.model, tp, block_size=config.block_size, dtype=dtype, state_dtype=state_dtype)
         return SchedulerConfig(
             lanes=config.layout.dp,
             num_blocks=self.num_blocks,
@@ -75,6 +74,7 @@ class ResolvedEngine:
             model=config.model,
             place=Place(layout=config.layout, rank=rank),
             dtype=config.dtype,
+            state_dtype=config.state_dtype,
             device=device,
             kernels=self.kernels,
             deterministic="on" if self.deterministic else "off",
@@ -98,6 +98,7 @@ class ResolvedEngine:
             num_blocks=self.num_blocks,
             num_slots=self.num_slots,
             dtype=self.config.dtype,
+            state_dtype=self.config.state_dtype,
         )
 
 
@@ -123,7 +124,7 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         kernels = select_kernels(config.kernels, config.device)
         deterministic = resolve_deterministic(config.deterministic, config.kernels, config.device)
         check_layout(model, config.layout, deterministic=deterministic, groups=config.reduction_groups)
-        _check_checkpoints(config, model)
+        _check_states(config, model)
         room = _room(config, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -152,13 +153,15 @@ def _check_head(config: EngineConfig) -> None:
         )
 
 
-def _check_checkpoints(config: EngineConfig, model: ModelConfig) -> None:
-    """Refuse int8 states where there are none: whoever asks for them expects memory back."""
-    if config.state_checkpoints == "int8" and not model.delta_layers:
-        raise ConfigError(
-            f"state_checkpoints=int8 needs a model with recurrent state, which {model.architecture} has not; use "
-            "state_checkpoints=exact"
-        )
+def _check_states(config: EngineConfig, model: ModelConfig) -> None:
+    """Refuse other than plain states where there are none: whoever asks for them expects memory back."""
+    asked = {"state_dtype": (config.state_dtype, "float32"), "state_checkpoints": (config.state_checkpoints, "exact")}
+    for name, (value, plain) in asked.items():
+        if value != plain and not model.delta_layers:
+            raise ConfigError(
+                f"{name}={value} needs a model with recurrent state, which {model.architecture} has not; use "
+                f"{name}={plain}"
+            )
 
 
 def _room(config: EngineConfig, model: ModelConfig) -> Room:
@@ -169,6 +172,7 @@ def _room(config: EngineConfig, model: ModelConfig) -> Room:
         memory_bytes=config.kv_memory_bytes,
         block_size=config.block_size,
         dtype=torch_dtype(config.dtype),
+        state_dtype=torch_dtype(config.state_dtype),
         max_rows=config.max_rows,
         checkpoint_share=config.state_cache_share if config.prefix_cache else 0.0,
         int8=config.state_checkpoints == "int8",

@@ -20,6 +20,7 @@ FLAG_KEYS: Final[Mapping[str, str]] = {
     "max_step_tokens": "pools.*.max_step_tokens",
     "chunk_tokens": "pools.*.chunk_tokens",
     "dtype": "engine.dtype",
+    "state_dtype": "engine.state_dtype",
     "device": "engine.device",
     "kernels": "engine.kernels",
     "deterministic": "engine.deterministic",

@@ -44,6 +44,12 @@ def generate(
             rich_help_panel=_LAYOUT,
         ),
     ] = "spawn",
+    state_dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Of recurrent states between tokens; bfloat16: half the memory, less exact.", rich_help_panel=_ENGINE
+        ),
+    ] = "float32",
     device: Annotated[Device, typer.Option(help="Where ranks compute.", rich_help_panel=_ENGINE)] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of weights, activations and KV.", rich_help_panel=_ENGINE)] = "bfloat16",
     kernels: Annotated[
@@ -137,6 +143,7 @@ def generate(
                 model=model,
                 layout=Layout(tp=tp, dp=dp, ep=ep),
                 dtype=dtype,
+                state_dtype=state_dtype,
                 device=device,
                 kernels=kernels,
                 deterministic=deterministic,

@@ -93,6 +93,10 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[Dtype | None, _flag("dtype", _ENGINE, "Of weights, activations and KV.")] = None,
+    state_dtype: Annotated[
+        Dtype | None,
+        _flag("state_dtype", _ENGINE, "Of recurrent states between tokens; bfloat16: half the memory, less exact."),
+    ] = None,
     device: Annotated[Device | None, _flag("device", _ENGINE, "Where ranks compute.")] = None,
     kernels: Annotated[
         KernelChoice | None,

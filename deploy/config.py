@@ -49,6 +49,8 @@ class EngineOptions:
 
     dtype: Dtype = "bfloat16"
     """Of weights, activations and KV."""
+    state_dtype: Dtype = "float32"
+    """Of recurrent states between tokens. bfloat16: half the memory, less exact."""
     device: Device = "cpu"
     kernels: KernelChoice = "auto"
     """native: C++ for CPUs; torch: plain; auto: the best that runs here."""
@@ -310,6 +312,7 @@ def engine_config(config: ServeConfig, role: Role) -> EngineConfig:
             model=Path(config.model),
             layout=pool.layout,
             dtype=options.dtype,
+            state_dtype=options.state_dtype,
             device=options.device,
             kernels=options.kernels,
             deterministic=options.deterministic,

@@ -53,7 +53,7 @@ class CacheShape:
     conv_states: tuple[Pool, ...]
     """[M, C, W - 1] in the model's dtype, by delta layer."""
     delta_states: tuple[Pool, ...]
-    """[M, V, Dk, Dv] float32, by delta layer."""
+    """[M, V, Dk, Dv] in state_dtype, by delta layer."""
     int8_convs: tuple[Pool, ...]
     """[J, C, W - 1] in the model's dtype, by delta layer: of the states kept in int8."""
     int8_deltas: tuple[Pool, ...]
@@ -69,6 +69,7 @@ class CacheShape:
     num_slots: int
     num_int8: int
     dtype: torch.dtype
+    state_dtype: torch.dtype
     bytes_per_block: int
     """Over all attention layers, k and v."""
     bytes_per_slot: int
@@ -100,6 +101,7 @@ def cache_shape(
     block_size: int,
     num_slots: int,
     dtype: torch.dtype,
+    state_dtype: torch.dtype = torch.float32,
     num_int8: int = 0,
 ) -> CacheShape:
     """Geometry of the cache of rank `tp_rank` of `layout_tp`; equal arguments give equal geometry in every process.
@@ -114,7 +116,7 @@ def cache_shape(
     k_pools = tuple(layouter.place(kv_shape, dtype) for _ in range(model.num_kv_layers))
     v_pools = tuple(layouter.place(kv_shape, dtype) for _ in range(model.num_kv_layers))
     conv_states = tuple(layouter.place(conv_shape, dtype) for _ in model.delta_layers)
-    delta_states = tuple(layouter.place(delta_shape, torch.float32) for _ in model.delta_layers)
+    delta_states = tuple(layouter.place(delta_shape, state_dtype) for _ in model.delta_layers)
     int8_conv, int8_delta = _state_shapes(model, len(key_heads), num_int8)
     int8_convs = tuple(layouter.place(int8_conv, dtype) for _ in model.delta_layers)
     int8_deltas = tuple(layouter.place(int8_delta, torch.int8) for _ in model.delta_layers)
@@ -134,6 +136,7 @@ def cache_shape(
         num_slots=num_slots,
         num_int8=num_int8,
         dtype=dtype,
+        state_dtype=state_dtype,
         bytes_per_block=sum(pool.row_bytes for pool in k_pools + v_pools),
         bytes_per_slot=sum(pool.row_bytes for pool in conv_states + delta_states),
         bytes_per_int8=sum(pool.row_bytes for pool in int8_convs + int8_deltas + int8_scales),
@@ -150,6 +153,23 @@ def _state_shapes(model: ModelConfig, key_heads: int, num_slots: int) -> tuple[t
     channels = 2 * key_heads * key_dim + value_heads * value_dim
     conv = (num_slots, channels, model.linear_conv_kernel_dim - 1)
     return conv, (num_slots, value_heads, key_dim, value_dim)
+
+
+def unit_shape(
+    model: ModelConfig, tp: int, *, block_size: int, dtype: torch.dtype, state_dtype: torch.dtype
+) -> CacheShape:
+    """A rank's cache of one of each: block, slot and state kept in int8."""
+    return cache_shape(
+        model,
+        tp,
+        0,
+        num_blocks=1,
+        block_size=block_size,
+        num_slots=1,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        num_int8=1,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +192,7 @@ def fit(
     dtype: torch.dtype,
     max_rows: int,
     checkpoint_share: float,
+    state_dtype: torch.dtype = torch.float32,
     int8: bool = False,
 ) -> Room:
     """How many blocks and state slots `memory_bytes` of one rank hold.
@@ -186,7 +207,7 @@ def fit(
     Raises:
         ValueError: the memory holds no block (or no slot).
     """
-    unit = cache_shape(model, tp, 0, num_blocks=1, block_size=block_size, num_slots=1, num_int8=1, dtype=dtype)
+    unit = unit_shape(model, tp, block_size=block_size, dtype=dtype, state_dtype=state_dtype)
     arrays = 2 * model.num_kv_layers + (5 if int8 else 2) * len(model.delta_layers)
     usable = memory_bytes - ALIGNMENT_BYTES * arrays
     kept_bytes = unit.bytes_per_int8 if int8 else unit.bytes_per_slot
@@ -201,16 +222,19 @@ def fit(
         num_blocks = min(num_blocks, rest // unit.bytes_per_block)
     if num_blocks < 1 or (unit.bytes_per_slot and running < 1):
         needed = 2 * max(unit.bytes_per_slot, unit.bytes_per_block) + kept * kept_bytes + memory_bytes - usable
-        advice = ", or turn prefix_cache off, which takes state slots too" if kept else ""
-        raise ValueError(
-            f"kv_memory_bytes={memory_bytes} holds no KV: a block of {block_size} tokens takes "
-            f"{unit.bytes_per_block} bytes a rank and a state slot {unit.bytes_per_slot}; "
-            f"give at least {needed}{advice}"
-        )
+        raise ValueError(_too_small(memory_bytes, needed, unit, keeps_states=kept > 0))
     kept = min(kept, num_blocks)
     if int8:
         return Room(num_blocks=num_blocks, num_slots=running, num_int8=kept)
     return Room(num_blocks=num_blocks, num_slots=kept + running, num_int8=0)
+
+
+def _too_small(memory_bytes: int, needed: int, unit: CacheShape, *, keeps_states: bool) -> str:
+    advice = ", or turn prefix_cache off, which takes state slots too" if keeps_states else ""
+    return (
+        f"kv_memory_bytes={memory_bytes} holds no KV: a block of {unit.block_size} tokens takes {unit.bytes_per_block} "
+        f"bytes a rank and a state slot {unit.bytes_per_slot}; give at least {needed}{advice}"
+    )
 
 
 class KvCache:

@@ -49,6 +49,7 @@ class RankConfig:
     """Checkpoint folder."""
     place: Place
     dtype: Literal["float32", "bfloat16"] = "float32"
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     kernels: KernelsName = "auto"
     deterministic: DeterministicMode = "auto"
@@ -127,6 +128,7 @@ class Rank:
             num_slots=config.num_slots,
             num_int8=config.num_int8,
             dtype=torch_dtype(config.dtype),
+            state_dtype=torch_dtype(config.state_dtype),
         )
         self.cache = KvCache(shape, self._device)
         self._rows = Rows(

@@ -314,6 +314,7 @@ class KvLayout(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    STATE_DTYPE_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     tp: _builtins.int
     block_size: _builtins.int
@@ -321,6 +322,7 @@ class KvLayout(_message.Message):
     num_slots: _builtins.int
     dtype: _builtins.str
     version: _builtins.int
+    state_dtype: _builtins.str
     def __init__(
         self,
         *,
@@ -331,10 +333,11 @@ class KvLayout(_message.Message):
         num_slots: _builtins.int = ...,
         dtype: _builtins.str = ...,
         version: _builtins.int = ...,
+        state_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "fingerprint", b"fingerprint", "num_blocks", b"num_blocks", "num_slots", b"num_slots", "tp", b"tp", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "fingerprint", b"fingerprint", "num_blocks", b"num_blocks", "num_slots", b"num_slots", "state_dtype", b"state_dtype", "tp", b"tp", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -189,7 +189,8 @@ class Kernels(Protocol):
         Args:
             conv_state_MQW: each slot's last W - 1 inputs of the convolution's Q channels [slots, Q, W - 1], advanced
                 in place.
-            state_MVDD: float32 [slots, V, Dk, Dv], advanced in place.
+            state_MVDD: float32 or bfloat16 [slots, V, Dk, Dv], advanced in place; computed with in float32. native and
+                triton round behind every token, so that a cut between two leaves no mark; torch when it stores.
             slots_S: int64; query_start_S1 too.
             fresh_S: bool; a sequence for which it is true starts from zeros.
             advance_S: bool; a sequence for which it is false leaves its slot as it is. None: all true.

@@ -23,7 +23,7 @@ _SIGNATURES: dict[str, list[type]] = MATMUL_SIGNATURES | {
     "kernels_best_path": [],
     "kernels_attention": [_int] * 3 + [_address] * 8 + [_long] * 8 + [_float],
     "kernels_attention_inputs": [_int] * 3 + [_address] * 9 + [_long] * 7 + [_float, _int],
-    "kernels_delta_net": [_int] * 3 + [_address] * 12 + [_long] * 5 + [_int, _float],
+    "kernels_delta_net": [_int] * 4 + [_address] * 12 + [_long] * 5 + [_int, _float],
     "kernels_add_norm": [_int] * 3 + [_address] * 5 + [_long] * 2 + [_float, _int],
     "kernels_silu_mul": [_int] * 3 + [_address] * 2 + [_long] * 3,
     "kernels_route": [_int] * 3 + [_address] * 3 + [_long] * 4 + [_int],
@@ -276,16 +276,17 @@ class NativeKernels:
         )
         check_tensor("a_log", weights.a_log_V, torch.float32, (V,))
         check_tensor("dt_bias", weights.dt_bias_V, torch.float32, (V,))
-        check_tensor("state", state_MVDD, torch.float32, (M, V, Dk, Dv))
+        state_code = check_tensors(state_MVDD, state=(state_MVDD, (M, V, Dk, Dv)))
         _check_sequences(slots_S, query_start_S1, fresh_S, advance_S)
         if V % K:
             raise ValueError(f"delta_net: {V} value heads are no multiple of {K} key heads")
         out_TN = projected_TN.new_empty((len(projected_TN), V * Dv))
         self._library.kernels_delta_net(
-            self._path, torch.get_num_threads(), code, projected_TN.data_ptr(), weights.conv1d_QW.data_ptr(),
-            conv_state_MQW.data_ptr(), weights.a_log_V.data_ptr(), weights.dt_bias_V.data_ptr(),
-            weights.norm_D.data_ptr(), state_MVDD.data_ptr(), slots_S.data_ptr(), query_start_S1.data_ptr(),
-            fresh_S.data_ptr(), _address_of(advance_S), out_TN.data_ptr(), S, K, V, Dk, Dv, W, weights.eps,
+            self._path, torch.get_num_threads(), code, state_code, projected_TN.data_ptr(),
+            weights.conv1d_QW.data_ptr(), conv_state_MQW.data_ptr(), weights.a_log_V.data_ptr(),
+            weights.dt_bias_V.data_ptr(), weights.norm_D.data_ptr(), state_MVDD.data_ptr(), slots_S.data_ptr(),
+            query_start_S1.data_ptr(), fresh_S.data_ptr(), _address_of(advance_S), out_TN.data_ptr(), S, K, V, Dk,
+            Dv, W, weights.eps,
         )  # fmt: skip
         return out_TN
 

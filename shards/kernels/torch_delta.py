@@ -58,7 +58,7 @@ def delta_rule(
     share = v_TVD.shape[1] // q_TKD.shape[1]
     q_TVD = (_unit(q_TKD) * q_TKD.shape[2] ** -0.5).repeat_interleave(share, dim=1)
     k_TVD = _unit(k_TKD).repeat_interleave(share, dim=1)
-    before_SVDD = state_NVDD[slots_S].masked_fill(fresh_S.view(-1, 1, 1, 1), 0)
+    before_SVDD = state_NVDD[slots_S].float().masked_fill(fresh_S.view(-1, 1, 1, 1), 0)
     out_TVD = torch.empty_like(v_TVD)
     for rows, tokens in _runs(query_start_S1.tolist()):
         q, k, v, beta, g = (
@@ -84,6 +84,7 @@ def normalise(x: Tensor, eps: float) -> Tensor:
 
 def _advance(state: Tensor, slots_S: Tensor, after: Tensor, advance_S: Tensor | None, rows: slice) -> None:
     """Write the slots of the sequences `rows`, but for those that are to be left as they are."""
+    after = after.to(state.dtype)
     if advance_S is None:
         state[slots_S] = after
     else:

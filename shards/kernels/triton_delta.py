@@ -81,14 +81,16 @@ def _recur(
     EPS: tl.constexpr,
     ADVANCES: tl.constexpr,
 ) -> None:
-    """Some value columns of one sequence and value head; the state stays in registers from token to token."""
+    """Some value columns of one sequence and value head; the state stays in registers from token to token, rounded
+    to what it is stored in behind each."""
     s, head = tl.program_id(0), tl.program_id(1)
     Q: tl.constexpr = 2 * K * DK + V * DV
     dk, dv = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     begin, end = tl.load(starts_ptr + s), tl.load(starts_ptr + s + 1)
     places = state_ptr + ((tl.load(slots_ptr + s) * V + head) * DK + dk[:, None]) * DV + dv[None, :]
     inside = (dk < DK)[:, None] & (dv < DV)[None, :]
-    state = tl.load(places, mask=inside & (tl.load(fresh_ptr + s + dk * 0) == 0)[:, None], other=0.0)
+    held = tl.load(places, mask=inside & (tl.load(fresh_ptr + s + dk * 0) == 0)[:, None], other=0.0)
+    state = held.to(tl.float32)
     decay = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     for t in range(begin, end):
@@ -104,7 +106,7 @@ def _recur(
         softplus = tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.minimum(a, 20.0))))
         state = state * tl.exp(decay * softplus)
         error = (v - tl.sum(state * k[:, None], 0)) * beta
-        state = state + k[:, None] * error[None, :]
+        state = (state + k[:, None] * error[None, :]).to(held.dtype).to(tl.float32)
         out = tl.sum(state * q[:, None], 0)
         tl.store(out_ptr + (t * V + head) * DV + dv, out, mask=dv < DV)
     advances = end > begin

@@ -17,6 +17,7 @@ from shards.weights import CheckpointReader
     ("changes", "message"),
     [
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"state_dtype": "int8"}, "state_dtype must be one of float32, bfloat16, got 'int8'"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
         ({"kernels": "fast"}, "kernels must be one of auto, native, torch, triton, got 'fast'"),
         ({"deterministic": "maybe"}, "deterministic must be one of auto, on, off, got 'maybe'"),
@@ -48,6 +49,7 @@ def test_engine_options_are_these_and_no_others() -> None:
         "model",
         "layout",
         "dtype",
+        "state_dtype",
         "device",
         "kernels",
         "deterministic",
@@ -99,6 +101,14 @@ def test_states_kept_in_int8_take_memory_of_their_own_at_their_real_size(next_ch
     assert int8.rank_config(0, "cpu").num_int8 == int8.num_int8
 
 
+def test_states_in_bfloat16_take_half_the_memory(next_checkpoint: Path) -> None:
+    config = EngineConfig(model=next_checkpoint, dtype="float32", kv_memory_bytes=64 << 20, max_rows=8)
+    wide, narrow = (resolve_engine(replace(config, state_dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert narrow.num_slots > wide.num_slots
+    assert narrow.scheduler_config().state_bytes < 0.7 * wide.scheduler_config().state_bytes
+    assert narrow.rank_config(0, "cpu").state_dtype == narrow.kv_layout().state_dtype == "bfloat16"
+
+
 def test_memory_for_no_state_to_keep_is_refused_with_both_remedies(next_checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"give at least \d+, or turn prefix_cache off"):
         resolve_engine(EngineConfig(model=next_checkpoint, kv_memory_bytes=1 << 10))
@@ -111,6 +121,10 @@ def test_memory_for_no_state_to_keep_is_refused_with_both_remedies(next_checkpoi
         ({"max_model_len": 10**6}, "max_model_len=1000000 exceeds the model's max_position_embeddings"),
         ({"kv_memory_bytes": 1 << 60}, r"--kv-memory\) to at most"),
         ({"kv_memory_bytes": 1000}, "kv_memory_bytes=1000 holds no KV"),
+        (
+            {"state_dtype": "bfloat16"},
+            "state_dtype=bfloat16 needs a model with recurrent state, which qwen3_moe has not",
+        ),
         ({"state_checkpoints": "int8"}, "int8 needs a model with recurrent state, which qwen3_moe has not; use state_"),
         ({"kv_memory_bytes": 1 << 19, "max_model_len": 4096}, "max_model_len=4096 does not fit in kv_memory_bytes"),
     ],

@@ -58,6 +58,15 @@ def test_each_of_ten_turns_goes_on_from_the_end_of_the_one_before(next_checkpoin
     assert all(events[0].cached_tokens == 0 for events in cold)
 
 
+def test_states_in_bfloat16_leave_a_chats_tokens_the_same_with_and_without_hits_and_in_every_layout(
+    next_checkpoint: Path,
+) -> None:
+    config = replace(make_config(next_checkpoint), state_dtype="bfloat16")
+    warm, cold = (chat(replace(config, prefix_cache=on), 4) for on in (True, False))
+    assert [events[0].cached_tokens for events in warm] == [0, 16, 48, 64]
+    assert tokens_of(warm) == tokens_of(cold) == tokens_of(chat(replace(config, layout=Layout(tp=2)), 4))
+
+
 def test_states_kept_in_int8_are_found_as_deep_as_exact_ones_and_mean_the_same_in_every_layout(
     next_checkpoint: Path,
 ) -> None:

@@ -31,7 +31,9 @@ from router.load import CacheEvents, MemberCounts, MemberLoad
 from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent, TokenLogprob
 from router.step_time import StepTime
 
-LAYOUT = KvLayout(fingerprint="f00d", tp=2, block_size=16, num_blocks=64, num_slots=4, dtype="float32")
+LAYOUT = KvLayout(
+    fingerprint="f00d", tp=2, block_size=16, num_blocks=64, num_slots=4, dtype="float32", state_dtype="bfloat16"
+)
 
 
 def make_ticket() -> KvTicket:

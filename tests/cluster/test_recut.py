@@ -131,7 +131,9 @@ def test_positions_without_blocks_are_refused(wanted: dict[str, object]) -> None
         fragments(recut([shape], shape, 0), bad, None, max_bytes=1 << 20)
 
 
-@pytest.mark.parametrize(("name", "value"), [("fingerprint", "other"), ("dtype", "bfloat16"), ("version", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("fingerprint", "other"), ("dtype", "bfloat16"), ("state_dtype", "bfloat16"), ("version", 1)]
+)
 def test_members_that_do_not_fit_are_refused_naming_both_sides(name: str, value: object) -> None:
     ours = Geometry(tp=1).layout(make_moe_config())
     theirs = dataclasses.replace(ours, **{name: value})  # type: ignore[arg-type]

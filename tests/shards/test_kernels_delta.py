@@ -42,7 +42,18 @@ class Net:
         return out, conv_state, state
 
 
-def make_net(T: int, K: int, V: int, Dk: int, Dv: int, *, W: int = 4, slots: int = 6, dtype: torch.dtype) -> Net:
+def make_net(
+    T: int,
+    K: int,
+    V: int,
+    Dk: int,
+    Dv: int,
+    *,
+    W: int = 4,
+    slots: int = 6,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype = torch.float32,
+) -> Net:
     channels = 2 * K * Dk + V * Dv
     return Net(
         weights=DeltaWeights(
@@ -56,7 +67,7 @@ def make_net(T: int, K: int, V: int, Dk: int, Dv: int, *, W: int = 4, slots: int
         ),
         projected=random(T, channels + V * Dv + 2 * V, dtype=dtype),
         conv_state=random(slots, channels, W - 1, dtype=dtype),
-        state=random(slots, V, Dk, Dv),
+        state=random(slots, V, Dk, Dv, dtype=state_dtype),
     )
 
 
@@ -106,9 +117,12 @@ def test_gates_at_the_ends_of_the_float_range_are_finite() -> None:
 @every_path
 @every_dtype
 @pytest.mark.parametrize(("Dk", "Dv"), [(16, 16), (24, 40), (128, 128)])
-def test_chunks_batches_and_threads_leave_no_mark(kernels: NativeKernels, dtype: torch.dtype, Dk: int, Dv: int) -> None:
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_chunks_batches_and_threads_leave_no_mark(
+    kernels: NativeKernels, dtype: torch.dtype, Dk: int, Dv: int, state_dtype: torch.dtype
+) -> None:
     T = 70
-    net = make_net(T, 2, 4, Dk, Dv, slots=2, dtype=dtype)
+    net = make_net(T, 2, 4, Dk, Dv, slots=2, dtype=dtype, state_dtype=state_dtype)
 
     def run(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         conv_state, state = torch.full_like(net.conv_state, torch.nan), torch.full_like(net.state, torch.nan)
@@ -184,3 +198,43 @@ def test_the_reference_too_leaves_slots_of_sequences_that_do_not_advance(lengths
     for before, after, moved in zip((net.conv_state, net.state), kept[1:], advanced[1:], strict=True):
         assert torch.equal(after[0], before[0])
         assert torch.equal(after[1:], moved[1:])
+
+
+@every_path
+@pytest.mark.parametrize("Dv", [16, 40, 128])
+def test_a_state_in_bfloat16_is_the_float32_state_rounded_behind_every_token(kernels: NativeKernels, Dv: int) -> None:
+    T = 6
+    net = make_net(T, 2, 4, 24, Dv, slots=2, dtype=torch.float32, state_dtype=torch.bfloat16)
+    narrow, wide = net.state.clone(), net.state.float()
+    narrow_conv, wide_conv = net.conv_state.clone(), net.conv_state.clone()
+    for token in range(T):
+        row, where = net.projected[token : token + 1], where_of([1], [1], [False])
+        kernels.delta_net(row, net.weights, wide_conv, wide, *where)
+        wide = wide.bfloat16().float()
+    kernels.delta_net(net.projected, net.weights, narrow_conv, narrow, *where_of([T], [1], [False]))
+    assert torch.equal(narrow.float(), wide)
+    assert torch.equal(narrow[0], net.state[0])
+
+
+@every_path
+def test_a_state_in_bfloat16_that_is_not_finite_stays_so(kernels: NativeKernels) -> None:
+    net = make_net(1, 1, 1, 16, 24, slots=1, dtype=torch.float32, state_dtype=torch.bfloat16)
+    net.state[0, 0, 0, 20] = torch.nan
+    _, _, after = net.run(kernels, where_of([1], [0], [False]))
+    assert after[0, 0, :, 20].isnan().all()
+    assert after[0, 0, :, :20].isfinite().all()
+
+
+def test_the_reference_rounds_a_state_when_it_stores_it() -> None:
+    net = make_net(70, 2, 4, 16, 16, slots=1, dtype=torch.float32, state_dtype=torch.bfloat16)
+    wide = Net(weights=net.weights, projected=net.projected, conv_state=net.conv_state, state=net.state.float())
+    where = where_of([70], [0], [False])
+    narrow, plain = net.run(REFERENCE, where), wide.run(REFERENCE, where)
+    assert torch.equal(narrow[0], plain[0])
+    assert torch.equal(narrow[2], plain[2].bfloat16())
+
+
+def test_a_state_of_another_dtype_is_refused_by_name() -> None:
+    net = make_net(1, 1, 1, 16, 16, slots=1, dtype=torch.float32, state_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"state is torch\.float16; native kernels take float32 and bfloat16"):
+        net.run(NATIVE[0], where_of([1], [0], [False]))

@@ -15,7 +15,8 @@ struct DeltaTask {
     int64_t sequence, key_head;
 };
 
-template <class T>
+// T is what rows and weights are held in, H what states are.
+template <class T, class H>
 struct DeltaNet {
     const Path& path;
     const T* x;  // rows [q | k | v | z | b | a]
@@ -24,7 +25,7 @@ struct DeltaNet {
     const float* a_log;
     const float* dt_bias;
     const T* norm;
-    float* state;
+    H* state;
     const int64_t* slots;
     const int64_t* query_start;
     const bool* fresh;
@@ -50,7 +51,8 @@ struct DeltaNet {
 
     // A thread's buffers.
     struct Room {
-        std::vector<float> taps, window, mixed, key, query, result, scratch;
+        std::vector<float> taps, window, mixed, key, query, result;
+        std::vector<H> scratch;
 
         explicit Room(const DeltaNet& net)
             : taps(size_t(net.W * net.channels())),
@@ -104,7 +106,7 @@ struct DeltaNet {
     }
 
     // The rule and the gated norm of a piece, for one of the key head's value heads.
-    void advance_head(int64_t head, int64_t index, float* held, int64_t first, int64_t tokens, Room& room) const {
+    void advance_head(int64_t head, int64_t index, H* held, int64_t first, int64_t tokens, Room& room) const {
         float beta[TOKENS], decay[TOKENS];
         float* result = room.result.data() + index * Dv;
         int64_t stride = channels(), out_stride = share() * Dv;
@@ -115,7 +117,7 @@ struct DeltaNet {
             // Like torch: above 20 softplus(x) is x.
             decay[t] = exp_f32(-exp_f32(a_log[head]) * (step > 20.0f ? step : std::log1p(exp_f32(step))));
         }
-        path.delta({held, Dv, stride, out_stride, int(Dk), int(Dv), int(tokens), room.key.data(), room.query.data(),
+        path.delta(DeltaTile<H>{held, Dv, stride, out_stride, int(Dk), int(Dv), int(tokens), room.key.data(), room.query.data(),
                     room.mixed.data() + 2 * Dk + index * Dv, beta, decay, result});
         for (int64_t t = 0; t < tokens; t++) {
             const T* gate = x + (first + t) * row_size() + all_channels() + head * Dv;
@@ -125,19 +127,19 @@ struct DeltaNet {
     }
 
     // States of the task's value heads; a copy where the sequence is not to advance.
-    float* find_state(const DeltaTask& a, Room& room) const {
+    H* find_state(const DeltaTask& a, Room& room) const {
         int64_t size = share() * Dk * Dv;
-        float* held = state + (slots[a.sequence] * V + a.key_head * share()) * Dk * Dv;
+        H* held = state + (slots[a.sequence] * V + a.key_head * share()) * Dk * Dv;
         if (!advances(a.sequence)) {
             room.scratch.assign(held, held + size);
             held = room.scratch.data();
         }
-        if (fresh[a.sequence]) std::fill_n(held, size, 0.0f);
+        if (fresh[a.sequence]) std::fill_n(held, size, H(0));
         return held;
     }
 
     void task(const DeltaTask& a, Room& room) const {
-        float* held = find_state(a, room);
+        H* held = find_state(a, room);
         begin(a, room);
         for (int64_t t = query_start[a.sequence]; t < query_start[a.sequence + 1]; t += TOKENS) {
             int64_t tokens = std::min(TOKENS, query_start[a.sequence + 1] - t);
@@ -162,12 +164,12 @@ struct DeltaNet {
     }
 };
 
-template <class T>
+template <class T, class H>
 void delta_net(int path, int threads, const void* x, const void* weight, void* conv_state, const float* a_log,
-               const float* dt_bias, const void* norm, float* state, const int64_t* slots, const int64_t* query_start,
+               const float* dt_bias, const void* norm, void* state, const int64_t* slots, const int64_t* query_start,
                const bool* fresh, const bool* advance, void* out, int64_t S, int64_t K, int64_t V, int64_t Dk,
                int64_t Dv, int W, float eps) {
-    DeltaNet<T>{*find_path(path), (const T*)x, (const T*)weight, (T*)conv_state, a_log, dt_bias, (const T*)norm, state,
+    DeltaNet<T, H>{*find_path(path), (const T*)x, (const T*)weight, (T*)conv_state, a_log, dt_bias, (const T*)norm, (H*)state,
                 slots, query_start, fresh, advance, (T*)out, S, K, V, Dk, Dv, W, eps}
         .run(threads);
 }
@@ -175,12 +177,18 @@ void delta_net(int path, int threads, const void* x, const void* weight, void* c
 }  // namespace
 }  // namespace kernels
 
-KERNELS_EXPORT void kernels_delta_net(int path, int threads, int dtype, const void* x, const void* weight,
-                                      void* conv_state, const float* a_log, const float* dt_bias, const void* norm,
-                                      float* state, const int64_t* slots, const int64_t* query_start, const bool* fresh,
-                                      const bool* advance, void* out, int64_t S, int64_t K, int64_t V, int64_t Dk,
-                                      int64_t Dv, int W, float eps) {
-    auto run = dtype == kernels::BFLOAT16 ? kernels::delta_net<kernels::bf16> : kernels::delta_net<float>;
+KERNELS_EXPORT void kernels_delta_net(int path, int threads, int dtype, int state_dtype, const void* x,
+                                      const void* weight, void* conv_state, const float* a_log, const float* dt_bias,
+                                      const void* norm, void* state, const int64_t* slots, const int64_t* query_start,
+                                      const bool* fresh, const bool* advance, void* out, int64_t S, int64_t K,
+                                      int64_t V, int64_t Dk, int64_t Dv, int W, float eps) {
+    using kernels::bf16;
+    using kernels::delta_net;
+    auto run = delta_net<float, float>;
+    if (dtype == kernels::BFLOAT16)
+        run = state_dtype == kernels::BFLOAT16 ? delta_net<bf16, bf16> : delta_net<bf16, float>;
+    else if (state_dtype == kernels::BFLOAT16)
+        run = delta_net<float, bf16>;
     run(path, threads, x, weight, conv_state, a_log, dt_bias, norm, state, slots, query_start, fresh, advance, out, S,
         K, V, Dk, Dv, W, eps);
 }

@@ -78,8 +78,9 @@ struct RowLoops {
 
 // Tokens of one value head: state [Dk, columns], k and q [tokens, Dk], v and out [tokens, columns], with the floats from
 // one row to the next.
+template <class T>
 struct DeltaTile {
-    float* state;
+    T* state;  // rounded to T behind every token
     int64_t stride, v_stride, out_stride;
     int Dk, columns, tokens;
     const float *k, *q, *v, *beta, *decay;
@@ -103,7 +104,8 @@ struct Path {
     // The first largest of n numbers, or -1 where one is NaN or the largest is infinite.
     int64_t (*best)(const float* x, int64_t n);
     // A value head's tokens through the gated delta rule.
-    void (*delta)(const DeltaTile& tile);
+    void (*delta_f32)(const DeltaTile<float>& tile);
+    void (*delta_bf16)(const DeltaTile<bf16>& tile);
     // Products for linear layers and experts; see matmul.h.
     const Matmul<float>* matmul_f32;
     const Matmul<bf16>* matmul_bf16;
@@ -121,6 +123,8 @@ struct Path {
     void attend(Rows<bf16> k, Rows<bf16> v, int keys, Attending& a) const { attend_bf16(k, v, keys, a); }
     AttendRange attend_range(const float*) const { return nullptr; }
     AttendRange attend_range(const bf16*) const { return attend_range_bf16; }
+    void delta(const DeltaTile<float>& tile) const { delta_f32(tile); }
+    void delta(const DeltaTile<bf16>& tile) const { delta_bf16(tile); }
     const Matmul<float>& matmul(const float*) const { return *matmul_f32; }
     const Matmul<bf16>& matmul(const bf16*) const { return *matmul_bf16; }
     void finish(const float* sums, const float* bias, int n, float* out) const { finish_f32(sums, bias, n, out); }

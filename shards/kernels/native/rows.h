@@ -159,9 +159,9 @@ RowLoops<T> row_loops() {
 }
 
 // V vectors of state columns from column `at` on through all tokens of the tile; each column is on its own. The sweep
-// that writes the state for one token reads it for the next.
-template <int V, bool LAST>
-FN void delta_token(const DeltaTile& t, int token, int at, int columns, vec* seen) {
+// that writes the state for one token reads it for the next, as it reads back from T: the next call finds the same.
+template <class T, int V, bool LAST>
+FN void delta_token(const DeltaTile<T>& t, int token, int at, int columns, vec* seen) {
     const float *k = t.k + token * t.Dk, *q = t.q + token * t.Dk, *next_k = k + t.Dk;
     const float* value = t.v + token * t.v_stride + at;
     vec keep = fill(t.decay[token]), change[V], result[V], ahead[V];
@@ -171,16 +171,13 @@ FN void delta_token(const DeltaTile& t, int token, int at, int columns, vec* see
         result[i] = ahead[i] = zero();
     }
     for (int row = 0; row < t.Dk; row++) {
-        float* state = t.state + row * t.stride + at;
+        T* state = t.state + row * t.stride + at;
         vec key = fill(k[row]), query = fill(q[row]), next_key = LAST ? zero() : fill(next_k[row]);
         for (int i = 0; i < V; i++) {
-            float* place = state + i * LANES;
+            T* place = state + i * LANES;
             vec old = columns < LANES ? read(place, columns) : read(place);
             vec now = fused(key, change[i], multiply(old, keep));
-            if (columns < LANES)
-                write(place, now, columns);
-            else
-                write(place, now);
+            now = columns < LANES ? put(place, now, columns) : put(place, now);
             result[i] = fused(query, now, result[i]);
             if (!LAST) ahead[i] = fused(next_key, now, ahead[i]);
         }
@@ -195,29 +192,30 @@ FN void delta_token(const DeltaTile& t, int token, int at, int columns, vec* see
     }
 }
 
-template <int V>
-FN void delta_columns(const DeltaTile& t, int at, int columns) {
+template <class T, int V>
+FN void delta_columns(const DeltaTile<T>& t, int at, int columns) {
     vec seen[V];
     for (int i = 0; i < V; i++) seen[i] = zero();
     for (int row = 0; row < t.Dk; row++) {
-        const float* state = t.state + row * t.stride + at;
+        const T* state = t.state + row * t.stride + at;
         vec key = fill(t.k[row]);
         for (int i = 0; i < V; i++)
             seen[i] = fused(key, columns < LANES ? read(state, columns) : read(state + i * LANES), seen[i]);
     }
-    for (int token = 0; token + 1 < t.tokens; token++) delta_token<V, false>(t, token, at, columns, seen);
-    delta_token<V, true>(t, t.tokens - 1, at, columns, seen);
+    for (int token = 0; token + 1 < t.tokens; token++) delta_token<T, V, false>(t, token, at, columns, seen);
+    delta_token<T, V, true>(t, t.tokens - 1, at, columns, seen);
 }
 
-ENTRY void delta(const DeltaTile& t) {
+template <class T>
+ENTRY void delta(const DeltaTile<T>& t) {
     constexpr int V = ATTEND_VECS;
     int at = 0;
     // A single token streams its state from memory: whole rows at once. More tokens stay in the first-level cache.
     if (t.tokens == 1)
-        for (; at + 2 * V * LANES <= t.columns; at += 2 * V * LANES) delta_columns<2 * V>(t, at, LANES);
-    for (; at + V * LANES <= t.columns; at += V * LANES) delta_columns<V>(t, at, LANES);
-    for (; at + LANES <= t.columns; at += LANES) delta_columns<1>(t, at, LANES);
-    if (at < t.columns) delta_columns<1>(t, at, t.columns - at);
+        for (; at + 2 * V * LANES <= t.columns; at += 2 * V * LANES) delta_columns<T, 2 * V>(t, at, LANES);
+    for (; at + V * LANES <= t.columns; at += V * LANES) delta_columns<T, V>(t, at, LANES);
+    for (; at + LANES <= t.columns; at += LANES) delta_columns<T, 1>(t, at, LANES);
+    if (at < t.columns) delta_columns<T, 1>(t, at, t.columns - at);
 }
 
 }  // namespace

@@ -46,6 +46,35 @@ FN void write(float* p, vec x, int n) {
     write(padded, x);
     for (int i = 0; i < n; i++) p[i] = padded[i];
 }
+// As `store` of one number: to nearest, ties to even, NaN stays NaN.
+FN __m128i narrow(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    __m256i kept = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+// Write, and give x as it reads back.
+FN vec put(float* p, vec x) {
+    write(p, x);
+    return x;
+}
+FN vec put(float* p, vec x, int n) {
+    write(p, x, n);
+    return x;
+}
+FN vec put(bf16* p, vec x) {
+    _mm_storeu_si128((__m128i*)p, narrow(x.low));
+    _mm_storeu_si128((__m128i*)(p + 8), narrow(x.high));
+    return read(p);
+}
+FN vec put(bf16* p, vec x, int n) {
+    bf16 padded[LANES];
+    vec kept = put(padded, x);
+    for (int i = 0; i < n; i++) p[i] = padded[i];
+    return kept;
+}
 
 // x[i] lane j becomes x[j] lane i.
 FN void transpose(vec* x) {

@@ -29,6 +29,33 @@ FN vec read(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p))
 FN vec read(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(lanes(n), p)); }
 FN void write(float* p, vec x) { _mm512_storeu_ps(p, x); }
 FN void write(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
+// As `store` of one number: to nearest, ties to even, NaN stays NaN.
+FN __m256i narrow(vec x) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+// Write, and give x as it reads back.
+FN vec put(float* p, vec x) {
+    write(p, x);
+    return x;
+}
+FN vec put(float* p, vec x, int n) {
+    write(p, x, n);
+    return x;
+}
+FN vec put(bf16* p, vec x) {
+    __m256i kept = narrow(x);
+    _mm256_storeu_si256((__m256i*)p, kept);
+    return widen(kept);
+}
+FN vec put(bf16* p, vec x, int n) {
+    __m256i kept = narrow(x);
+    _mm256_mask_storeu_epi16(p, lanes(n), kept);
+    return widen(kept);
+}
 
 // x[i] lane j becomes x[j] lane i: 2 x 2, 4 x 4 within quarters, then quarters.
 FN void transpose(vec* x) {

@@ -38,6 +38,23 @@ FN void write(float* p, vec x) { memcpy(p, &x, sizeof x); }
 FN void write(float* p, vec x, int n) {
     for (int i = 0; i < n; i++) p[i] = x[i];
 }
+// Write, and give x as it reads back.
+FN vec put(float* p, vec x) {
+    write(p, x);
+    return x;
+}
+FN vec put(float* p, vec x, int n) {
+    write(p, x, n);
+    return x;
+}
+FN vec put(bf16* p, vec x) {
+    for (int i = 0; i < LANES; i++) store(p + i, x[i]);
+    return read(p);
+}
+FN vec put(bf16* p, vec x, int n) {
+    for (int i = 0; i < n; i++) store(p + i, x[i]);
+    return read(p, n);
+}
 // x[i] lane j becomes x[j] lane i.
 FN void transpose(vec* x) {
     float lane[LANES][LANES], turned[LANES][LANES];
