@@ -59,7 +59,7 @@ class EngineConfig:
     state_cache_share: float = 0.25
     """Part of kv_memory_bytes for recurrent states kept for equal prefixes; not used without prefix_cache."""
     state_checkpoints: StateCheckpoints = "exact"
-    """How these are kept. int8: about four times as many fit, and what goes on from one is not exact."""
+    """How these are kept. int8: three to four times as many fit, and what goes on from one is not exact."""
     draft_tokens: int = 0
     """Tokens drafted a row and step by the checkpoint's multi-token prediction head, at most; 0: none, and the head is
     not loaded."""

@@ -85,7 +85,7 @@ def generate(
     state_checkpoints: Annotated[
         StateCheckpoints,
         typer.Option(
-            help="Recurrent states kept for equal prefixes; int8: four times as many, tokens behind a hit not exact.",
+            help="Recurrent states kept for equal prefixes; int8: 3 to 4 times as many, tokens behind a hit not exact.",
             rich_help_panel=_ENGINE,
         ),
     ] = "exact",

@@ -135,7 +135,7 @@ def serve(
         _flag(
             "state_checkpoints",
             _ENGINE,
-            "Recurrent states kept for equal prefixes; int8: four times as many, tokens behind a hit are not exact.",
+            "Recurrent states kept for equal prefixes; int8: 3 to 4 times as many, tokens behind a hit are not exact.",
         ),
     ] = None,
     draft_tokens: Annotated[

@@ -67,7 +67,7 @@ class EngineOptions:
     state_cache_share: float = 0.25
     """Part of a rank's kv_memory for recurrent states kept for equal prefixes; not used without prefix_cache."""
     state_checkpoints: StateCheckpoints = "exact"
-    """How these are kept. int8: about four times as many fit, and what goes on from one is not exact."""
+    """How these are kept. int8: three to four times as many fit, and what goes on from one is not exact."""
     draft_tokens: Draft = 0
     """Tokens drafted a row and step by the checkpoint's multi-token prediction head, at most; 0: none."""
     draft_policy: DraftPolicyChoice = "adaptive"
