@@ -91,6 +91,12 @@ class BlockPool:
         self._changes = {}
         return changes
 
+    def check_private(self, blocks: Iterable[int]) -> None:
+        """Raise AssertionError unless these have one owner each and nobody can find them: they are written to."""
+        for block in blocks:
+            assert self._refs[block] == 1, f"block {block} is written to and has {self._refs[block]} owners"
+            assert block not in self._hash_of, f"block {block} is written to and can be found"
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless every block is blank, cached or held as often as `tables` say."""
         holders = Counter(block for table in tables for block in table)

@@ -189,7 +189,7 @@ class Lane:
                 break
             del self.waiting[0]
             insort(self.active, seq, key=_ORDER)
-            draft.starts.append(seq.start())
+            draft.starts.append(seq.start(self._config.block_size))
             if seq.ticket is None:
                 seq.phase = "running"
                 self._add_chunk(seq, draft)
@@ -200,8 +200,8 @@ class Lane:
     def _reserve(self, seq: Sequence, draft: LaneDraft) -> bool:
         """Take a row, a slot and blocks for all tokens, leaving each active sequence a block to grow.
 
-        With recurrent state, KV may be known farther than any state. Then what lies between is computed once more:
-        into the known blocks, as it gives what they hold.
+        With recurrent state, KV may be known farther than any state. Then what lies between is computed once more, for
+        the state alone: others may read the known blocks, so that ranks write nothing there.
         """
         if not self._free_rows or (self._config.num_slots and not self.slots.num_ready):
             return False
@@ -383,6 +383,8 @@ class Lane:
         else:
             self.slots.check_integrity(held)
             self.states.check_integrity(saved)
+        for seq in self.active:
+            self.blocks.check_private(seq.blocks[max(seq.registered, seq.settled // self._config.block_size) :])
         for seq in self.waiting:
             assert seq.phase == "waiting", f"{seq.request.id} is {seq.phase} but in the waiting list"
             assert not seq.blocks, f"{seq.request.id} waits but holds blocks {seq.blocks}"

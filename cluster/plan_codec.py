@@ -130,6 +130,7 @@ def _encode_start(start: RowStart) -> list[object]:
         start.token_ids,
         start.prompt_len,
         start.blocks,
+        start.num_stored,
         start.state_slot,
         [
             float(sampling.temperature),
@@ -150,12 +151,13 @@ def _encode_start(start: RowStart) -> list[object]:
 
 
 def _decode_start(value: object) -> RowStart:
-    row, token_ids, prompt_len, blocks, state_slot, sampling = as_list(value, 6)
+    row, token_ids, prompt_len, blocks, num_stored, state_slot, sampling = as_list(value, 7)
     return RowStart(
         row=as_typed(row, int),
         token_ids=tuple(_ints(token_ids)),
         prompt_len=as_typed(prompt_len, int),
         blocks=tuple(_ints(blocks)),
+        num_stored=as_typed(num_stored, int),
         state_slot=as_typed(state_slot, int),
         sampling=_decode_sampling(as_list(sampling, 13)),
     )

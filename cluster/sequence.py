@@ -119,14 +119,15 @@ class Sequence:
         self.drafts_ready = 0
         self.row = self.slot = -1
 
-    def start(self) -> RowStart:
-        """What the ranks need to know to hold this sequence in its row."""
+    def start(self, block_size: int) -> RowStart:
+        """What the ranks need to know to hold this sequence in its row; right behind `admit`."""
         sampling = row_sampling(self.request.sampling, prompt_logprobs=self.wants_prompt_logprobs)
         return RowStart(
             row=self.row,
             token_ids=tuple(self.tokens),
             prompt_len=self.prompt_len,
             blocks=tuple(self.blocks),
+            num_stored=self.registered * block_size,
             state_slot=self.slot,
             sampling=sampling,
         )

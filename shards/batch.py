@@ -49,6 +49,9 @@ class RowStart:
     """How many of them are the prompt (penalties and min_tokens count output only)."""
     blocks: tuple[int, ...]
     """Block table so far."""
+    num_stored: int = 0
+    """The KV of this many first positions is there and others may read it: it is not written again, even where these
+    positions are computed once more."""
     state_slot: int = -1
     """Recurrent-state slot, -1 for models without."""
     sampling: RowSampling

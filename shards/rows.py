@@ -30,7 +30,7 @@ class StepTensors:
     cos_TR: Tensor
     sin_TR: Tensor
     slots_T: Tensor
-    """int64 block * block_size + offset of each token's KV."""
+    """int64 block * block_size + offset where each token's KV goes; -1: nowhere, it is there already."""
     tables_SB: Tensor
     """int32 block tables, as wide as the longest context needs."""
     query_start_S1: Tensor
@@ -75,6 +75,7 @@ class Rows:
         self.tokens_RL = torch.zeros(max_rows, max_model_len + 1, dtype=torch.int64, device=device)
         self._tables_RB = np.zeros((max_rows, -(-max_model_len // block_size)), dtype=np.int32)
         self._num_blocks_R = np.zeros(max_rows, dtype=np.int64)
+        self._num_stored_R = np.zeros(max_rows, dtype=np.int64)
         self._state_slots_R = np.zeros(max_rows, dtype=np.int64)
         self.prompt_lens = [0] * max_rows
         self.samplings = [RowSampling()] * max_rows
@@ -93,6 +94,7 @@ class Rows:
         self.tokens_RL[row, : len(start.token_ids)] = torch.tensor(start.token_ids, dtype=torch.int64)
         self._tables_RB[row, :num_blocks] = start.blocks
         self._num_blocks_R[row] = num_blocks
+        self._num_stored_R[row] = start.num_stored
         self._state_slots_R[row] = max(0, start.state_slot)
         self.prompt_lens[row] = start.prompt_len
         self.samplings[row] = start.sampling
@@ -113,6 +115,8 @@ class Rows:
         rows_T = np.repeat(rows_S, counts_S)
         positions_T = np.arange(starts_S1[-1]) + np.repeat(first_S - starts_S1[:-1], counts_S)
         blocks_T = self._tables_RB[rows_T, positions_T // self.block_size].astype(np.int64)
+        slots_T = blocks_T * self.block_size + positions_T % self.block_size
+        slots_T[positions_T < self._num_stored_R[rows_T]] = -1
         context_S = first_S + counts_S
         width = -(-int(context_S.max(initial=0)) // self.block_size)
         rows, positions = self._send(rows_T), self._send(positions_T)
@@ -127,7 +131,7 @@ class Rows:
             positions_T=positions,
             cos_TR=cos_LR[positions],
             sin_TR=sin_LR[positions],
-            slots_T=self._send(blocks_T * self.block_size + positions_T % self.block_size),
+            slots_T=self._send(slots_T),
             tables_SB=torch.from_numpy(self._tables_RB[rows_S, :width]).to(self.device),
             query_start_S1=self._send(starts_S1),
             context_lens_S=self._send(context_S),

@@ -88,7 +88,7 @@ class Kernels(Protocol):
 
         Args:
             cos_TR: float32 as sin_TR, both halves repeated.
-            slots_T: int64 block * P + offset, where each token's key and value go. triton: nowhere where it is < 0.
+            slots_T: int64 block * P + offset, where each token's key and value go; nowhere where it is < 0.
 
         Returns:
             queries [T, H, D].

@@ -78,9 +78,10 @@ class TorchKernels:
             q_THD = self.rms_norm(q_THD, q_norm_D, eps, zero_centred=zero_centred)
         if k_norm_D is not None:
             k_THD = self.rms_norm(k_THD, k_norm_D, eps, zero_centred=zero_centred)
-        block_T, offset_T = slots_T // P, slots_T % P
-        k_pool_NHPD[block_T, :, offset_T] = rotary(k_THD, cos_TR, sin_TR)
-        v_pool_NHPD[block_T, :, offset_T] = v_THD
+        goes_T = slots_T >= 0
+        block_U, offset_U = slots_T[goes_T] // P, slots_T[goes_T] % P
+        k_pool_NHPD[block_U, :, offset_U] = rotary(k_THD, cos_TR, sin_TR)[goes_T]
+        v_pool_NHPD[block_U, :, offset_U] = v_THD[goes_T]
         return rotary(q_THD, cos_TR, sin_TR)
 
     def attention(

@@ -130,7 +130,7 @@ def _attention_inputs(
         slot = tl.load(slots_ptr + token)
         source = row + H * HEAD + (head - H) * D
         place = ((slot // P * G + (head - H) % G) * P + slot % P) * D
-        # A row that pads a captured step has no slot: its key and value go nowhere.
+        # A row that pads a captured step has no slot, nor one whose KV is there already.
         if slot >= 0:
             if head < H + G:
                 _turn(source, k_norm_ptr, cos, sin, k_pool_ptr + place, eps, D, BD, R, K_NORMED, ZERO_CENTRED)

@@ -106,3 +106,14 @@ def test_integrity_names_a_block_that_was_freed_twice() -> None:
     pool.release(blocks)
     with pytest.raises(AssertionError, match="blank twice"):
         pool.check_integrity([])
+
+
+def test_blocks_that_are_written_to_have_one_owner_and_cannot_be_found() -> None:
+    pool = BlockPool(3, list[int]().append)
+    fresh, known = take(pool, 1), filled(pool, 10)
+    pool.check_private(fresh)
+    with pytest.raises(AssertionError, match=f"block {known[0]} is written to and can be found"):
+        pool.check_private(known)
+    pool.share(known)
+    with pytest.raises(AssertionError, match=f"block {known[0]} is written to and has 2 owners"):
+        pool.check_private(known)

@@ -204,3 +204,21 @@ def test_a_lane_that_holds_the_state_draws_the_request() -> None:
     run(bench)
     bench.add(make_request("c", prompts[1]))
     assert [lane.counts_S for lane in bench.plan().lanes] == [[], [1]]
+
+
+def test_what_is_computed_again_for_its_state_is_not_stored_again_where_others_read_it() -> None:
+    bench, shared = Bench(replace(STATES, num_blocks=40)), tuple(range(20))
+    bench.add(make_request("a", (*shared, *range(50, 60)), max_tokens=20))
+    bench.commit(bench.plan())
+    bench.add(make_request("b", (*shared, 60, 61), max_tokens=1))
+    batch = first_batch(bench)
+    (start,) = batch.starts
+    # The state behind these tokens was not kept, their KV is there.
+    assert (batch.first_S[-1], batch.counts_S[-1], start.num_stored) == (0, 22, 20)
+    bench.scheduler.check_integrity()
+
+
+def test_a_prompt_of_which_nothing_is_known_stores_all_of_it() -> None:
+    bench = Bench(STATES)
+    bench.add(make_request("a", PROMPT))
+    assert first_batch(bench).starts[0].num_stored == 0

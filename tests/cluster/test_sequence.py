@@ -82,14 +82,14 @@ def test_cached_tokens_are_told_once_and_not_over_the_prompt() -> None:
 def test_prompt_log_probabilities_of_chunks_come_together_on_the_first_event() -> None:
     seq = make_sequence(prompt=(1, 2, 3), prompt_logprobs=1)
     seq.admit([0], registered=0, cached=0, row=0, slot=-1)
-    assert seq.start().sampling.prompt_logprobs == 1
+    assert seq.start(4).sampling.prompt_logprobs == 1
     seq.collect(make_columns(2))
     seq.collect(make_columns(3, 99))
     first = seq.take(7, None)
     told = [entry and (entry.logprob, entry.top_ids) for entry in first.prompt_logprobs]
     assert told == [None, (-2.0, (2,)), (-3.0, (3,))]
     assert seq.take(8, None).prompt_logprobs == ()
-    assert seq.start().sampling.prompt_logprobs is None
+    assert seq.start(4).sampling.prompt_logprobs is None
 
 
 def test_a_prefill_begun_anew_collects_prompt_log_probabilities_anew() -> None:
@@ -103,10 +103,10 @@ def test_a_prefill_begun_anew_collects_prompt_log_probabilities_anew() -> None:
 
 def test_the_ranks_get_tokens_table_and_sampling() -> None:
     seq = make_sequence(output=(8,), stops=(9,), min_tokens=1)
-    seq.admit([4, 5], registered=0, cached=0, row=3, slot=2)
-    start = seq.start()
+    seq.admit([4, 5], registered=1, cached=0, row=3, slot=2)
+    start = seq.start(4)
     assert (start.row, start.token_ids, start.prompt_len) == (3, (1, 2, 3, 8), 3)
-    assert (start.blocks, start.state_slot) == ((4, 5), 2)
+    assert (start.blocks, start.num_stored, start.state_slot) == ((4, 5), 4, 2)
     sampling = start.sampling
     assert (sampling.temperature, sampling.seed, sampling.logit_bias) == (0.5, 11, ((4, 1.0),))
     assert (sampling.min_tokens, sampling.stop_token_ids) == (1, (9,))

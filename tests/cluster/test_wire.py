@@ -44,7 +44,9 @@ def make_order() -> PullOrder:
 
 def make_work() -> RankWork:
     sampling = RowSampling(temperature=0.5, logit_bias=((3, -1.0),), seed=2**64 - 1, stop_token_ids=(7,), logprobs=2)
-    start = RowStart(row=1, token_ids=(5, 6, 7), prompt_len=2, blocks=(4,), state_slot=0, sampling=sampling)
+    start = RowStart(
+        row=1, token_ids=(5, 6, 7), prompt_len=2, blocks=(4,), num_stored=2, state_slot=0, sampling=sampling
+    )
     batch = StepBatch(
         starts=(start,),
         grown_rows=[0],

@@ -109,6 +109,22 @@ def test_attention_inputs_agree_and_write_their_slots_and_nowhere_else(
     assert torch.equal(found[2], expected[2])
 
 
+@every_dtype
+@pytest.mark.parametrize("kernels", [*NATIVE, REFERENCE], ids=[*(kernels.path for kernels in NATIVE), "torch"])
+def test_rows_without_a_slot_store_nothing_and_give_their_queries(kernels: Kernels, dtype: torch.dtype) -> None:
+    qkv, angles = random(3, 4 * 16, dtype=dtype), random(3, 8).repeat(1, 2)
+
+    def run(slots: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        k_pool, v_pool = (torch.zeros(2, 1, 4, 16, dtype=dtype) for _ in range(2))
+        where = (angles.cos(), angles.sin(), k_pool, v_pool, torch.tensor(slots))
+        return kernels.attention_inputs(qkv, None, None, 1e-6, *where, gated=False, zero_centred=False), k_pool, v_pool
+
+    found, everywhere = run([-1, 5, -1]), run([0, 5, 7])
+    assert torch.equal(found[0], everywhere[0])
+    for pool in found[1:]:
+        assert pool.flatten(0, 2).any(-1).nonzero().flatten().tolist() == [5]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedBatch:
     """Sequences with their keys and values in shuffled blocks."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from shards.batch import NO_TOKEN, LaneOutput, RowSampling, RowStart, StepBatch
 from shards.comm import Comms
 from shards.mesh import Layout, Place
-from shards.rank import Rank, RankConfig, resolve_deterministic
+from shards.rank import KernelsName, Rank, RankConfig, resolve_deterministic
 from tests.support.rank_processes import run_in_processes
 from tests.support.reference import make_reference
 from tests.support.stepping import Work, make_rank, needs_native, run, tokens_of
@@ -165,6 +165,42 @@ def test_a_preempted_sequence_started_again_on_another_row_goes_on_as_if_nothing
     outputs = [alone(rank, batch) for batch in (first, second, third)]
 
     assert [output.tokens_N for output in outputs] == [[], [whole[4]], [whole[5]]]
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=needs_native)])
+def test_kv_that_is_there_is_not_written_again_where_a_state_is_computed_over_it(
+    kernels: KernelsName, checkpoint: Callable[[str], Path]
+) -> None:
+    [prompt] = make_prompts((40,))
+    place = Place(layout=Layout(), rank=0)
+    rank = make_rank(checkpoint("qwen3_next"), place, Comms.local(), max_rows=2, kernels=kernels)
+
+    def serve(row: int, blocks: tuple[int, ...], num_stored: int) -> list[int]:
+        start = RowStart(
+            row=row,
+            token_ids=tuple(prompt),
+            prompt_len=40,
+            blocks=blocks,
+            num_stored=num_stored,
+            state_slot=row,
+            sampling=RowSampling(temperature=0.0),
+        )
+        first = StepBatch(starts=(start,), rows_S=[row], first_S=[0], counts_S=[21], samples_S=[0])
+        second = StepBatch(rows_S=[row], first_S=[21], counts_S=[19], samples_S=[1])
+        return [token for batch in (first, second) for token in alone(rank, batch).tokens_N]
+
+    pools = [*rank.cache.k_pools, *rank.cache.v_pools]
+    expected = serve(0, (3, 4, 5), 0)
+    before = [pool.clone() for pool in pools]
+    assert serve(1, (3, 4, 6), 32) == expected
+    for pool, was in zip(pools, before, strict=True):
+        assert torch.equal(pool[[3, 4]], was[[3, 4]])
+        assert not torch.equal(pool[6], was[6])
+    # Other numbers in the shared blocks stay where they are: nothing is written there, not even the same.
+    for pool in pools:
+        pool[3].fill_(0.25)
+    serve(1, (3, 4, 6), 32)
+    assert all((pool[3] == 0.25).all() for pool in pools)
 
 
 def test_prompt_log_probabilities_come_for_computed_prompt_positions_only(checkpoint: Callable[[str], Path]) -> None:

@@ -33,6 +33,7 @@ class FakeRow:
     tokens: list[int]
     prompt_len: int
     blocks: list[int]
+    num_stored: int
     slot: int
     wants_prompt: bool
     wants_logprobs: bool
@@ -56,6 +57,7 @@ class FakeLane:
                 list(start.token_ids),
                 start.prompt_len,
                 list(start.blocks),
+                start.num_stored,
                 start.state_slot,
                 start.sampling.prompt_logprobs is not None,
                 start.sampling.logprobs is not None,
@@ -132,7 +134,10 @@ class FakeLane:
             assert first == 0 or self.states[held.slot] == (first, digest(tuple(held.tokens[:first])))
         for position in range(first, first + count):
             place = held.blocks[position // BLOCK], position % BLOCK
-            self.kv[place] = digest(tuple(held.tokens[: position + 1]))
+            known = digest(tuple(held.tokens[: position + 1]))
+            if position < held.num_stored:
+                assert self.kv[place] == known, f"row {row} is told of KV that is not there"
+            self.kv[place] = known
         if held.wants_prompt:
             output.prompt_logprobs[row] = columns(held.tokens[first + 1 : min(first + count + 1, held.prompt_len)])
 

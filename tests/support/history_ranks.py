@@ -10,11 +10,12 @@ from torch import Tensor
 from cluster.plan import StepOutput
 from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
-from router.request import Request, RequestId, SamplingParams, TokenEvent
+from router.request import Request, RequestId, TokenEvent
 from shards.comm import Comms
 from shards.families import load_model_config
 from shards.mesh import Layout, Place
 from shards.rank import Rank, RankConfig
+from tests.support.history_plan import GREEDY, LEASE_S, LONGEST_ANSWER, SAMPLED
 
 BLOCK: Final = 8
 MOST_BLOCKS: Final = 40
@@ -22,10 +23,6 @@ MOST_SLOTS: Final = 10
 MOST_ROWS: Final = 4
 MOST_DRAFTS: Final = 3
 MAX_LEN: Final = 96
-LONGEST_ANSWER: Final = 24
-SAMPLED = SamplingParams(max_tokens=LONGEST_ANSWER, temperature=0.8, top_p=0.95, seed=11, repetition_penalty=1.1)
-GREEDY = SamplingParams(max_tokens=LONGEST_ANSWER, temperature=0.0)
-LEASE_S: Final = 5.0
 
 
 class Answers:

@@ -267,6 +267,7 @@ struct AttentionInputs {
         const float *c = cos + t * R, *s = sin + t * R;
         for (int64_t h = 0; h < H; h++, x += head_stride)
             loops.turn_head(x, q_norm, eps, zero_centred, c, s, D, R, out + (t * H + h) * D);
+        if (slots[t] < 0) return;  // its key and value are there already
         for (int64_t h = 0; h < Hkv; h++, x += D) {
             int64_t to = ((slots[t] / P * Hkv + h) * P + slots[t] % P) * D;
             loops.turn_head(x, k_norm, eps, zero_centred, c, s, D, R, k_pool + to);
