@@ -60,7 +60,7 @@ class Drafting:
         """A plan with rows is given out; `drafts` were chosen for it."""
         if not self._policy.most:
             return
-        if not all(_only_decodes(lane) for lane in plan.lanes):
+        if self._policy.asleep or not all(_only_decodes(lane) for lane in plan.lanes):
             self._planned.append(_OTHER_WORK)
             return
         rows = [len(lane.rows_S) for lane in plan.lanes]

@@ -59,6 +59,8 @@ class _Time:
     """What steps of one kind take: the median of the latest, as some are held up by what else the machine does."""
 
     samples: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    value: float = 0.0
+    """The median; it is asked for several times a step."""
     seen_at: int = 0
     """The batch size's step at which one was measured last."""
 
@@ -66,9 +68,9 @@ class _Time:
     def is_known(self) -> bool:
         return len(self.samples) >= _SAMPLES
 
-    @property
-    def value(self) -> float:
-        return statistics.median(self.samples)
+    def add(self, *seconds: float) -> None:
+        self.samples.extend(seconds)
+        self.value = statistics.median(self.samples)
 
 
 class _Batch:
@@ -120,6 +122,8 @@ class DraftPolicy:
         """Steps since drafts were chosen because they pay."""
         self._nap = _SHORTEST_NAP
         self._nap_left = 0
+        self._nap_gain_s = 0.0
+        """What the nap going on adds to the credit."""
         self._warm_up_left = 0
 
     @property
@@ -151,7 +155,7 @@ class DraftPolicy:
         batch.steps += 1
         self._idle += 1
         if self.acceptance(0) < _HOPELESS:
-            return self._fall_asleep()
+            return self._fall_asleep(batch)
         if batch.tries_left and not _is_hopeless(batch):
             batch.tries_left -= 1
             self.keeps = batch.trying > 0
@@ -171,14 +175,16 @@ class DraftPolicy:
         return self._warm_up_left > 0
 
     def _wake(self) -> None:
+        self._credit_s += self._nap_gain_s
         self._warm_up_left = _WARM_UP_STEPS
         for known in self._acceptance:
             known.count = min(known.count, _REMEMBERED)
 
-    def _fall_asleep(self) -> int:
-        """Begin a nap with the next step -> no drafts."""
+    def _fall_asleep(self, batch: _Batch) -> int:
+        """Begin a nap with the next step -> no drafts. Its steps are not measured, so that they cost nothing."""
         self.keeps = False
         self._idle = 0
+        self._nap_gain_s = _ALLOWANCE * self._nap * batch.times[0].value
         self._nap_left, self._nap = self._nap, min(2 * self._nap, _LONGEST_NAP)
         for batch in self._batches.values():
             batch.tries_left = 0
@@ -198,7 +204,7 @@ class DraftPolicy:
             if self._acceptance[0].count * _ACCEPTANCE_WEIGHT >= 1:
                 self._nap = _SHORTEST_NAP
             return best
-        return self._fall_asleep() if in_debt or self._idle > _IDLE_STEPS else 0
+        return self._fall_asleep(batch) if in_debt or self._idle > _IDLE_STEPS else 0
 
     def _rate(self, batch: _Batch, drafts: int) -> float:
         """Tokens a second and row that are to be expected; 0 where it was not tried yet."""
@@ -235,7 +241,7 @@ class DraftPolicy:
             kept: what `keeps` was for it.
             tokens_a_row: what the rows got, on average.
         """
-        if not self._adaptive or not self.most or seconds <= 0:
+        if not self._adaptive or not self.most or self.asleep or seconds <= 0:
             return
         batch = self._batch(rows)
         plain = batch.times[0]
@@ -243,7 +249,7 @@ class DraftPolicy:
             batch.is_bare = True
             plain.samples.clear()
         if drafts is not None and (drafts or kept != batch.is_bare):
-            batch.times[drafts].samples.append(seconds)
+            batch.times[drafts].add(seconds)
             batch.times[drafts].seen_at = batch.steps
         if plain.is_known and not self._warm_up_left:
             if drafts == 0 and not kept:
@@ -277,5 +283,5 @@ def _is_hopeless(batch: _Batch) -> bool:
     tried = batch.times[batch.trying]
     if not batch.trying or not tried.samples or tried.value < batch.times[0].value * (1 + batch.trying):
         return False
-    tried.samples.extend([tried.value] * _SAMPLES)
+    tried.add(*[tried.value] * _SAMPLES)
     return True

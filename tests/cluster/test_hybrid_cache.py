@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.chat_turns import chat as chat_turns
 from cluster.config import EngineConfig
 from router.request import Request, RequestId, SamplingParams, TokenEvent
 from shards.mesh import Layout
@@ -56,6 +57,13 @@ def test_each_of_ten_turns_goes_on_from_the_end_of_the_one_before(next_checkpoin
     # Behind turn n lie 25 n tokens; the last one was sampled only, and blocks have 16.
     assert found == [0, *((25 * turn - 1) // 16 * 16 for turn in range(1, 10))]
     assert all(events[0].cached_tokens == 0 for events in cold)
+
+
+def test_the_router_knows_before_each_turn_how_much_of_it_is_usable_kv_and_state(next_checkpoint: Path) -> None:
+    turns = list(chat_turns(make_config(next_checkpoint), turns=10, asked=20, answered=13))
+    assert [turn.prompt_tokens for turn in turns] == list(range(20, 350, 33))
+    assert [turn.cached_tokens for turn in turns] == [0, *((33 * turn - 1) // 16 * 16 for turn in range(1, 10))]
+    assert [turn.routed_tokens for turn in turns] == [turn.cached_tokens for turn in turns]
 
 
 def test_states_in_bfloat16_leave_a_chats_tokens_the_same_with_and_without_hits_and_in_every_layout(

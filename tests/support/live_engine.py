@@ -10,7 +10,7 @@ from cluster.engine_stats import EngineStats
 from cluster.resolve import resolve_engine
 from cluster.spawn import LocalReplica
 from cluster.ticket import ticket_maker
-from router.load import MemberLoad
+from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId, TokenEvent
 
 _MEMBER = MemberId("live")
@@ -26,17 +26,26 @@ class LiveEngine:
     def serve(self, *requests: Request) -> list[list[TokenEvent]]:
         """Each request's token events, in order."""
         found: dict[RequestId, list[TokenEvent]] = {request.id: [] for request in requests}
+        for event in self.stream(*requests):
+            found[event.request_id].append(event)
+        return list(found.values())
+
+    def stream(self, *requests: Request) -> Iterator[TokenEvent]:
+        """The requests' token events as they come."""
         for request in requests:
             self._engine.submit(request)
-        left = len(found)
+        left = len(requests)
         while left:
             for event in self._arrived.get(timeout=60):
                 if isinstance(event, Rejected):
                     raise event.error
                 assert isinstance(event, TokenEvent)
-                found[event.request_id].append(event)
                 left -= event.finish is not None
-        return list(found.values())
+                yield event
+
+    def cache_events(self, after: int | None) -> list[CacheEvents]:
+        """What became known of the prefix cache since."""
+        return self._engine.cache_events(after)
 
     def stats(self) -> EngineStats:
         """The engine's counters."""
