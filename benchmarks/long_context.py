@@ -31,7 +31,7 @@ from deploy.process_use import peak_rss_mb
 from shards.config import ModelConfig
 from shards.config_fields import Json
 
-NEW_TOKENS = 33
+NEW_TOKENS = 65
 """The first comes with the prefill; the others are decoded."""
 
 _SHAPE: dict[str, Json] = {
@@ -86,12 +86,13 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
     return total, total - idle - model.vocab_size * model.hidden_size
 
 
-def measure(name: str, engine: BenchEngine, context: int) -> Point:
-    """Serve one prompt of `context` tokens."""
+def measure(name: str, engine: BenchEngine, context: int, times: int) -> Point:
+    """Serve a prompt of `context` tokens some times; prefill and decode are each the median."""
     vocab = int(str(_SHAPE["vocab_size"]))
     prompt = torch.randint(0, vocab, (context,), generator=torch.Generator().manual_seed(context)).tolist()
-    done = engine.generate([prompt], NEW_TOKENS)
-    prefill_s, decode_s = done.ttft_s[0], (done.wall_s - done.ttft_s[0]) / (NEW_TOKENS - 1)
+    served = [engine.generate([prompt], NEW_TOKENS) for _ in range(times)]
+    prefill_s = statistics.median(done.ttft_s[0] for done in served)
+    decode_s = statistics.median((done.wall_s - done.ttft_s[0]) / (NEW_TOKENS - 1) for done in served)
     return Point(
         model=name,
         context=context,
@@ -104,7 +105,7 @@ def measure(name: str, engine: BenchEngine, context: int) -> Point:
 
 
 def run_model(name: str, folder: Path, contexts: Sequence[int], *, threads: int, step_tokens: int) -> list[Point]:
-    """All contexts of one model, the shortest first, measured three times while that is short."""
+    """All contexts of one model, the shortest first; the longest is long enough to be measured once."""
     config = EngineConfig(
         model=folder,
         threads=threads,
@@ -119,10 +120,7 @@ def run_model(name: str, folder: Path, contexts: Sequence[int], *, threads: int,
     with BenchEngine(config) as engine:
         engine.generate([[1] * 256], NEW_TOKENS)
         for context in contexts:
-            times = 3 if context <= 8192 else 1
-            found = [measure(name, engine, context) for _ in range(times)]
-            middle = statistics.median_low(point.decode_ms for point in found)
-            points.append(next(point for point in found if point.decode_ms == middle))
+            points.append(measure(name, engine, context, 5 if context <= 8192 else 3 if context <= 32_768 else 1))
             print(points[-1], flush=True)
     return points
 
