@@ -1,9 +1,10 @@
-"""Speed-up by drafts: `python -m benchmarks.speculation MODEL [--prompts FILE] [--rows 1 4 16] [--drafts 1 2 3]`.
+"""Speed-up by drafts: `python -m benchmarks.speculation MODEL [--unseen] [--rows 1 4 16] [--drafts 1 2 3]`.
 
 Ranks for each number of drafts, greedy; each batch is served in turns by all of them, from prompts to last tokens, and
 compared round by round: the median ratio, the least and the best. The first round warms up; what is learnt in it is
 kept, as a member does while it serves. With --anew nothing is known at the start of any round: learning is counted.
-Prompts are the lines of FILE, repeated as need be; without one they are random, and drafts are right by chance only.
+With --unseen the prompts are conversations that the demo's models were not trained on, all with thinking; with
+--prompts FILE its lines, repeated as need be; else they are random, and drafts are right by chance only.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 from cluster.config import DraftPolicyChoice, EngineConfig
@@ -18,12 +20,17 @@ from cluster.engine_stats import EngineStats
 from deploy.bench_engine import BenchEngine
 from deploy.tokenizer import load_tokenizer
 from shards.families import load_model_config
+from training.data import examples
+from training.encoding import encode
 
 PROMPT_TOKENS = 64
 
 
-def make_prompts(model: Path, file: Path | None, rows: int) -> list[list[int]]:
+def make_prompts(model: Path, file: Path | None, rows: int, *, unseen: bool) -> list[list[int]]:
     """Token ids of `rows` prompts."""
+    if unseen:
+        asked = islice((example for example in examples("test", held_out=True) if example.thinking), rows)
+        return [list(encode(load_tokenizer(model), example)[0]) for example in asked]
     if file is not None:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
         tokenizer = load_tokenizer(model)
@@ -48,7 +55,7 @@ def open_engine(args: argparse.Namespace, drafts: int, policy: DraftPolicyChoice
 
 def measure(args: argparse.Namespace, engines: Sequence[tuple[str, BenchEngine]], rows: int) -> None:
     """Print one line an engine: tokens a second, the speed over that without drafts, how many drafts were right."""
-    prompts = make_prompts(args.model, args.prompts, rows)
+    prompts = make_prompts(args.model, args.prompts, rows, unseen=args.unseen)
     seconds: dict[str, list[float]] = {name: [] for name, _ in engines}
     stats: dict[str, EngineStats] = {}
     expected: list[list[int]] = []
@@ -80,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompts", type=Path, help="a text a line, \\n for line ends")
+    parser.add_argument("--unseen", action="store_true", help="conversations that the demo's models have not seen")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--always", action="store_true", help="also engines that draft whether it pays or not")
