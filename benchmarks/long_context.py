@@ -104,8 +104,10 @@ def measure(name: str, engine: BenchEngine, context: int, times: int) -> Point:
     )
 
 
-def run_model(name: str, folder: Path, contexts: Sequence[int], *, threads: int, step_tokens: int) -> list[Point]:
-    """All contexts of one model, the shortest first; the longest is long enough to be measured once."""
+def run_model(
+    name: str, folder: Path, contexts: Sequence[int], *, threads: int, step_tokens: int, repeat: int
+) -> list[Point]:
+    """All contexts of one model, the shortest first; short ones five times, others `repeat` times."""
     config = EngineConfig(
         model=folder,
         threads=threads,
@@ -120,7 +122,7 @@ def run_model(name: str, folder: Path, contexts: Sequence[int], *, threads: int,
     with BenchEngine(config) as engine:
         engine.generate([[1] * 256], NEW_TOKENS)
         for context in contexts:
-            points.append(measure(name, engine, context, 5 if context <= 8192 else 3 if context <= 32_768 else 1))
+            points.append(measure(name, engine, context, 5 if context <= 8192 else repeat))
             print(points[-1], flush=True)
     return points
 
@@ -170,6 +172,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--step-tokens", type=int, default=2048, help="tokens of a prompt in one step")
+    parser.add_argument("--repeat", type=int, default=1, help="of contexts over 8192; the median counts")
+    parser.add_argument("--add", type=Path, help="JSON of an earlier run, at other contexts, to go into the same curve")
     parser.add_argument("--out", type=Path, help="name of the JSON and PNG files, without ending")
     arguments = parser.parse_args()
     contexts: list[int] = sorted(arguments.contexts)
@@ -184,7 +188,11 @@ def main() -> None:
             )
             sizes[name] = {"parameters": total, "active_parameters": active}
             print(name, sizes[name], flush=True)
-            points += run_model(name, path, contexts, threads=arguments.threads, step_tokens=arguments.step_tokens)
+            limits = {"threads": arguments.threads, "step_tokens": arguments.step_tokens, "repeat": arguments.repeat}
+            points += run_model(name, path, contexts, **limits)
+    if arguments.add is not None:
+        points += [Point(**point) for point in json.loads(arguments.add.read_text())["points"]]
+        points.sort(key=lambda point: (point.model, point.context))
     report = {"models": sizes, "ratios": ratios(points), "points": [asdict(point) for point in points]}
     for row in report["ratios"]:
         print(row)

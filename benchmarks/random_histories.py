@@ -20,6 +20,7 @@ from tests.support.random_histories import open_world
 
 DISTURBANCE = 1.4
 """Some drafts of the model made here are right, and some wrong."""
+REPORT_EVERY = 50
 
 
 def main() -> None:
@@ -37,8 +38,9 @@ def main() -> None:
             make_mtp_reference(Path(folder), disturbance=DISTURBANCE)
         began = time.perf_counter()
         with open_world(args.model or Path(folder), layout) as world:
-            run_histories(world, args.count, actions=args.actions)
-        print(f"{time.perf_counter() - began:.1f} s: {world.counts}")
+            for done in range(0, args.count, REPORT_EVERY):
+                run_histories(world, min(REPORT_EVERY, args.count - done), actions=args.actions)
+                print(f"{time.perf_counter() - began:.1f} s: {world.counts}", flush=True)
 
 
 if __name__ == "__main__":
