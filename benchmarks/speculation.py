@@ -1,8 +1,9 @@
 """Speed-up by drafts: `python -m benchmarks.speculation MODEL [--unseen] [--rows 1 4 16] [--drafts 1 2 3]`.
 
 Ranks for each number of drafts, greedy; each batch is served in turns by all of them, from prompts to last tokens, and
-compared round by round: the median ratio, the least and the best. The first round warms up; what is learnt in it is
-kept, as a member does while it serves. With --anew nothing is known at the start of any round: learning is counted.
+compared round by round: the median ratio, the least and the best; and the quickest rounds, as a busy machine disturbs
+those least. The first round warms up; what is learnt in it is kept, as a member does while it serves. With --anew
+nothing is known at the start of any round: learning is counted.
 With --unseen the prompts are conversations that the demo's models were not trained on, all with thinking; with
 --prompts FILE its lines, repeated as need be; else they are random, and drafts are right by chance only.
 """
@@ -76,7 +77,7 @@ def measure(args: argparse.Namespace, engines: Sequence[tuple[str, BenchEngine]]
         right = stats[name].accepted_tokens / drafted if drafted else 0.0
         print(
             f"{rows:4d} rows  {name:12s} {rate:8.1f} tokens/s  {statistics.median(ratios):6.3f}x "
-            f"({ratios[0]:.3f} to {ratios[-1]:.3f})  "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f})  quickest {min(plain) / min(seconds[name]):6.3f}x  "
             f"{drafted / (rows * args.new):5.2f} drafts a token, {right:4.0%} right",
             flush=True,
         )
