@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from shards.kernels.interface import Kernels
 from shards.kernels.select import select_kernels
+from shards.weight_memory import empty_weights
 
 HIDDEN, OUT, EXPERTS, TOP_K, WIDTH = 2048, 12288, 64, 10, 512
 
@@ -24,20 +26,30 @@ class Case:
 
     name: str
     tokens: int
-    run: Callable[[Kernels], object]
+    prepare: Callable[[Kernels], Callable[[], object]]
+    """Lays out a copy of the weights for a set -> what to time."""
     weight_bytes: int
     flops: int
+
+
+def copy_of(weight: Tensor) -> Tensor:
+    """In huge pages, as the engine's weights are."""
+    return empty_weights(tuple(weight.shape), weight.dtype, weight.device).copy_(weight)
 
 
 def linear_case(tokens: int, dtype: torch.dtype) -> Case:
     """A wide projection."""
     x, weight = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(OUT, HIDDEN).to(dtype)
-    size = weight.numel() * weight.element_size()
+
+    def prepare(kernels: Kernels) -> Callable[[], object]:
+        laid_out = kernels.lay_out(copy_of(weight))
+        return lambda: kernels.linear(x, laid_out)
+
     return Case(
         name="linear",
         tokens=tokens,
-        run=lambda kernels: kernels.linear(x, weight),
-        weight_bytes=size,
+        prepare=prepare,
+        weight_bytes=weight.numel() * weight.element_size(),
         flops=2 * tokens * weight.numel(),
     )
 
@@ -49,10 +61,15 @@ def experts_case(tokens: int, dtype: torch.dtype) -> Case:
     down = torch.randn(EXPERTS, HIDDEN, WIDTH).to(dtype)
     ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
     weights = (gate_up.numel() + down.numel()) // EXPERTS
+
+    def prepare(kernels: Kernels) -> Callable[[], object]:
+        laid_out = kernels.lay_out_experts(copy_of(gate_up), copy_of(down))
+        return lambda: kernels.experts(x, ids, *laid_out)
+
     return Case(
         name="experts",
         tokens=tokens,
-        run=lambda kernels: kernels.experts(x, ids, gate_up, down),
+        prepare=prepare,
         weight_bytes=len(ids.unique()) * weights * x.element_size(),
         flops=2 * tokens * TOP_K * weights,
     )
@@ -85,7 +102,7 @@ def main() -> None:
         for tokens in (1, 8, 32, 512):
             case = make(tokens, dtype)
             for kernels in sets:
-                seconds = median_seconds(lambda case=case, kernels=kernels: case.run(kernels))
+                seconds = median_seconds(case.prepare(kernels))
                 rates = f"{case.weight_bytes / seconds / 1e9:7.1f} {case.flops / seconds / 1e9:8.1f}"
                 print(f"{case.name:8} {tokens:4} {kernels.name:8} {seconds * 1e6:9.0f} {rates}")
 

@@ -44,7 +44,7 @@ class Attention:
         weights = [(f"{prefix}.{name}.weight", rows, part) for name, rows, part in cut]
         biases = [(f"{prefix}.{name}.bias", rows, part) for name, rows, part in cut]
         return Attention(
-            qkv_proj_NC=loader.stacked(weights, (config.hidden_size,)),
+            qkv_proj_NC=loader.linear(weights),
             qkv_bias_N=loader.stacked(biases, ()) if config.qkv_bias else None,
             q_norm_D=loader.tensor(f"{prefix}.q_norm.weight", (head_dim,)) if config.qk_norm else None,
             k_norm_D=loader.tensor(f"{prefix}.k_norm.weight", (head_dim,)) if config.qk_norm else None,

@@ -35,7 +35,7 @@ class Delta:
         value_heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
         values = as_slice(held, share)
         return Delta(
-            in_proj_NC=_load_in_proj(loader, prefix),
+            in_proj_NC=loader.kernels.lay_out(_load_in_proj(loader, prefix)),
             weights=DeltaWeights(
                 conv1d_QW=_load_conv(loader, f"{prefix}.conv1d.weight"),
                 a_log_V=loader.tensor(f"{prefix}.A_log", (value_heads,), values, dtype=torch.float32),

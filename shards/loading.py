@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shards.config import ModelConfig
 from shards.cuts import Cuts
+from shards.kernels.interface import Kernels
 from shards.linear import DenseMlp, RowLinear
 from shards.weight_memory import empty_weights
 from shards.weights import CheckpointReader
@@ -26,6 +27,8 @@ class Loader:
     cuts: Cuts
     dtype: torch.dtype
     device: torch.device
+    kernels: Kernels
+    """They lay out what they multiply with."""
 
     def tensor(self, name: str, shape: tuple[int, ...], *slices: slice, dtype: torch.dtype | None = None) -> Tensor:
         """The given slices of tensor `name`, which has `shape` in the checkpoint."""
@@ -42,11 +45,15 @@ class Loader:
             self.reader.read(name, part, out=out[begin:end])
         return out
 
+    def linear(self, parts: list[tuple[str, int, slice]]) -> Tensor:
+        """`stacked` rows of matrices that take the hidden size, as `Kernels.linear` reads them."""
+        return self.kernels.lay_out(self.stacked(parts, (self.config.hidden_size,)))
+
     def row_linear(self, name: str, inputs: int, part: slice, groups: int, *, bias: str | None = None) -> RowLinear:
         """Columns `part` of the [hidden_size, inputs] matrix `name`."""
         hidden = self.config.hidden_size
         return RowLinear(
-            weight_NC=self.tensor(name, (hidden, inputs), slice(None), part),
+            weight_NC=self.kernels.lay_out(self.tensor(name, (hidden, inputs), slice(None), part), groups=groups),
             bias_N=None if bias is None else self.tensor(bias, (hidden,)),
             groups=groups,
         )
@@ -56,13 +63,14 @@ class Loader:
         part = as_slice(columns)
         gate_up = [(f"{prefix}.gate_proj.weight", width, part), (f"{prefix}.up_proj.weight", width, part)]
         return DenseMlp(
-            gate_up_2IC=self.stacked(gate_up, (self.config.hidden_size,)),
+            gate_up_2IC=self.linear(gate_up),
             down_proj=self.row_linear(f"{prefix}.down_proj.weight", width, part, groups),
         )
 
     def experts(self, prefix: str) -> tuple[Tensor, Tensor]:
-        """Gate and up [E, 2I, C], down [E, C, I] of the experts and columns held here."""
+        """Gate and up [E, 2I, C], down [E, C, I] of the experts and columns held here, as its kernels read them."""
         config, columns = self.config, as_slice(self.cuts.expert_columns)
         sizes = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
         gate_up, down = self.reader.read_experts(prefix, self.cuts.experts, columns, expect=sizes, dtype=self.dtype)
-        return gate_up.to(self.device), down.to(self.device)
+        groups = self.cuts.expert_groups
+        return self.kernels.lay_out_experts(gate_up.to(self.device), down.to(self.device), groups=groups)

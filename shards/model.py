@@ -122,7 +122,8 @@ def load_model(loader: Loader) -> Model:
     config = loader.config
     root = loader.reader.root
     embed_name, head_name = f"{root}.embed_tokens.weight", loader.reader.head_name(tied=config.tie_word_embeddings)
-    embed_tokens = VocabShard.load(loader, embed_name)
+    tied = head_name == embed_name
+    embed_tokens = VocabShard.load(loader, embed_name, makes_logits=tied)
     layers = []
     for i in range(config.num_hidden_layers):
         same_kind = config.delta_layers if i in config.delta_layers else config.attention_layers
@@ -142,7 +143,7 @@ def load_model(loader: Loader) -> Model:
         embed_tokens=embed_tokens,
         layers=layers,
         norm_C=loader.tensor(f"{root}.norm.weight", (config.hidden_size,)),
-        lm_head=embed_tokens if head_name == embed_name else VocabShard.load(loader, head_name),
+        lm_head=embed_tokens if tied else VocabShard.load(loader, head_name, makes_logits=True),
         mtp=Mtp.load(loader) if config.num_nextn_predict_layers else None,
         eps=config.rms_norm_eps,
         zero_centred=config.zero_centred_norm,

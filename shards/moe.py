@@ -52,10 +52,10 @@ class Moe:
         shared, width = None, config.shared_expert_intermediate_size
         if width:
             mlp = loader.mlp(f"{prefix}.shared_expert", width, cuts.shared_columns, cuts.shared_groups)
-            gate = loader.tensor(f"{prefix}.shared_expert_gate.weight", (1, config.hidden_size))
+            gate = loader.linear([(f"{prefix}.shared_expert_gate.weight", 1, slice(0, 1))])
             shared = SharedExpert(mlp=mlp, gate_1C=gate)
         return Moe(
-            gate_EC=loader.tensor(f"{prefix}.gate.weight", (config.num_experts, config.hidden_size)),
+            gate_EC=loader.linear([(f"{prefix}.gate.weight", config.num_experts, slice(0, config.num_experts))]),
             gate_up_E2IC=gate_up,
             down_ECI=down,
             shared=shared,

@@ -46,10 +46,10 @@ class Mtp:
         return Mtp(
             embedding_norm_C=loader.tensor("mtp.pre_fc_norm_embedding.weight", hidden),
             hidden_norm_C=loader.tensor("mtp.pre_fc_norm_hidden.weight", hidden),
-            fc_CF=loader.tensor("mtp.fc.weight", (config.hidden_size, 2 * config.hidden_size)),
+            fc_CF=loader.kernels.lay_out(loader.tensor("mtp.fc.weight", (config.hidden_size, 2 * config.hidden_size))),
             input_layernorm_C=loader.tensor(f"{prefix}.input_layernorm.weight", hidden),
             attention=Attention.load(loader, f"{prefix}.self_attn"),
-            kv_proj_NC=loader.stacked(kv, hidden),
+            kv_proj_NC=loader.linear(kv),
             kv_bias_N=loader.stacked(biases, ()) if config.qkv_bias else None,
             post_attention_layernorm_C=loader.tensor(f"{prefix}.post_attention_layernorm.weight", hidden),
             mlp=Moe.load(loader, f"{prefix}.mlp"),

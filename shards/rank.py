@@ -154,7 +154,14 @@ class Rank:
             self.model_config, config.place, deterministic=self._runtime.exact, groups=config.reduction_groups
         )
         reader = CheckpointReader(config.model, progress, weight_block=self.model_config.weight_block_size)
-        loader = Loader(reader=reader, config=self.model_config, cuts=cuts, dtype=dtype, device=self._device)
+        loader = Loader(
+            reader=reader,
+            config=self.model_config,
+            cuts=cuts,
+            dtype=dtype,
+            device=self._device,
+            kernels=self._runtime.kernels,
+        )
         with torch.inference_mode():
             self._model = load_model(loader)
         self._graphs = self._make_graphs(self._model)

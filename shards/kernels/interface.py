@@ -38,12 +38,28 @@ class Kernels(Protocol):
         """True when results do not depend on batch, chunking or layout."""
         ...
 
+    def lay_out(self, weight_NC: Tensor, *, groups: int = 1) -> Tensor:
+        """The weight as `linear` with as many groups reads it, in the same memory and shape; for once, when it loads.
+
+        What lies where is the set's own affair: the weight is then good for `linear` and `take_rows` only.
+        """
+        ...
+
+    def lay_out_experts(self, gate_up_E2IC: Tensor, down_ECI: Tensor, *, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """`lay_out` for `experts` and `weighted_experts` with as many groups."""
+        ...
+
+    def take_rows(self, weight_NC: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows of a weight laid out in one group, as they were before -> [T, C]: a head that is an embedding too."""
+        ...
+
     def linear(
         self, x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None = None, *, groups: int = 1, wide: bool = False
     ) -> Tensor:
         """x @ weight.T (+ bias) -> [T, N].
 
         Args:
+            weight_NC: as `lay_out` gives it, with the same groups.
             groups: cut C into this many equal parts, sum each part on its own, then sum the parts as a balanced
                 binary tree (p0+p1)+(p2+p3): what a row-parallel layer needs to give the same bits at every tp. A
                 power of two that divides C.
@@ -132,7 +148,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Each token through each of its experts, unweighted -> [T, K, C]. ids (int64) < 0: not held here, gives zeros.
 
-        `groups` and `wide` act on the down projection as in `linear`.
+        Weights are as `lay_out_experts` gives them; `groups` and `wide` act on the down projection as in `linear`.
         """
         ...
 

@@ -65,6 +65,22 @@ class NativeKernels:
         """The instruction set that runs."""
         return PATHS[self._path]
 
+    def lay_out(self, weight_NC: Tensor, *, groups: int = 1) -> Tensor:
+        """In strips of 16 rows, but for AMX tiles."""
+        self._matmul.lay_out(weight_NC, groups=groups)
+        return weight_NC
+
+    def lay_out_experts(self, gate_up_E2IC: Tensor, down_ECI: Tensor, *, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """Gates and ups each on their own, so that a gate's strip has an up's beside it."""
+        E, width, C = gate_up_E2IC.shape
+        self._matmul.lay_out(gate_up_E2IC.view(E, 2, width // 2, C), groups=1)
+        self._matmul.lay_out(down_ECI, groups=groups)
+        return gate_up_E2IC, down_ECI
+
+    def take_rows(self, weight_NC: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows of a weight that was laid out."""
+        return self._matmul.take_rows(weight_NC, ids_T)
+
     def linear(
         self, x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None = None, *, groups: int = 1, wide: bool = False
     ) -> Tensor:

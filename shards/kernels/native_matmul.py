@@ -17,6 +17,8 @@ _int, _long, _address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 MATMUL_SIGNATURES: dict[str, list[type]] = {
     "kernels_linear": [_int] * 3 + [_address] * 4 + [_int] + [_long] * 3 + [_int],
     "kernels_experts": [_int] * 3 + [_address] * 6 + [_int] + [_long] * 5 + [_int],
+    "kernels_lay_out": [_int] * 3 + [_address] + [_long] * 3 + [_int],
+    "kernels_take_rows": [_int] * 3 + [_address] * 2 + [_long] * 3 + [_address],
 }
 
 
@@ -26,6 +28,28 @@ class NativeMatmul:
 
     library: ctypes.CDLL
     path: int
+
+    def lay_out(self, weight: Tensor, *, groups: int) -> None:
+        """Lay out [.., N, C] in place."""
+        code = check_tensors(weight, weight=(weight, tuple(weight.shape)))
+        N, C = weight.shape[-2:]
+        _check_groups(groups, C)
+        self.library.kernels_lay_out(
+            self.path, torch.get_num_threads(), code, weight.data_ptr(), weight.numel() // max(N * C, 1), N, C, groups
+        )
+
+    def take_rows(self, weight_NC: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows of a weight that was laid out -> [T, C]."""
+        (N, C), T = weight_NC.shape, ids_T.shape[0]
+        code = check_tensors(weight_NC, weight=(weight_NC, (N, C)))
+        check_tensor("ids", ids_T, torch.int64, (T,))
+        out_TC = weight_NC.new_empty((T, C))
+        failed = self.library.kernels_take_rows(
+            self.path, torch.get_num_threads(), code, weight_NC.data_ptr(), ids_T.data_ptr(), T, N, C, out_TC.data_ptr()
+        )
+        if failed:
+            raise ValueError(f"take_rows: ids span {int(ids_T.min())}..{int(ids_T.max())}, but there are {N} rows")
+        return out_TC
 
     def linear(self, x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None, *, groups: int, wide: bool) -> Tensor:
         """x @ weight.T (+ bias) -> [T, N]."""

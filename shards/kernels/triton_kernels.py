@@ -21,6 +21,18 @@ class TritonKernels:
     def __init__(self) -> None:
         self._torch = TorchKernels()
 
+    def lay_out(self, weight_NC: Tensor, *, groups: int = 1) -> Tensor:
+        """As it is."""
+        return weight_NC
+
+    def lay_out_experts(self, gate_up_E2IC: Tensor, down_ECI: Tensor, *, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """As they are."""
+        return gate_up_E2IC, down_ECI
+
+    def take_rows(self, weight_NC: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows of a weight."""
+        return weight_NC[ids_T]
+
     def linear(
         self, x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None = None, *, groups: int = 1, wide: bool = False
     ) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from shards.batch import NO_TOKEN
 from shards.kernels.interface import Kernels
 from shards.kernels.native import NativeKernels
-from tests.support.kernels import NATIVE, REFERENCE, assert_close, every_dtype, every_path, random
+from tests.support.kernels import NATIVE, REFERENCE, assert_close, every_dtype, every_path, experts, linear, random
 
 
 @every_path
@@ -19,8 +19,8 @@ from tests.support.kernels import NATIVE, REFERENCE, assert_close, every_dtype, 
 )
 def test_linear_agrees_on_odd_shapes(kernels: NativeKernels, dtype: torch.dtype, T: int, N: int, K: int) -> None:
     x, weight, bias = random(T, K, dtype=dtype), random(N, K, dtype=dtype), random(N, dtype=dtype)
-    assert_close(kernels.linear(x, weight, bias), REFERENCE.linear(x, weight, bias), scale=K**0.5)
-    wide = kernels.linear(x, weight, wide=True)
+    assert_close(linear(kernels, x, weight, bias), linear(REFERENCE, x, weight, bias), scale=K**0.5)
+    wide = linear(kernels, x, weight, wide=True)
     assert_close(wide, x.float() @ weight.float().T, scale=K**0.5)
 
 
@@ -30,8 +30,8 @@ def test_linear_agrees_on_odd_shapes(kernels: NativeKernels, dtype: torch.dtype,
 @pytest.mark.parametrize("K", [8, 72, 256])
 def test_linear_in_groups_agrees(kernels: NativeKernels, dtype: torch.dtype, groups: int, K: int) -> None:
     x, weight, bias = random(6, K, dtype=dtype), random(35, K, dtype=dtype), random(35, dtype=dtype)
-    found = kernels.linear(x, weight, bias, groups=groups, wide=True)
-    assert_close(found, REFERENCE.linear(x, weight, bias, groups=groups, wide=True), scale=K**0.5)
+    found = linear(kernels, x, weight, bias, groups=groups, wide=True)
+    assert_close(found, linear(REFERENCE, x, weight, bias, groups=groups, wide=True), scale=K**0.5)
 
 
 @every_path
@@ -247,8 +247,8 @@ def test_experts_agree_where_some_are_empty_and_some_not_here(
     ids = torch.randint(0, E, (T, K), generator=torch.Generator().manual_seed(0))
     ids[ids == 0] = -1
     for groups in (1, 4):
-        found = kernels.experts(x, ids, gate_up, down, groups=groups, wide=wide)
-        assert_close(found, REFERENCE.experts(x, ids, gate_up, down, groups=groups, wide=wide), scale=I**0.5)
+        found = experts(kernels, x, ids, gate_up, down, groups=groups, wide=wide)
+        assert_close(found, experts(REFERENCE, x, ids, gate_up, down, groups=groups, wide=wide), scale=I**0.5)
         assert not found[ids < 0].any()
 
 

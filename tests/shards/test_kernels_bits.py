@@ -8,7 +8,17 @@ from torch import Tensor
 
 from shards.comm import tree_sum
 from shards.kernels.native import NativeKernels
-from tests.support.kernels import NATIVE, assert_close, cuts, every_dtype, every_path, random, threads
+from tests.support.kernels import (
+    NATIVE,
+    assert_close,
+    cuts,
+    every_dtype,
+    every_path,
+    experts,
+    linear,
+    random,
+    threads,
+)
 
 
 @every_path
@@ -16,21 +26,21 @@ from tests.support.kernels import NATIVE, assert_close, cuts, every_dtype, every
 @pytest.mark.parametrize("K", [1, 15, 33, 100, 512])
 def test_a_linear_row_is_the_same_alone_and_in_any_batch(kernels: NativeKernels, dtype: torch.dtype, K: int) -> None:
     x, weight, bias = random(75, K, dtype=dtype), random(101, K, dtype=dtype), random(101, dtype=dtype)
-    whole = kernels.linear(x, weight, bias)
+    whole = linear(kernels, x, weight, bias)
     for sizes in ([1], [2], [3], [5, 4, 7], [64]):
-        pieces = [kernels.linear(x[piece], weight, bias) for piece in cuts(75, sizes)]
+        pieces = [linear(kernels, x[piece], weight, bias) for piece in cuts(75, sizes)]
         assert torch.equal(torch.cat(pieces), whole)
     order = torch.randperm(75, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(kernels.linear(x[order], weight, bias), whole[order])
+    assert torch.equal(linear(kernels, x[order], weight, bias), whole[order])
 
 
 @every_path
 @every_dtype
 def test_slices_of_columns_put_together_are_the_whole(kernels: NativeKernels, dtype: torch.dtype) -> None:
     x, weight = random(9, 90, dtype=dtype), random(128, 90, dtype=dtype)
-    whole = kernels.linear(x, weight)
+    whole = linear(kernels, x, weight)
     for sizes in ([1], [5], [32], [48, 7]):
-        pieces = [kernels.linear(x, weight[piece]) for piece in cuts(128, sizes)]
+        pieces = [linear(kernels, x, weight[piece]) for piece in cuts(128, sizes)]
         assert torch.equal(torch.cat(pieces, dim=1), whole)
 
 
@@ -42,9 +52,9 @@ def test_ranks_that_sum_their_share_of_groups_as_a_tree_agree_with_one_rank(
     kernels: NativeKernels, dtype: torch.dtype, K: int, ranks: int
 ) -> None:
     x, weight = random(7, K, dtype=dtype), random(50, K, dtype=dtype)
-    alone = kernels.linear(x, weight, groups=8, wide=True)
+    alone = linear(kernels, x, weight, groups=8, wide=True)
     parts = [
-        kernels.linear(a.contiguous(), b.contiguous(), groups=8 // ranks, wide=True)
+        linear(kernels, a.contiguous(), b.contiguous(), groups=8 // ranks, wide=True)
         for a, b in zip(x.chunk(ranks, dim=1), weight.chunk(ranks, dim=1), strict=True)
     ]
     assert torch.equal(tree_sum(parts), alone)
@@ -57,13 +67,13 @@ def test_experts_give_a_token_the_same_rows_in_any_batch(kernels: NativeKernels,
     x = random(T, C, dtype=dtype)
     gate_up, down = random(E, 2 * width, C, dtype=dtype), random(E, C, width, dtype=dtype)
     ids = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(t))[:K] for t in range(T)])
-    whole = kernels.experts(x, ids, gate_up, down, groups=2)
+    whole = experts(kernels, x, ids, gate_up, down, groups=2)
     for sizes in ([1], [7, 30]):
-        pieces = [kernels.experts(x[piece], ids[piece], gate_up, down, groups=2) for piece in cuts(T, sizes)]
+        pieces = [experts(kernels, x[piece], ids[piece], gate_up, down, groups=2) for piece in cuts(T, sizes)]
         assert torch.equal(torch.cat(pieces), whole)
     # An expert is a dense layer. (AMX tiles are activated by a formula of their own.)
-    gated = kernels.silu_mul(kernels.linear(x[:1], gate_up[ids[0, 1]]))
-    assert_close(kernels.linear(gated, down[ids[0, 1]], groups=2)[0], whole[0, 1], scale=width**0.5)
+    gated = kernels.silu_mul(linear(kernels, x[:1], gate_up[ids[0, 1]]))
+    assert_close(linear(kernels, gated, down[ids[0, 1]], groups=2)[0], whole[0, 1], scale=width**0.5)
 
 
 @every_path
@@ -75,8 +85,8 @@ def test_weighted_experts_give_the_bits_of_experts_then_combine(
     x, weights = random(T, 70, dtype=dtype), random(T, 3)
     gate_up, down = random(5, 72, 70, dtype=dtype), random(5, 70, 36, dtype=dtype)
     ids = torch.randint(-1, 5, (T, 3), generator=torch.Generator().manual_seed(0))
-    fused = kernels.weighted_experts(x, ids, weights, gate_up, down, groups=4)
-    each = kernels.experts(x, ids, gate_up, down, groups=4)
+    fused = experts(kernels, x, ids, gate_up, down, weights=weights, groups=4)
+    each = experts(kernels, x, ids, gate_up, down, groups=4)
     assert torch.equal(fused, kernels.combine(each, weights))
 
 
@@ -88,9 +98,9 @@ def test_many_tokens_of_one_expert_give_the_rows_of_each_alone(
 ) -> None:
     x, ids = random(T, 96, dtype=dtype), torch.ones(T, 1, dtype=torch.int64)
     gate_up, down = random(2, 2 * 37, 96, dtype=dtype), random(2, 96, 37, dtype=dtype)
-    whole = kernels.experts(x, ids, gate_up, down)
+    whole = experts(kernels, x, ids, gate_up, down)
     for t in (0, T // 2, T - 1):
-        assert torch.equal(kernels.experts(x[t : t + 1], ids[:1], gate_up, down), whole[t : t + 1])
+        assert torch.equal(experts(kernels, x[t : t + 1], ids[:1], gate_up, down), whole[t : t + 1])
 
 
 @every_path
@@ -102,10 +112,10 @@ def test_ranks_with_slices_of_every_expert_agree_with_one_rank(
     T, E, K, C, width = 11, 4, 2, 40, 48
     x, ids = random(T, C, dtype=dtype), torch.randint(0, E, (T, K), generator=torch.Generator().manual_seed(0))
     gate_up, down = random(E, 2, width, C, dtype=dtype), random(E, C, width, dtype=dtype)
-    alone = kernels.experts(x, ids, gate_up.flatten(1, 2), down, groups=4, wide=True)
+    alone = experts(kernels, x, ids, gate_up.flatten(1, 2), down, groups=4, wide=True)
     slices = zip(gate_up.chunk(ranks, dim=2), down.chunk(ranks, dim=2), strict=True)
     parts = [
-        kernels.experts(x, ids, a.flatten(1, 2).contiguous(), b.contiguous(), groups=4 // ranks, wide=True)
+        experts(kernels, x, ids, a.flatten(1, 2).contiguous(), b.contiguous(), groups=4 // ranks, wide=True)
         for a, b in slices
     ]
     assert torch.equal(tree_sum(parts), alone)
@@ -244,8 +254,8 @@ def test_one_and_two_and_three_threads_give_the_same_bits(kernels: NativeKernels
         with threads(count):
             results.append(
                 (
-                    kernels.linear(x, weight, groups=4),
-                    kernels.experts(x, ids, gate_up, down),
+                    linear(kernels, x, weight, groups=4),
+                    experts(kernels, x, ids, gate_up, down),
                     kernels.attention(q, pools[0], pools[1], table, starts, contexts, 0.1),
                     kernels.rms_norm(q, random(64, dtype=dtype), 1e-6, zero_centred=False),
                 )

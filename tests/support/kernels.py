@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shards.kernels.interface import Kernels
 from shards.kernels.library import load_library
 from shards.kernels.native import PATHS, NativeKernels
 from shards.kernels.torch_kernels import TorchKernels
@@ -18,8 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def runnable_paths() -> list[NativeKernels]:
     loaded = load_library()
     assert loaded is not None, "build the native kernels first: python hatch_build.py"
-    best = NativeKernels(loaded)
-    return [NativeKernels(loaded, path) for path in PATHS[: PATHS.index(best.path) + 1]]
+    return [NativeKernels(loaded, path) for i, path in enumerate(PATHS) if loaded.kernels_has_path(i)]
 
 
 NATIVE = runnable_paths()
@@ -57,6 +57,33 @@ def cuts(total: int, sizes: list[int]) -> list[slice]:
         pieces.append(slice(at, min(at + size, total)))
         at += size
     return pieces
+
+
+def linear(
+    kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int = 1, wide: bool = False
+) -> Tensor:
+    """Of a weight as a checkpoint has it."""
+    laid_out = kernels.lay_out(weight.clone(memory_format=torch.contiguous_format), groups=groups)
+    return kernels.linear(x, laid_out, bias, groups=groups, wide=wide)
+
+
+def experts(
+    kernels: Kernels,
+    x: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    weights: Tensor | None = None,
+    groups: int = 1,
+    wide: bool = False,
+) -> Tensor:
+    """Of weights as a checkpoint has them; their weighted sum where weights of the pairs are given."""
+    clones = (w.clone(memory_format=torch.contiguous_format) for w in (gate_up, down))
+    laid_out = kernels.lay_out_experts(*clones, groups=groups)
+    if weights is not None:
+        return kernels.weighted_experts(x, ids, weights, *laid_out, groups=groups)
+    return kernels.experts(x, ids, *laid_out, groups=groups, wide=wide)
 
 
 def one_sequence(piece: slice) -> tuple[Tensor, Tensor, Tensor]:

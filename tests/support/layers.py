@@ -33,13 +33,14 @@ def run_mixer(folder: Path, layer: int, x_TC: Tensor, *, tp: int, chunk: int) ->
     def work(place: Place, comms: Comms) -> Tensor:
         cuts = make_cuts(config, place, deterministic=False)
         reader = CheckpointReader(folder)
-        loader = Loader(reader=reader, config=config, cuts=cuts, dtype=torch.float32, device=torch.device("cpu"))
+        cpu, kernels = torch.device("cpu"), TorchKernels()
+        loader = Loader(reader=reader, config=config, cuts=cuts, dtype=torch.float32, device=cpu, kernels=kernels)
         mixer = load_model(loader).layers[layer].mixer
         shape = cache_shape(
             config, tp, place.tp_rank, num_blocks=32, block_size=BLOCK_SIZE, num_slots=3, dtype=torch.float32
         )
         cache = KvCache(shape, "cpu")
-        runtime = Runtime(kernels=TorchKernels(), comms=comms, exact=False)
+        runtime = Runtime(kernels=kernels, comms=comms, exact=False)
         rows = Rows(max_rows=2, max_model_len=MAX_LEN, block_size=BLOCK_SIZE, device=torch.device("cpu"))
         outputs: list[Tensor] = []
         for first in range(0, len(x_TC), chunk):

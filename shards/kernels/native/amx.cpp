@@ -208,8 +208,8 @@ bool tiles_allowed() {
 }  // namespace
 
 const Matmul<bf16>* amx_matmul() {
-    static const Matmul<bf16> matmul = {2 * BLOCK,    packed_width, pack,        multiply, round_to, gate_up,
-                                         few_gate_up, few_round_to, leave};
+    static const Matmul<bf16> matmul = {BLOCK,    false,   packed_width, pack,         multiply,
+                                         round_to, gate_up, few_gate_up,  few_round_to, leave};
     static const bool allowed = tiles_allowed();
     return allowed ? &matmul : nullptr;
 }

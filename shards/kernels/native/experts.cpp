@@ -115,15 +115,15 @@ class Experts {
 
     void cut() {
         int64_t row_bytes = matmul_.packed_width(w_.C, 1) * int64_t(sizeof(T));
-        int64_t most = std::max<int64_t>(CHUNK_BYTES / row_bytes / CALL_ROWS, 1) * CALL_ROWS, longest = 0;
+        int64_t most = std::max<int64_t>(CHUNK_BYTES / row_bytes / matmul_.block, 1) * matmul_.block, longest = 0;
         for (int64_t e = 0; e < w_.E; e++) {
             int64_t at = starts_[size_t(e)], end = starts_[size_t(e + 1)], left = blocks_of(end - at, most);
             // Chunks of like size: each reads all weights of its expert.
             for (; left > 0; left--) {
-                int64_t rows = std::min(blocks_of(blocks_of(end - at, left), 2 * BLOCK) * 2 * BLOCK, end - at);
+                int64_t rows = std::min(blocks_of(blocks_of(end - at, left), 2 * matmul_.block) * 2 * matmul_.block, end - at);
                 chunks_.push_back({e, at, rows, inner_rows_});
-                inner_rows_ += panel_rows(rows);
-                longest = std::max(longest, panel_rows(rows));
+                inner_rows_ += matmul_.panel_rows(rows);
+                longest = std::max(longest, matmul_.panel_rows(rows));
                 longest_ = std::max(longest_, rows);
                 at += rows;
             }
@@ -135,13 +135,14 @@ class Experts {
     int64_t step_of(int64_t rows, int64_t row_bytes, int64_t unit, int threads) const {
         int64_t chunks = std::max<int64_t>(int64_t(chunks_.size()), 1);
         int64_t step = rows * chunks / (threads * TASKS_A_THREAD);
-        if (int64_t(order_.size()) < chunks * 2 * BLOCK) step = std::min(step, TASK_BYTES / std::max<int64_t>(row_bytes, 1));
+        if (int64_t(order_.size()) < chunks * 2 * matmul_.block)
+            step = std::min(step, TASK_BYTES / std::max<int64_t>(row_bytes, 1));
         return std::max(std::min(step, rows) / unit * unit, unit);
     }
 
     void plan(int threads) {
-        gate_step_ = step_of(w_.I, 2 * w_.C * int64_t(sizeof(T)), matmul_.columns / 2, threads);
-        down_step_ = step_of(w_.C, w_.I * int64_t(sizeof(T)), matmul_.columns, threads);
+        gate_step_ = step_of(w_.I, 2 * w_.C * int64_t(sizeof(T)), COLUMNS / 2, threads);
+        down_step_ = step_of(w_.C, w_.I * int64_t(sizeof(T)), COLUMNS, threads);
         gate_tasks_ = blocks_of(w_.I, gate_step_), down_tasks_ = blocks_of(w_.C, down_step_);
         int64_t width = matmul_.packed_width(w_.I, groups_);
         size_t panels = size_t(threads * panel_size_) * sizeof(T);
@@ -152,8 +153,8 @@ class Experts {
         char* at = scratch(panels + inner + rows + waiting);
         panels_ = (T*)at, inner_ = (T*)(at + panels), rows_ = (T*)(at + panels + inner);
         waiting_ = (T*)(at + panels + inner + rows);
-        // What packing adds to a row multiplies weights that are not there: zeros.
-        if (width != w_.I) std::fill_n(inner_, inner_rows_ * width, T(0));
+        // What packing adds to a row, in strips a half of a pair, multiplies weights that are not there: zeros.
+        if (matmul_.strips ? w_.I / groups_ % 2 != 0 : width != w_.I) std::fill_n(inner_, inner_rows_ * width, T(0));
         if (results_.weights != nullptr)
             for (int64_t i = 0; i < pairs_; i++)
                 if (ids_[i] < 0) std::fill_n(waiting_ + i * w_.C, w_.C, T(0));
@@ -182,28 +183,26 @@ class Experts {
 
     void pack(const Chunk& chunk, T* panel) const {
         int64_t width = matmul_.packed_width(w_.C, 1);
-        for (int64_t row = 0; row < chunk.rows; row += BLOCK) {
+        for (int64_t row = 0; row < chunk.rows; row += matmul_.block) {
             const T* xs[BLOCK];
-            int count = int(std::min<int64_t>(BLOCK, chunk.rows - row));
+            int count = int(std::min<int64_t>(matmul_.block, chunk.rows - row));
             for (int r = 0; r < count; r++) xs[r] = x_ + order_[size_t(chunk.first + row + r)] / top_k_ * w_.C;
-            if (matmul_.pack != nullptr)
-                matmul_.pack(xs, count, w_.C, 1, panel + row * width);
-            else
-                for (int r = 0; r < count; r++) std::copy_n(xs[r], w_.C, panel + (row + r) * width);
+            matmul_.pack(xs, count, w_.C, 1, panel + row * width);
         }
     }
 
     // What to fetch while the last columns of a task are computed: the next task's, or the first of `down`.
     Ahead after_gate(int64_t next, int64_t down) const {
-        int64_t row_bytes = w_.C * int64_t(sizeof(T)), width = matmul_.columns / 2;
+        int64_t row_bytes = w_.C * int64_t(sizeof(T)), width = COLUMNS / 2;
         if (next >= 0) return {gate_of(next), std::min(width, w_.I) * row_bytes, w_.I * row_bytes};
         return {down_of(down), std::min(lead_columns(), w_.C) * w_.I * int64_t(sizeof(T))};
     }
 
     // How far ahead rows of down are fetched.
     int64_t lead_columns() const {
-        int64_t bytes = matmul_.columns * w_.I * int64_t(sizeof(T));
-        return blocks_of(LEAD_BYTES, std::max<int64_t>(bytes, 1)) * matmul_.columns;
+        if (matmul_.strips) return COLUMNS;
+        int64_t bytes = COLUMNS * w_.I * int64_t(sizeof(T));
+        return blocks_of(LEAD_BYTES, std::max<int64_t>(bytes, 1)) * COLUMNS;
     }
 
     void gate_task(int64_t task, int64_t next, int64_t down, T* panel, int64_t& held) const {
@@ -217,17 +216,17 @@ class Experts {
         int64_t row_bytes = w_.C * int64_t(sizeof(T));
         const T* gate = gate_of(task);
         if (matmul_.few_gate_up != nullptr) {
-            Lead lead{int(matmul_.columns / 2), after_gate(next, down)};
+            Lead lead{int(COLUMNS / 2), after_gate(next, down)};
             if (matmul_.few_gate_up(panel, int(chunk.rows), gate, gate + w_.I * w_.C, int(end - column), w_.C, lead,
                                     inner_ + chunk.panel_row * inner_width, w_.I, column, groups_))
                 return;
         }
-        for (; column < end; column += matmul_.columns / 2) {
-            int columns = int(std::min<int64_t>(matmul_.columns / 2, end - column));
+        for (; column < end; column += COLUMNS / 2) {
+            int columns = int(std::min<int64_t>(COLUMNS / 2, end - column));
             Ahead ahead(gate + columns * w_.C, columns * row_bytes, w_.I * row_bytes);
             if (column + columns >= end) ahead = after_gate(next, down);
-            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.lines = 0) {
-                int rows = int(std::min<int64_t>(CALL_ROWS, chunk.rows - r));
+            for (int64_t r = 0; r < chunk.rows; r += matmul_.call_rows(), ahead.lines = 0) {
+                int rows = int(std::min(matmul_.call_rows(), chunk.rows - r));
                 matmul_.gate_up(panel + r * width, rows, gate, gate + w_.I * w_.C, columns, w_.C, ahead,
                                 inner_ + (chunk.panel_row + r) * inner_width, w_.I, column, groups_);
             }
@@ -244,7 +243,7 @@ class Experts {
         alignas(64) float sums[CALL_ROWS * COLUMNS];
         bool aside = chunk.rows > ASIDE_ROWS && results_.wide_out == nullptr;
         int64_t first = column;
-        if (matmul_.few_round_to != nullptr && chunk.rows <= BLOCK && results_.wide_out == nullptr) {
+        if (matmul_.few_round_to != nullptr && chunk.rows <= matmul_.block && results_.wide_out == nullptr) {
             T* to[BLOCK];
             places(chunk.first, int(chunk.rows), column, to);
             Lead ahead{int(lead), next < 0 ? Ahead() : Ahead(down_of(next), lead * w_.I * int64_t(sizeof(T)))};
@@ -252,13 +251,13 @@ class Experts {
                                      groups_, ahead, to))
                 return;
         }
-        for (; column < end; column += matmul_.columns) {
-            int columns = int(std::min<int64_t>(matmul_.columns, end - column));
+        for (; column < end; column += COLUMNS) {
+            int columns = int(std::min<int64_t>(COLUMNS, end - column));
             const T* after = down + lead * w_.I;
             if (column + lead >= end) after = next < 0 ? nullptr : down_of(next) + (column + lead - end) * w_.I;
             Ahead ahead(after, columns * w_.I * int64_t(sizeof(T)));
-            for (int64_t r = 0; r < chunk.rows; r += CALL_ROWS, ahead.lines = 0) {
-                int rows = int(std::min<int64_t>(CALL_ROWS, chunk.rows - r));
+            for (int64_t r = 0; r < chunk.rows; r += matmul_.call_rows(), ahead.lines = 0) {
+                int rows = int(std::min(matmul_.call_rows(), chunk.rows - r));
                 const T* panel = inner_ + (chunk.panel_row + r) * width;
                 T* to[CALL_ROWS];
                 if (results_.wide_out == nullptr) {

@@ -12,7 +12,7 @@
 
 namespace kernels {
 
-constexpr int ABI = 4;
+constexpr int ABI = 5;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -20,8 +20,8 @@ using bf16 = uint16_t;
 
 // Lanes of every vector in this library, real or emulated: sums over K use this many partial sums.
 constexpr int LANES = 16;
-// Weight rows that a task takes at once; a multiple of the tile widths of all paths.
-constexpr int COLUMNS = 48;
+// Weight rows that a product takes at once: two strips or tiles of them.
+constexpr int COLUMNS = 2 * LANES;
 // Key positions that attention takes at once, counted from position 0.
 constexpr int KEYS = 64;
 // Most query rows that attention takes over a block of keys at once.

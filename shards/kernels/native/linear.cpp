@@ -33,13 +33,13 @@ struct Linear {
         int64_t width = matmul.packed_width(K, groups);
         if (few(column, end, next)) return;
         alignas(64) float sums[CALL_ROWS * COLUMNS];
-        for (; column < end; column += matmul.columns) {
-            int columns = int(std::min<int64_t>(matmul.columns, end - column));
+        for (; column < end; column += COLUMNS) {
+            int columns = int(std::min<int64_t>(COLUMNS, end - column));
             const T* w = weight + column * K;
             const T* after = w + int64_t(columns) * K;
             Ahead ahead(column + columns < end ? after : next, int64_t(sizeof(T)) * columns * K);
-            for (int64_t r = row; r < rows_end; r += CALL_ROWS, ahead.lines = 0) {
-                int count = int(std::min<int64_t>(CALL_ROWS, rows_end - r));
+            for (int64_t r = row; r < rows_end; r += matmul.call_rows(), ahead.lines = 0) {
+                int count = int(std::min(matmul.call_rows(), rows_end - r));
                 if (wide_out == nullptr && bias == nullptr) {
                     T* to[CALL_ROWS];
                     for (int i = 0; i < count; i++) to[i] = out + (r + i) * N + column;
@@ -54,10 +54,10 @@ struct Linear {
 
     // Few rows in one call, where the instruction set has one; whether it was done.
     bool few(int64_t column, int64_t end, const T* next) const {
-        if (matmul.few_round_to == nullptr || rows > BLOCK || wide_out != nullptr || bias != nullptr) return false;
+        if (matmul.few_round_to == nullptr || rows > matmul.block || wide_out != nullptr || bias != nullptr) return false;
         T* to[BLOCK];
         for (int i = 0; i < int(rows); i++) to[i] = out + i * N + column;
-        Lead lead{matmul.columns, Ahead(next, int64_t(sizeof(T)) * matmul.columns * K)};
+        Lead lead{COLUMNS, Ahead(next, int64_t(sizeof(T)) * COLUMNS * K)};
         return matmul.few_round_to(panel, int(rows), weight + column * K, int(end - column), K, groups, lead, to);
     }
 
@@ -74,30 +74,27 @@ struct Linear {
 
     void pack(T* to, int64_t row) const {
         const T* xs[BLOCK];
-        int count = int(std::min<int64_t>(BLOCK, rows - row));
+        int count = int(std::min<int64_t>(matmul.block, rows - row));
         for (int r = 0; r < count; r++) xs[r] = x + (row + r) * K;
         matmul.pack(xs, count, K, groups, to + row * matmul.packed_width(K, groups));
     }
 
     void run(int threads) {
         threads = threads_for(rows * N * K / 8, threads);
-        T* packed = nullptr;
-        if (matmul.pack != nullptr)
-            packed = (T*)scratch(size_t(panel_rows(rows) * matmul.packed_width(K, groups)) * sizeof(T));
-        panel = packed == nullptr ? x : packed;
-        int64_t columns = matmul.columns, row_bytes = std::max<int64_t>(K * int64_t(sizeof(T)), 1);
-        chunk = std::max<int64_t>(CHUNK_BYTES / row_bytes / CALL_ROWS, 1) * CALL_ROWS;
-        step = std::min(TASK_BYTES / row_bytes, N / (threads * TASKS_A_THREAD)) / columns * columns;
-        step = std::max(step, columns);
+        T* packed = (T*)scratch(size_t(matmul.panel_rows(rows) * matmul.packed_width(K, groups)) * sizeof(T));
+        panel = packed;
+        int64_t row_bytes = std::max<int64_t>(K * int64_t(sizeof(T)), 1);
+        int64_t packed_bytes = std::max<int64_t>(matmul.packed_width(K, groups) * int64_t(sizeof(T)), 1);
+        chunk = std::max<int64_t>(CHUNK_BYTES / packed_bytes / matmul.block, 1) * matmul.block;
+        step = std::min(TASK_BYTES / row_bytes, N / (threads * TASKS_A_THREAD)) / COLUMNS * COLUMNS;
+        step = std::max<int64_t>(step, COLUMNS);
         int64_t column_tasks = blocks_of(N, step);
         Tickets tickets(blocks_of(rows, chunk) * column_tasks, threads);
 #pragma omp parallel num_threads(threads)
         {
             MatmulSession<T> session(matmul);
-            if (packed != nullptr) {
 #pragma omp for
-                for (int64_t row = 0; row < rows; row += BLOCK) pack(packed, row);
-            }
+            for (int64_t row = 0; row < rows; row += matmul.block) pack(packed, row);
             tickets.share(omp_get_thread_num(), [&](int64_t i, int64_t next) {
                 const T* then = next < 0 ? nullptr : weight + next % column_tasks * step * K;
                 task(i / column_tasks * chunk, i % column_tasks * step, then);

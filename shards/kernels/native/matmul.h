@@ -13,9 +13,9 @@
 
 namespace kernels {
 
-// Rows of x that are packed together: a panel of `rows` rows holds them rounded up to a multiple of it.
+// Most rows of x that are packed together.
 constexpr int BLOCK = 16;
-// Rows of x that a call takes at most.
+// Rows of x that a call takes at most; less where the rows that are packed together do not divide it.
 constexpr int CALL_ROWS = 512;
 
 // Weights that a later call will read, fetched into the second-level cache on the way. Memory gives more to four streams
@@ -45,22 +45,24 @@ struct Lead {
 
 template <class T>
 struct Matmul {
-    // Weight rows that a call takes at most, an even number; a sum's rows are COLUMNS apart.
-    int columns;
-    // Elements of a packed row of K; rows r .. r + 15 of a panel begin at r * packed_width, r a multiple of BLOCK.
+    // Rows of x that are packed together, at most BLOCK: a panel holds its rows rounded up to a multiple of it.
+    int block;
+    // Weights lie in strips as layout.cpp lays them out; else row by row.
+    bool strips;
+    // Elements of a packed row of K; a panel's rows r .. r + block - 1 begin at r * packed_width, r a multiple of block.
     int64_t (*packed_width)(int64_t K, int groups);
-    // Packs up to BLOCK rows; null where a panel is the rows of K elements under one another.
+    // Packs up to `block` rows.
     void (*pack)(Rows<T> x, int rows, int64_t K, int groups, T* to);
-    // sums[r * COLUMNS + n] = x[r] . w[n] over K, in `groups` parts that are added as a balanced tree; w's rows lie K
-    // apart.
+    // sums[r * COLUMNS + n] = x[r] . w[n] over K for up to COLUMNS of n, in `groups` parts that are added as a balanced
+    // tree; row n of w, n a multiple of LANES, lies at n * K.
     void (*multiply)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Ahead ahead, float* sums);
     // The same, rounded to T, to out[r][n].
     void (*round_to)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Ahead ahead, T* const* out);
-    // Writes silu(x[r] . gate[n]) * (x[r] . up[n]) for up to columns / 2 of n into columns [at, at + columns) of a panel
-    // of rows of I, packed in `groups` for the product that follows.
+    // Writes silu(x[r] . gate[n]) * (x[r] . up[n]) for up to COLUMNS / 2 of n into columns [at, at + columns) of a
+    // panel of rows of I, packed in `groups` for the product that follows.
     void (*gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Ahead ahead, T* inner,
                     int64_t I, int64_t at, int groups);
-    // `gate_up` and `round_to` of up to BLOCK rows for any number of columns at once; false, and nothing done, where
+    // `gate_up` and `round_to` of up to `block` rows for any number of columns at once; false, and nothing done, where
     // they cannot take the sizes. Null where there is no such way.
     bool (*few_gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Lead lead, T* inner,
                         int64_t I, int64_t at, int groups);
@@ -68,6 +70,11 @@ struct Matmul {
                          T* const* out);
     // After the last call of a thread; null where there is nothing to put back.
     void (*leave)();
+
+    // Whole blocks that a call takes.
+    int64_t call_rows() const { return CALL_ROWS / block * block; }
+    // Rounding up of a panel's rows.
+    int64_t panel_rows(int64_t rows) const { return (rows + block - 1) / block * block; }
 };
 
 template <class T>
@@ -136,9 +143,6 @@ char* staging(size_t bytes);
 
 static inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// Rounding up of a panel's rows.
-static inline int64_t panel_rows(int64_t rows) { return blocks_of(rows, BLOCK) * BLOCK; }
 
 const Matmul<bf16>* amx_matmul();
 

@@ -12,14 +12,14 @@ struct vec {
     __m256 low, high;
 };
 
-// A full tile keeps 12 of the 16 registers as accumulators.
-constexpr int MAX_TILE_ROWS = 2;
-constexpr int tile_columns(int rows) { return rows == 2 ? 3 : 4; }
+// Rows of x that a tile of products takes: with two strips of weights 12 of the 16 registers accumulate.
+constexpr int TILE_ROWS = 3;
 // Attention's tiles: rows, and vectors of keys or columns.
 constexpr int ATTEND_ROWS = 3, ATTEND_VECS = 2;
 
 FN vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 FN vec fill(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+FN vec plus(vec a, vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 FN vec multiply(vec a, vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 FN vec subtract(vec a, vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 FN vec fused(vec a, vec b, vec c) {
@@ -36,6 +36,18 @@ FN vec read(const T* p, int n) {
     T padded[LANES] = {};
     for (int i = 0; i < n; i++) padded[i] = p[i];
     return read(padded);
+}
+// The firsts and the seconds of 16 pairs.
+FN void read_pairs(const bf16* p, vec& first, vec& second) {
+    __m256i low = _mm256_loadu_si256((const __m256i*)p), high = _mm256_loadu_si256((const __m256i*)(p + LANES));
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+    first = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+    second = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
+}
+FN void read_pairs(const bf16* p, int n, vec& first, vec& second) {
+    bf16 padded[2 * LANES] = {};
+    for (int i = 0; i < 2 * n; i++) padded[i] = p[i];
+    read_pairs(padded, first, second);
 }
 FN void write(float* p, vec x) {
     _mm256_storeu_ps(p, x.low);
@@ -83,13 +95,6 @@ FN void transpose(vec* x) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < LANES; j++) turned[i][j] = lane[j][i];
     for (int i = 0; i < LANES; i++) x[i] = read(turned[i]);
-}
-
-FN float sum(vec x) {
-    __m256 eight = _mm256_add_ps(x.low, x.high);
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
 }  // namespace

@@ -10,15 +10,15 @@ namespace {
 
 using vec = __m512;
 
-// A full row of tiles keeps 24 of the 32 registers as accumulators.
-constexpr int MAX_TILE_ROWS = 4;
-constexpr int tile_columns(int rows) { return rows == 4 ? 6 : 8; }
+// Rows of x that a tile of products takes: with two strips of weights 24 of the 32 registers accumulate.
+constexpr int TILE_ROWS = 12;
 // Attention's tiles: rows, and vectors of keys or columns.
 constexpr int ATTEND_ROWS = 6, ATTEND_VECS = 4;
 
 FN __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
 FN vec zero() { return _mm512_setzero_ps(); }
 FN vec fill(float x) { return _mm512_set1_ps(x); }
+FN vec plus(vec a, vec b) { return _mm512_add_ps(a, b); }
 FN vec multiply(vec a, vec b) { return _mm512_mul_ps(a, b); }
 FN vec subtract(vec a, vec b) { return _mm512_sub_ps(a, b); }
 FN vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -27,6 +27,15 @@ FN vec read(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes(n), p); 
 FN vec widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 FN vec read(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
 FN vec read(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+// The firsts and the seconds of 16 pairs.
+FN void split(__m512i pairs, vec& first, vec& second) {
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+}
+FN void read_pairs(const bf16* p, vec& first, vec& second) { split(_mm512_loadu_si512(p), first, second); }
+FN void read_pairs(const bf16* p, int n, vec& first, vec& second) {
+    split(_mm512_maskz_loadu_epi32(lanes(n), p), first, second);
+}
 FN void write(float* p, vec x) { _mm512_storeu_ps(p, x); }
 FN void write(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
 // As `store` of one number: to nearest, ties to even, NaN stays NaN.
@@ -82,14 +91,6 @@ FN void transpose(vec* x) {
         x[4 + c] = _mm512_shuffle_f32x4(odd, odd_high, 0x88);
         x[12 + c] = _mm512_shuffle_f32x4(odd, odd_high, 0xdd);
     }
-}
-
-FN float sum(vec x) {
-    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x),
-                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
 }  // namespace

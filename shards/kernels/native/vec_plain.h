@@ -8,13 +8,14 @@ namespace {
 
 typedef float vec __attribute__((vector_size(64)));
 
-constexpr int MAX_TILE_ROWS = 2;
-constexpr int tile_columns(int) { return 2; }
+// Rows of x that a tile of products takes.
+constexpr int TILE_ROWS = 2;
 // Attention's tiles: rows, and vectors of keys or columns.
 constexpr int ATTEND_ROWS = 2, ATTEND_VECS = 1;
 
 FN vec zero() { return vec{}; }
 FN vec fill(float x) { return vec{} + x; }
+FN vec plus(vec a, vec b) { return a + b; }
 FN vec multiply(vec a, vec b) { return a * b; }
 FN vec subtract(vec a, vec b) { return a - b; }
 FN vec fused(vec a, vec b, vec c) { return a * b + c; }
@@ -34,6 +35,15 @@ FN vec read(const T* p, int n) {
     for (int i = 0; i < n; i++) padded[i] = p[i];
     return read(padded);
 }
+// The firsts and the seconds of n pairs.
+FN void read_pairs(const bf16* p, int n, vec& first, vec& second) {
+    first = second = zero();
+    for (int i = 0; i < n; i++) {
+        first[i] = load(p + 2 * i);
+        second[i] = load(p + 2 * i + 1);
+    }
+}
+FN void read_pairs(const bf16* p, vec& first, vec& second) { read_pairs(p, LANES, first, second); }
 FN void write(float* p, vec x) { memcpy(p, &x, sizeof x); }
 FN void write(float* p, vec x, int n) {
     for (int i = 0; i < n; i++) p[i] = x[i];
@@ -62,12 +72,6 @@ FN void transpose(vec* x) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < LANES; j++) turned[i][j] = lane[j][i];
     for (int i = 0; i < LANES; i++) x[i] = read(turned[i]);
-}
-
-FN float sum(vec x) {
-    float lane[LANES];
-    write(lane, x);
-    return sum_lanes(lane);
 }
 
 }  // namespace
