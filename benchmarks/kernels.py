@@ -1,4 +1,4 @@
-"""Times linear and experts of both kernel sets: `python benchmarks/kernels.py [--dtype bfloat16] [--threads 2]`.
+"""Times linear and experts of both kernel sets: `python benchmarks/kernels.py [--dtype bfloat16] [--path avx2]`.
 
 Shapes of Qwen3-Next-80B-A3B (hidden 2048, experts 512 wide, top-10), with fewer experts so that they fit anywhere.
 GB/s counts the weights that have to be read once.
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from shards.kernels.interface import Kernels
+from shards.kernels.library import load_library
+from shards.kernels.native import PATHS, NativeKernels
 from shards.kernels.select import select_kernels
 from shards.weight_memory import empty_weights
 
@@ -86,18 +88,27 @@ def median_seconds(run: Callable[[], object], *, least: int = 5, budget_s: float
     return statistics.median(times)
 
 
+def select_native(path: str) -> Kernels:
+    """The native kernels by one instruction set."""
+    library = load_library()
+    if library is None:
+        raise SystemExit("the native kernels are not built: run `python hatch_build.py`")
+    return NativeKernels(library, path)  # pyrefly: ignore [bad-argument-type]
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--path", choices=("auto", *PATHS), default="auto", help="instruction set of native")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     print(f"{options.dtype}, {options.threads} threads")
     print(f"{'case':8} {'T':>4} {'kernels':8} {'us':>9} {'GB/s':>7} {'GFLOP/s':>8}")
-    sets = [select_kernels("native", "cpu"), select_kernels("torch", "cpu")]
+    sets = [select_native(options.path), select_kernels("torch", "cpu")]
     for make in (linear_case, experts_case):
         for tokens in (1, 8, 32, 512):
             case = make(tokens, dtype)
