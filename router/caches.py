@@ -1,5 +1,7 @@
 """What the members of one block size have cached, by their own word and by what was routed to them."""
 
+from collections.abc import Sequence
+
 from router.load import CacheEvents, MemberLoad
 from router.prefix_index import PrefixIndex
 from router.prompt import Prompt
@@ -40,13 +42,17 @@ class Caches:
         self._index.remove(number, events.removed, events.removed_states)
         self._index.store(number, events.stored, events.stored_states)
 
-    def expect(self, number: int, prompt: Prompt, until_s: float) -> None:
-        """The prompt goes to a member, and will be in its cache."""
-        self._index.expect(number, prompt.hashes(self._block_size), until_s)
+    def expect(self, numbers: Sequence[int], prompt: Prompt, until_s: float) -> None:
+        """The prompt goes to these members, and will be in their caches."""
+        self._index.expect(numbers, prompt.hashes(self._block_size), until_s)
+
+    def forget(self, now: float) -> None:
+        """Drop what was expected and not confirmed in its time."""
+        self._index.forget(now)
 
     def depths(self, prompt: Prompt, now: float) -> list[tuple[int, int]]:
         """Pairs (blocks, members): these can go on behind so many first blocks of the prompt; deepest first."""
         hashes = prompt.hashes(self._block_size)
-        self._index.forget(now)
+        self.forget(now)
         depths = self._index.depths(hashes)
         return self._index.state_depths(hashes, depths) if self._recurrent and depths else depths

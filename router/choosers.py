@@ -115,7 +115,7 @@ class PrefixOnly:
         if depths:
             members = [each for slot, each in enumerate(members) if depths[0][1] >> slot & 1]
         chosen = self._blind.take(self._blind.least(members))
-        self._index.expect(self._slots[chosen], blocks, now + self._config.expected_s)
+        self._index.expect((self._slots[chosen],), blocks, now + self._config.expected_s)
         return chosen
 
     def started(self, member_id: MemberId, key: str) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen, as one is made for every decision.
+@dataclass(slots=True, kw_only=True)
 class _Entry:
-    """A prompt that was routed to a member."""
+    """A prompt that was routed to one member, or to one that computes it and one that goes on."""
 
-    member: int
+    members: Sequence[int]
     until_s: float
     hashes: Sequence[int]
 
@@ -73,11 +74,13 @@ class ExpectedPrefixes:
         self._num_blocks = 0
         self._max_blocks = max_blocks
 
-    def add(self, member: int, hashes: Sequence[int], until_s: float) -> None:
-        """The member will soon hold these blocks of a prompt; never changed from now on. Times must not go back."""
+    def add(self, members: Sequence[int], hashes: Sequence[int], until_s: float) -> None:
+        """These will soon hold these blocks of a prompt; never changed from now on. Times must not go back."""
         if not hashes:
             return
-        node, at, bit = self._root, 0, 1 << member
+        node, at, bits = self._root, 0, 0
+        for member in members:
+            bits |= 1 << member
         while at < len(hashes):
             child = node.children.get(hashes[at])
             if child is None:
@@ -85,43 +88,54 @@ class ExpectedPrefixes:
             elif (agreed := child.agreed(hashes)) < child.end:
                 child = node.children[hashes[at]] = child.split(agreed)
             child.hashes = hashes
-            child.passing[member] = child.passing.get(member, 0) + 1
-            child.members |= bit
+            for member in members:
+                child.passing[member] = child.passing.get(member, 0) + 1
+            child.members |= bits
             node, at = child, child.end
-        node.ending[member] = node.ending.get(member, 0) + 1
-        self._order.append(_Entry(member=member, until_s=until_s, hashes=hashes))
+        for member in members:
+            node.ending[member] = node.ending.get(member, 0) + 1
+        self._order.append(_Entry(members=members, until_s=until_s, hashes=hashes))
         self._num_blocks += len(hashes)
         while self._num_blocks > self._max_blocks:
-            self._drop(self._order.popleft())
+            self._drop_oldest()
 
     def forget(self, now: float) -> None:
         """Drop prompts whose time is over."""
         while self._order and self._order[0].until_s <= now:
-            self._drop(self._order.popleft())
+            self._drop_oldest()
 
     def leave(self, member: int) -> None:
         """Drop what a member was expected to hold."""
         entries, self._order = self._order, deque()
         for entry in entries:
-            if entry.member == member:
-                self._drop(entry)
-            else:
+            if member in entry.members:
+                self._drop((member,), entry.hashes)
+                entry.members = [each for each in entry.members if each != member]
+            if entry.members:
                 self._order.append(entry)
+            else:
+                self._num_blocks -= len(entry.hashes)
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop_oldest(self) -> None:
+        entry = self._order.popleft()
         self._num_blocks -= len(entry.hashes)
+        self._drop(entry.members, entry.hashes)
+
+    def _drop(self, members: Sequence[int], hashes: Sequence[int]) -> None:
         node, at = self._root, 0
-        while at < len(entry.hashes):
-            child = node.children[entry.hashes[at]]
-            _take_one(child.passing, entry.member)
+        while at < len(hashes):
+            child = node.children[hashes[at]]
+            for member in members:
+                _take_one(child.passing, member)
+                if member not in child.passing:
+                    child.members ^= 1 << member
             if not child.passing:
                 # Nobody passed it, nor what is below.
-                del node.children[entry.hashes[at]]
+                del node.children[hashes[at]]
                 return
-            if entry.member not in child.passing:
-                child.members ^= 1 << entry.member
             node, at = child, child.end
-        _take_one(node.ending, entry.member)
+        for member in members:
+            _take_one(node.ending, member)
 
     def depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
         """Pairs (depth, members): these were sent the first `depth` blocks of a prompt at least; deepest first."""

@@ -53,7 +53,8 @@ class Extra:
     """Requests that come to a member of its pool, on average."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen, as two are made for every decision; never changed once made.
+@dataclass(slots=True, kw_only=True)
 class Price:
     """What a member asks of any request, in seconds."""
 
@@ -67,6 +68,12 @@ class Price:
 
 def prefill_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     """Of computing the prompt behind all that the member has to do first."""
+    base_s, token_s = _prefill(load, extra, config)
+    return Price(base_s=base_s, token_s=token_s, output_s=0.0)
+
+
+def _prefill(load: MemberLoad, extra: Extra, config: PolicyConfig) -> tuple[float, float]:
+    """The wait before a prompt, and what one of its tokens costs."""
     token_s = load.step_time.prefill_s_per_token(
         step_tokens=load.step_tokens, decode_rows=load.running_requests, context_tokens=load.context_tokens
     )
@@ -76,7 +83,7 @@ def prefill_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price
     behind = extra.arrivals_per_s * queue_s
     work_s = config.work_weight * load.step_time.prefill_token_s
     shared_s = token_s * (1.0 + config.others_weight * behind) + work_s
-    return Price(base_s=queue_s + _room_s(load, extra, config), token_s=shared_s, output_s=0.0)
+    return queue_s + _room_s(load, extra, config), shared_s
 
 
 def decode_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
@@ -84,18 +91,15 @@ def decode_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     state_s = load.state_bytes / config.transfer_bytes_per_s
     token_s = load.token_bytes / config.transfer_bytes_per_s
     base_s = state_s + extra.tokens * token_s + _room_s(load, extra, config)
-    return Price(base_s=base_s, token_s=token_s, output_s=_sharing_s(load, extra))
+    return Price(base_s=base_s, token_s=token_s, output_s=_sharing_s(load, _rows(load, extra)))
 
 
 def mixed_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     """Of both phases on one member: nothing is moved."""
-    prefill = prefill_price(load, extra, config)
-    stall_s = config.stall_weight * load.step_time.prefill_token_s * _rows(load, extra)
-    return Price(
-        base_s=prefill.base_s,
-        token_s=prefill.token_s + stall_s,
-        output_s=_sharing_s(load, extra),
-    )
+    base_s, token_s = _prefill(load, extra, config)
+    rows = _rows(load, extra)
+    stall_s = config.stall_weight * load.step_time.prefill_token_s * rows
+    return Price(base_s=base_s, token_s=token_s + stall_s, output_s=_sharing_s(load, rows))
 
 
 def _rows(load: MemberLoad, extra: Extra) -> int:
@@ -103,9 +107,9 @@ def _rows(load: MemberLoad, extra: Extra) -> int:
     return min(load.running_requests + load.waiting_requests + extra.requests, load.max_requests)
 
 
-def _sharing_s(load: MemberLoad, extra: Extra) -> float:
+def _sharing_s(load: MemberLoad, rows: int) -> float:
     """Seconds a decode step takes longer for the others in it."""
-    step, rows = load.step_time, _rows(load, extra)
+    step = load.step_time
     shared_s = rows * step.decode_row_s + load.context_tokens * step.context_token_s
     if step.experts_s:
         shared_s += step.experts_s * (experts_read(step.expert_share, rows + 1) - step.expert_share)

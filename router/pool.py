@@ -18,11 +18,13 @@ _Pricing = Callable[[MemberLoad, Extra, PolicyConfig], Price]
 _PRICING: Final[dict[Part, _Pricing]] = {"prefill": prefill_price, "decode": decode_price, "both": mixed_price}
 _FEW: Final = 32
 """Members of a set that are quicker found one by one."""
+_NO_PRICE: Final = (inf, 0.0, 0.0)
 _MEMORY_S: Final = 30.0
 """Over which arrivals are averaged."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen, as one is made for every decision; never changed once made.
+@dataclass(slots=True, kw_only=True)
 class Offer:
     """The cheapest member of a pool for a request."""
 
@@ -43,28 +45,28 @@ class Seat:
 
 
 class _PriceList:
-    """The members' prices for one part of a request, as columns by slot; made when they are asked for."""
+    """The members' prices for one part of a request, by slot; made from the first time on that they are asked for."""
 
     def __init__(self, pricing: _Pricing, config: PolicyConfig) -> None:
         self._pricing = pricing
         self._config = config
+        self.asked = False
         self.stale: set[int] = set()
-        self.base: list[float] = []
-        self.token: list[float] = []
-        self.output: list[float] = []
+        self.rows: list[tuple[float, float, float]] = []
+        """Base, token and output of each Price."""
 
     def refresh(self, seats: Sequence[Seat | None], arrivals_per_s: float) -> None:
-        """Bring the columns up to date."""
-        for column in (self.base, self.token, self.output):
-            column.extend([0.0] * (len(seats) - len(column)))
+        """Bring the rows up to date."""
+        rows = self.rows
+        rows.extend([_NO_PRICE] * (len(seats) - len(rows)))
         for slot in self.stale:
             seat = seats[slot]
             if seat is None or seat.load.draining:
-                self.base[slot], self.token[slot], self.output[slot] = inf, 0.0, 0.0
+                rows[slot] = _NO_PRICE
             else:
                 seat.extra.arrivals_per_s = arrivals_per_s
                 price = self._pricing(seat.load, seat.extra, self._config)
-                self.base[slot], self.token[slot], self.output[slot] = price.base_s, price.token_s, price.output_s
+                rows[slot] = (price.base_s, price.token_s, price.output_s)
         self.stale.clear()
 
 
@@ -116,6 +118,12 @@ class Pool:
         for stale in self._stale:
             stale.add(slot)
 
+    def refresh(self) -> None:
+        """Price anew what has changed, so that no decision waits for it."""
+        for prices in self._lists.values():
+            if prices.asked and prices.stale:
+                prices.refresh(self._seats, self._arrivals_per_s)
+
     def leave(self, slot: int) -> None:
         """A member left."""
         self._seats[slot] = None
@@ -138,11 +146,10 @@ class Pool:
             depths: who can go on behind how many blocks of it, as Caches tells it.
         """
         prices = self._lists[part]
+        prices.asked = True
         if prices.stale:
             prices.refresh(self._seats, self._arrivals_per_s)
-        output = min(prompt.max_output, self._config.output_tokens)
-        columns = zip(prices.base, prices.token, prices.output, self._new_tokens(prompt, depths), strict=True)
-        costs = [base + new * token + output * one for base, token, one, new in columns]
+        costs = self._costs(prices.rows, prompt, depths)
         for slot, seat in enumerate(self._seats) if exclude else ():
             if seat is not None and seat.load.member_id in exclude:
                 costs[slot] = inf
@@ -162,8 +169,10 @@ class Pool:
             cached_tokens=cached,
         )
 
-    def _new_tokens(self, prompt: Prompt, depths: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of the prompt that each slot does not hold."""
+    def _costs(
+        self, rows: Sequence[tuple[float, float, float]], prompt: Prompt, depths: Sequence[tuple[int, int]]
+    ) -> list[float]:
+        """What each slot would take, by the tokens that it does not hold."""
         groups: list[tuple[int, int]] = []
         left, most, widest = self._mask, 0, 0
         for depth, told in depths:
@@ -177,13 +186,16 @@ class Pool:
             widest = 0
         else:
             groups.append((0, left))
-        new = [prompt.num_tokens - widest * self.block_size] * len(self._seats)
+        output = min(prompt.max_output, self._config.output_tokens)
+        new = prompt.num_tokens - widest * self.block_size
+        costs = [base + new * token + output * one for base, token, one in rows]
         for depth, members in groups:
-            if depth != widest:
-                tokens = prompt.num_tokens - depth * self.block_size
+            if members and depth != widest:
+                new = prompt.num_tokens - depth * self.block_size
                 for slot in self._slots_of(members):
-                    new[slot] = tokens
-        return new
+                    base, token, one = rows[slot]
+                    costs[slot] = base + new * token + output * one
+        return costs
 
     def _slots_of(self, members: int) -> Iterator[int]:
         """The slots in a bit set."""

@@ -5,10 +5,10 @@ in between, among those that hold block i - 1: the sets shrink with depth, and a
 change needs few look-ups however long the prompt. What an eviction in between hides costs a worse guess, no more.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
-from itertools import compress
+from itertools import compress, pairwise
 
 from router.expected import ExpectedPrefixes
 
@@ -62,9 +62,9 @@ class PrefixIndex:
             _discard(self._states, held.states, tuple(held.states), 1 << member)
         self._expected.leave(member)
 
-    def expect(self, member: int, hashes: Sequence[int], until_s: float) -> None:
-        """The member will soon hold these first blocks of a prompt; its own word replaces this from `until_s` on."""
-        self._expected.add(member, hashes, until_s)
+    def expect(self, members: Sequence[int], hashes: Sequence[int], until_s: float) -> None:
+        """These will soon hold these first blocks of a prompt; their own word replaces this from `until_s` on."""
+        self._expected.add(members, hashes, until_s)
 
     def forget(self, now: float) -> None:
         """Drop expectations that were not confirmed in their time."""
@@ -127,23 +127,27 @@ class PrefixIndex:
             depths: what `depths` returned for them.
         """
         states, ends = self._states, self._expected.ends(hashes)
-        deepest = depths[0][0] if depths else 0
-        told = compress(range(deepest, 0, -1), map(states.__contains__, reversed(hashes[:deepest])))
         found: list[tuple[int, int]] = []
         waiting = 0
-        entries = iter((*depths, (0, 0)))
-        below, joining = next(entries)
-        for depth in merge(reversed(ends), told, reverse=True):
-            while depth <= below:
-                waiting |= joining
-                below, joining = next(entries)
-            usable = (states.get(hashes[depth - 1], 0) | ends.get(depth, 0)) & waiting
-            if usable:
-                found.append((depth, usable))
-                waiting &= ~usable
-                if not waiting and below == 0:
-                    break
+        for (high, joining), (low, _) in pairwise((*depths, (0, 0))):
+            waiting |= joining
+            for depth in _with_states(states, ends, hashes, low, high) if waiting else ():
+                usable = (states.get(hashes[depth - 1], 0) | ends.get(depth, 0)) & waiting
+                if usable:
+                    found.append((depth, usable))
+                    waiting &= ~usable
+                    if not waiting:
+                        break
         return found
+
+
+def _with_states(
+    states: Collection[int], ends: Iterable[int], hashes: Sequence[int], low: int, high: int
+) -> Iterable[int]:
+    """Depths over `low` up to `high` behind which somebody has, or will have, a state; deepest first."""
+    told = compress(range(high, low, -1), map(states.__contains__, reversed(hashes[low:high])))
+    own = sorted((depth for depth in ends if low < depth <= high), reverse=True)
+    return merge(own, told, reverse=True) if own else told
 
 
 def _add(index: dict[int, int], held: dict[int, None], hashes: Iterable[int], bit: int) -> None:

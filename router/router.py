@@ -1,6 +1,7 @@
 """Chooses the members that serve a request, from their reports and from what was routed since."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -76,7 +77,8 @@ class _Routed:
         self.held_tokens = held_tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen, as one is made for every decision; never changed once made.
+@dataclass(slots=True, kw_only=True)
 class _Asked:
     """A request that is being routed."""
 
@@ -107,6 +109,7 @@ class _Member:
         self.reports += 1
         self.settle(now)
         self.pool.touch(self.slot)
+        self.pool.refresh()
 
     def note(self, entry: _Routed) -> None:
         """A request goes to it."""
@@ -171,6 +174,8 @@ class Router:
             self._members[load.member_id] = self._join(load, member)
         else:
             member.report(load, now)
+            # Or the next decision would have to.
+            member.caches.forget(now)
 
     def _join(self, load: MemberLoad, before: _Member | None) -> _Member:
         """A member that is new, or has another role: then its cache is what it was."""
@@ -233,14 +238,13 @@ class Router:
         if pair is None and alone is None:
             alone = self._best("decode", "both", asked)
         if pair is not None and (alone is None or pair[0].cost_s + pair[1].cost_s <= alone.cost_s):
-            for offer in pair:
-                self._note(offer, prompt, now)
+            self._expect([self._note(offer, prompt, now) for offer in pair], prompt, now)
             return _route(pair[0], pair[1])
         if alone is None:
             raise NoMemberError(
                 f"no decode or mixed member is up of {len(self._members)} known; wait for the pool to heal"
             )
-        self._note(alone, prompt, now)
+        self._expect([self._note(alone, prompt, now)], prompt, now)
         return _route(None, alone)
 
     def _pair(self, asked: _Asked) -> tuple[Offer, Offer] | None:
@@ -263,7 +267,7 @@ class Router:
                 found = offer
         return found
 
-    def _note(self, offer: Offer, prompt: Prompt, now: float) -> None:
+    def _note(self, offer: Offer, prompt: Prompt, now: float) -> _Member:
         """Remember a request that goes to a member: until its reports tell of it."""
         member = self._members[offer.member_id]
         output = min(prompt.max_output, self._config.policy.output_tokens)
@@ -278,8 +282,16 @@ class Router:
         member.note(entry)
         self._recent.append(entry)
         member.pool.arrived(now)
-        if member.seat.load.prefix_cache:
-            member.caches.expect(member.number, prompt, now + self._config.expected_s)
+        return member
+
+    def _expect(self, members: Sequence[_Member], prompt: Prompt, now: float) -> None:
+        """The prompt will soon be in these members' caches."""
+        numbers: dict[Caches, list[int]] = {}
+        for member in members:
+            if member.seat.load.prefix_cache:
+                numbers.setdefault(member.caches, []).append(member.number)
+        for caches, sent in numbers.items():
+            caches.expect(sent, prompt, now + self._config.expected_s)
 
     def _forget_old(self, now: float) -> None:
         """Price members anew that have not reported for long after something was routed to them."""

@@ -38,8 +38,10 @@ class StepTime:
     def step_s(self, *, prefill_tokens: float, decode_rows: float, context_tokens: float) -> float:
         """Seconds of one step."""
         decode_s = decode_rows * self.decode_row_s + context_tokens * self.context_token_s
-        read_s = self.experts_s * experts_read(self.expert_share, prefill_tokens + decode_rows)
-        return self.base_s + prefill_tokens * self.prefill_token_s + decode_s + read_s
+        step_s = self.base_s + prefill_tokens * self.prefill_token_s + decode_s
+        if self.experts_s:
+            step_s += self.experts_s * experts_read(self.expert_share, prefill_tokens + decode_rows)
+        return step_s
 
     def prefill_s_per_token(self, *, step_tokens: int, decode_rows: float, context_tokens: float) -> float:
         """Seconds a queued prompt token takes where full steps of `step_tokens` carry the decode rows along."""

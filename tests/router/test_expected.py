@@ -29,9 +29,9 @@ def test_random_prompts_are_found_by_the_tree_as_by_comparing_each() -> None:
             tree.forget(float(now))
             while live and live[0][0] <= now:
                 live.popleft()
-            member = rng.randrange(5)
-            tree.add(member, prompt, now + 30.0)
-            live.append((now + 30.0, member, prompt))
+            members = rng.sample(range(5), rng.randrange(1, 3))
+            tree.add(members, prompt, now + 30.0)
+            live += [(now + 30.0, member, prompt) for member in members]
             if rng.random() < 0.05:
                 gone = rng.randrange(5)
                 tree.leave(gone)
@@ -58,15 +58,27 @@ def test_what_is_forgotten_leaves_nothing_behind() -> None:
     tree = ExpectedPrefixes(max_blocks=10**6)
     prompts = [each for each in make_prompts(rng, 50) if each]
     for number, prompt in enumerate(prompts):
-        tree.add(number % 3, prompt, float(number))
+        tree.add((number % 3,), prompt, float(number))
     tree.forget(float(len(prompts)))
     assert all(tree.depths(prompt) == [] and tree.ends(prompt) == {} for prompt in prompts)
 
 
 def test_the_oldest_prompts_are_forgotten_for_room() -> None:
     tree = ExpectedPrefixes(max_blocks=5)
-    tree.add(0, (1, 2, 3), 9.0)
-    tree.add(1, (1, 2, 4), 9.0)
+    tree.add((0,), (1, 2, 3), 9.0)
+    tree.add((1,), (1, 2, 4), 9.0)
     assert tree.depths((1, 2, 3)) == [(2, 0b10)]
-    tree.add(2, (), 9.0)
+    tree.add((2,), (), 9.0)
     assert tree.depths(()) == []
+
+
+def test_room_is_counted_once_for_all_whom_a_prompt_is_sent_to_until_the_last_of_them_left() -> None:
+    tree = ExpectedPrefixes(max_blocks=5)
+    tree.add((0, 1), (1, 2, 3), 9.0)
+    tree.leave(0)
+    assert tree.depths((1, 2, 3)) == [(3, 0b10)]
+    tree.add((2,), (4, 5), 9.0)
+    assert tree.depths((1, 2, 3)) == [(3, 0b10)]
+    tree.leave(1)
+    tree.add((2,), (6, 7, 8), 9.0)
+    assert (tree.depths((1, 2, 3)), tree.depths((4, 5))) == ([], [(2, 0b100)])

@@ -45,8 +45,8 @@ def test_removed_and_cleared_blocks_are_gone_and_unknown_ones_no_error() -> None
 
 def test_expected_blocks_count_until_their_time_or_until_the_member_leaves() -> None:
     index = make_index((1,))
-    index.expect(0, [1, 2, 3], 10.0)
-    index.expect(1, [1, 2], 20.0)
+    index.expect((0,), [1, 2, 3], 10.0)
+    index.expect((1,), [1, 2], 20.0)
     assert index.depths([1, 2, 3]) == [(3, 0b01), (2, 0b10)]
     index.forget(10.0)
     assert index.depths([1, 2, 3]) == [(2, 0b10), (1, 0b01)]
@@ -67,15 +67,15 @@ def test_a_member_with_recurrent_state_holds_as_much_as_kv_and_a_state_reach() -
 
 def test_a_routed_prompt_is_expected_to_leave_a_state_at_its_end() -> None:
     index = PrefixIndex(max_expected=100)
-    index.expect(0, [1, 2], 10.0)
+    index.expect((0,), [1, 2], 10.0)
     assert index.state_depths([1, 2, 3], index.depths([1, 2, 3])) == [(2, 0b1)]
     assert index.state_depths([1], index.depths([1])) == []
 
 
 def test_a_block_expected_of_two_members_is_expected_of_each_for_its_own_time() -> None:
     index = make_index((), ())
-    index.expect(0, [1, 2, 3], 10.0)
-    index.expect(1, [1, 2, 4], 20.0)
+    index.expect((0,), [1, 2, 3], 10.0)
+    index.expect((1,), [1, 2, 4], 20.0)
     assert index.depths([1, 2, 3]) == [(3, 0b01), (2, 0b10)]
     index.forget(10.0)
     assert index.depths([1, 2, 3]) == [(2, 0b10)]
@@ -84,8 +84,8 @@ def test_a_block_expected_of_two_members_is_expected_of_each_for_its_own_time() 
 
 def test_a_member_that_leaves_takes_only_its_own_expectations_along() -> None:
     index = make_index((), ())
-    index.expect(0, [1, 2], 10.0)
-    index.expect(1, [5, 6], 10.0)
+    index.expect((0,), [1, 2], 10.0)
+    index.expect((1,), [5, 6], 10.0)
     index.store(1, (), ())
     index.clear(1)
     assert index.depths([1, 2]) == [(2, 0b01)]
