@@ -19,8 +19,9 @@ from benchmarks.replay import Seen, as_trace, calibrate, capacity, make_arrivals
 from cluster.config import Dtype
 from deploy.bench_engine import DTYPES
 from router.admission import AdmissionConfig
+from router.simulated_fleet import Fleet
 from router.simulated_member import MemberSpec
-from router.simulation import Fleet, Result, percentile, simulate
+from router.simulation import Result, percentile, simulate
 from tests.support.members import dispatching
 
 _FIGURES = ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "mean_itl_s", "p50_itl_s", "p99_itl_s")

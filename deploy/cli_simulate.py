@@ -34,6 +34,14 @@ def simulate(
     admission: Annotated[
         bool, typer.Option("--admission", help="Requests wait for their turn at a gateway, and may be refused there.")
     ] = False,
+    gateways: Annotated[
+        int, typer.Option(help="Requests come to each in turn; it knows of the others' by the members' reports alone.")
+    ] = 1,
+    max_members: Annotated[
+        int | None,
+        typer.Option(help="Start members as they are needed, up to so many; the load is a share of what these can do."),
+    ] = None,
+    start_s: Annotated[float, typer.Option(help="Seconds until a new member is up.")] = 30.0,
     plot: Annotated[Path | None, typer.Option(help="Draw first-token times and goodput into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON line a fleet size instead of a table.")] = False,
 ) -> None:
@@ -58,6 +66,9 @@ def simulate(
             ttft_slo_s=ttft_slo_s,
             itl_slo_s=itl_slo_s,
             admission=admission,
+            gateways=gateways,
+            max_members=max_members,
+            start_s=start_s,
         )
         if plot is not None:
             check_plotting(plot)

@@ -15,6 +15,7 @@ POLICY_PATH: Final = "deploy.scaling_policy:PoolPolicy"
 _REPORTED: Final = (
     "waiting_requests",
     "waiting_tokens",
+    "step_tokens",
     "running_requests",
     "max_requests",
     "free_blocks",
@@ -45,6 +46,7 @@ def loads_of(metrics: Mapping[str, Mapping[Replica, float]]) -> list[MemberLoad]
             role="mixed",
             waiting_requests=numbers["waiting_requests"],
             waiting_tokens=numbers["waiting_tokens"],
+            step_tokens=numbers["step_tokens"],
             running_requests=numbers["running_requests"],
             max_requests=numbers["max_requests"],
             free_blocks=numbers["free_blocks"],

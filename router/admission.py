@@ -5,12 +5,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from router.errors import ConfigError, DeadlineExceededError, InvalidRequestError, OverloadedError
-from router.fair_queue import FairQueue, Waiting
+from router.fair_queue import FairQueue, Flow, Waiting
 from router.pace import Pace
 from router.request import Request, RequestId
 
 _LEAST_WEIGHT: Final = 0.001
 _MOST_WEIGHT: Final = 1e6
+_PART: Final = 1.5
+"""Times its share of the members' room that a flow may take beside others which fill it."""
+_MOST_STARTING: Final = 3
+"""Times the members' room that is given in this way, at most."""
 _BURST_STEPS: Final = 4
 """Full steps of all members that a quiet tenant's burst may be worth."""
 
@@ -101,6 +105,17 @@ class Decisions:
     refused: tuple[tuple[RequestId, OverloadedError | DeadlineExceededError], ...]
 
 
+# Not frozen: admission counts in it.
+@dataclass(slots=True, kw_only=True)
+class _Share:
+    """A flow with requests that have no first token."""
+
+    weight: float
+    requests: int = 0
+    starting: int = 0
+    """Of these, those that have had their turn."""
+
+
 class Admission:
     """Requests in flight at one gateway. Used by one thread; times are unix seconds."""
 
@@ -108,7 +123,10 @@ class Admission:
         self._config = config or AdmissionConfig()
         self._in_flight: set[RequestId] = set()
         self._waiting: dict[RequestId, Waiting] = {}
-        self._starting: dict[RequestId, int] = {}
+        self._starting: dict[RequestId, Waiting] = {}
+        self._shares: dict[Flow, _Share] = {}
+        self._weights = 0.0
+        """Of all of these together."""
         self._queue = FairQueue()
         self._refused: list[tuple[RequestId, OverloadedError | DeadlineExceededError]] = []
         self._starting_tokens = 0
@@ -160,6 +178,7 @@ class Admission:
         self._in_flight.add(request.id)
         self._waiting[request.id] = item
         self._queue.push(item, weight)
+        self._count(item, weight)
         self._pace.watch(now, waiting=True)
 
     def decide(self, capacity: Capacity, now: float) -> Decisions:
@@ -167,7 +186,7 @@ class Admission:
         released: list[RequestId] = []
         self._queue.set_burst(_BURST_STEPS * capacity.members * capacity.step_tokens)
         limit = capacity.members * self._config.starting_per_member
-        while not capacity.members or self._has_room(limit, capacity):
+        while not capacity.members or self._may_start(limit, capacity):
             item = self._queue.pop()
             if item is None:
                 break
@@ -175,9 +194,9 @@ class Admission:
             if item.deadline_s is not None and item.deadline_s <= now:
                 error = DeadlineExceededError(f"{item.request_id}: its deadline passed in the queue; allow more time")
                 self._refused.append((item.request_id, error))
+                self._uncount(item)
                 continue
-            self._starting[item.request_id] = item.tokens
-            self._starting_tokens += item.tokens
+            self._start(item)
             self._routing[item.request_id] = item.tokens
             self._routing_tokens += item.tokens
             released.append(item.request_id)
@@ -186,18 +205,53 @@ class Admission:
         self._pace.watch(now, waiting=len(self._queue) > 0)
         return Decisions(released=tuple(released), refused=refused)
 
-    def _has_room(self, requests: float, capacity: Capacity) -> bool:
+    def _start(self, item: Waiting) -> None:
+        self._starting[item.request_id] = item
+        self._starting_tokens += item.tokens
+        self._shares[item.flow].starting += 1
+
+    def _count(self, item: Waiting, weight: float) -> None:
+        share = self._shares.get(item.flow)
+        if share is None:
+            share = self._shares[item.flow] = _Share(weight=weight)
+            self._weights += weight
+        share.requests += 1
+
+    def _uncount(self, item: Waiting) -> None:
+        share = self._shares[item.flow]
+        share.requests -= 1
+        if not share.requests:
+            del self._shares[item.flow]
+            self._weights = self._weights - share.weight if self._shares else 0.0
+
+    def _may_start(self, limit: float, capacity: Capacity) -> bool:
+        """Whether the members have room for the next request, or its flow left them free and has not its part of them.
+
+        Or those who ask for little would have their turns one by one where somebody always takes all room, and side
+        by side where nobody does.
+        """
+        if not self._can_go_on(capacity):
+            return False
+        tokens = limit * capacity.step_tokens
+        if len(self._starting) < limit or self._starting_tokens < tokens:
+            return True
+        # Members that are about to run out of prompts: a turn given at a first token comes some steps late.
+        if capacity.backlog_tokens is not None and capacity.backlog_tokens + self._routing_tokens < tokens:
+            return True
+        flow = self._queue.next_saver
+        if flow is None or len(self._starting) >= _MOST_STARTING * limit:
+            return False
+        share = self._shares[flow]
+        return share.starting < max(limit * min(_PART * share.weight / self._weights, 1.0), 1.0)
+
+    def _can_go_on(self, capacity: Capacity) -> bool:
+        """Whether what is prefilled can be decoded, and has room."""
         # What is prefilled while nobody can decode it holds KV at the prefill members for nothing.
         if capacity.decode_places is not None and len(self._starting) >= capacity.decode_places:
             return False
         # One may always wait at a member: it gets the room that comes free.
-        if self._starting and capacity.free_tokens is not None and self._starting_tokens >= capacity.free_tokens:
-            return False
-        tokens = requests * capacity.step_tokens
-        if len(self._starting) < requests or self._starting_tokens < tokens:
-            return True
-        # Members that are about to run out of prompts: a turn given at a first token comes some steps late.
-        return capacity.backlog_tokens is not None and capacity.backlog_tokens + self._routing_tokens < tokens
+        full = capacity.free_tokens is not None and self._starting_tokens >= capacity.free_tokens
+        return not (self._starting and full)
 
     def routed(self, request_id: RequestId) -> None:
         """The request is on its way to a member, and in its backlog from now on. More calls change nothing."""
@@ -206,10 +260,12 @@ class Admission:
     def started(self, request_id: RequestId, now: float) -> None:
         """The request has its first token. More calls change nothing."""
         self.routed(request_id)
-        tokens = self._starting.pop(request_id, None)
-        if tokens is not None:
-            self._starting_tokens -= tokens
-            self._pace.take(tokens, now)
+        item = self._starting.pop(request_id, None)
+        if item is not None:
+            self._starting_tokens -= item.tokens
+            self._shares[item.flow].starting -= 1
+            self._uncount(item)
+            self._pace.take(item.tokens, now)
 
     def done(self, request_id: RequestId, now: float) -> None:
         """The request ended, however it did; ids that are not in flight change nothing."""
@@ -217,6 +273,7 @@ class Admission:
         item = self._waiting.pop(request_id, None)
         if item is not None:
             self._queue.remove(item)
+            self._uncount(item)
             self._pace.watch(now, waiting=len(self._queue) > 0)
         self._in_flight.discard(request_id)
 
@@ -261,6 +318,7 @@ class Admission:
 
     def _refuse(self, item: Waiting, error: OverloadedError) -> None:
         self._queue.remove(item)
+        self._uncount(item)
         del self._waiting[item.request_id]
         self._in_flight.discard(item.request_id)
         self._refused.append((item.request_id, error))

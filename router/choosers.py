@@ -18,6 +18,14 @@ PolicyName = Literal["round-robin", "least-load", "prefix-only", "session-hash",
 class Chooser(Protocol):
     """A routing policy as the simulation drives it; times are seconds on its clock."""
 
+    def join(self, member_id: MemberId) -> None:
+        """A member is up."""
+        ...
+
+    def leave(self, member_id: MemberId) -> None:
+        """A member takes no more requests; those that it has may still end."""
+        ...
+
     def choose(self, prompt: Prompt, blocks: Sequence[int], now: float) -> MemberId:
         """A member for a request whose full blocks are `blocks`."""
         ...
@@ -39,7 +47,7 @@ class _Blind:
     """What a policy does that looks at no report: count its own requests."""
 
     def __init__(self, members: Sequence[MemberId]) -> None:
-        self.members = members
+        self.members = list(members)
         self.outstanding: Counter[MemberId] = Counter()
 
     def take(self, member_id: MemberId) -> MemberId:
@@ -56,8 +64,16 @@ class RoundRobin:
     """Each member in turn."""
 
     def __init__(self, members: Sequence[MemberId]) -> None:
-        self._members = members
+        self._members = list(members)
         self._next = 0
+
+    def join(self, member_id: MemberId) -> None:
+        """One more."""
+        self._members.append(member_id)
+
+    def leave(self, member_id: MemberId) -> None:
+        """One less."""
+        self._members.remove(member_id)
 
     def choose(self, prompt: Prompt, blocks: Sequence[int], now: float) -> MemberId:
         """The next one."""
@@ -80,6 +96,14 @@ class LeastLoad:
 
     def __init__(self, members: Sequence[MemberId]) -> None:
         self._blind = _Blind(members)
+
+    def join(self, member_id: MemberId) -> None:
+        """One more."""
+        self._blind.members.append(member_id)
+
+    def leave(self, member_id: MemberId) -> None:
+        """One less."""
+        self._blind.members.remove(member_id)
 
     def choose(self, prompt: Prompt, blocks: Sequence[int], now: float) -> MemberId:
         """The least loaded one."""
@@ -106,6 +130,16 @@ class PrefixOnly:
         self._config = config
         self._index = PrefixIndex(max_expected=config.max_expected)
 
+    def join(self, member_id: MemberId) -> None:
+        """One more, under a number that nobody had."""
+        self._slots[member_id] = len(self._slots)
+        self._blind.members.append(member_id)
+
+    def leave(self, member_id: MemberId) -> None:
+        """One less."""
+        self._index.clear(self._slots[member_id])
+        self._blind.members.remove(member_id)
+
     def choose(self, prompt: Prompt, blocks: Sequence[int], now: float) -> MemberId:
         """The one that holds most."""
         del prompt
@@ -113,7 +147,7 @@ class PrefixOnly:
         members = self._blind.members
         depths = self._index.depths(blocks)
         if depths:
-            members = [each for slot, each in enumerate(members) if depths[0][1] >> slot & 1]
+            members = [each for each in members if depths[0][1] >> self._slots[each] & 1]
         chosen = self._blind.take(self._blind.least(members))
         self._index.expect((self._slots[chosen],), blocks, now + self._config.expected_s)
         return chosen
@@ -141,8 +175,16 @@ class SessionHash:
     """Blocks at the start that many sessions share: a system prompt."""
 
     def __init__(self, members: Sequence[MemberId]) -> None:
-        self._members = members
+        self._members = list(members)
         self._session_of: dict[int, str] = {}
+
+    def join(self, member_id: MemberId) -> None:
+        """One more."""
+        self._members.append(member_id)
+
+    def leave(self, member_id: MemberId) -> None:
+        """One less."""
+        self._members.remove(member_id)
 
     def choose(self, prompt: Prompt, blocks: Sequence[int], now: float) -> MemberId:
         """Always the same one for a session."""
@@ -168,6 +210,13 @@ class CostModel:
 
     def __init__(self, config: RouterConfig) -> None:
         self._router = Router(config)
+
+    def join(self, member_id: MemberId) -> None:
+        """Its first report tells."""
+
+    def leave(self, member_id: MemberId) -> None:
+        """As the directory tells a gateway."""
+        self._router.remove(member_id)
 
     def choose(self, prompt: Prompt, blocks: Sequence[int], now: float) -> MemberId:
         """The cheapest one."""

@@ -39,6 +39,8 @@ class _Line:
     def __init__(self, weight: float) -> None:
         self.weight = weight
         self.deficit = 0.0
+        self.saved = 0.0
+        """What of the deficit was earned while nothing waited."""
         self.tokens = 0
         self.items: deque[Waiting] = deque()
 
@@ -70,13 +72,14 @@ class FairQueue:
         for line in self._lines.values() if more > 0 else ():
             # Or who waits already would go behind all who come now.
             line.deficit += more * line.weight
+            line.saved += more * line.weight
 
     def push(self, item: Waiting, weight: float) -> None:
         """Let a request wait."""
         line = self._lines.get(item.flow)
         if line is None:
             line = self._lines[item.flow] = _Line(weight)
-            line.deficit = self._saved(item.flow, weight)
+            line.deficit = line.saved = self._saved(item.flow, weight)
             self._turns.appendleft(item.flow)
         line.items.append(item)
         self._add(line, item.tokens, 1)
@@ -90,6 +93,15 @@ class FairQueue:
         rounds = (self._num_turns - left[1]) / max(len(self._turns), 1)
         return min(left[0] + rounds * QUANTUM_TOKENS * weight, most)
 
+    @property
+    def next_saver(self) -> Flow | None:
+        """Whose turn it is, if it is paid for by what the flow did not use while nothing of it waited."""
+        if not self._turns:
+            return None
+        flow = self._turns[0]
+        line = self._lines[flow]
+        return flow if line.items[0].tokens <= line.saved else None
+
     def pop(self) -> Waiting | None:
         """The request whose turn it is; None: nobody waits."""
         passed = 0
@@ -102,6 +114,7 @@ class FairQueue:
             if line.items[0].tokens <= line.deficit:
                 item = line.items.popleft()
                 line.deficit -= item.tokens
+                line.saved -= item.tokens
                 self._taken(item)
                 return item
             line.deficit += QUANTUM_TOKENS * line.weight

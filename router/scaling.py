@@ -3,9 +3,13 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from router.errors import ConfigError
 from router.load import MemberLoad
+
+_FULL: Final = 1.25
+"""Members' worth of load of one that is kept busy: its gateways hold back what else there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ def _share(load: MemberLoad, config: ScalingConfig) -> float:
     requests = load.running_requests + load.waiting_requests
     shares = [
         load.waiting_tokens / config.target_waiting_tokens,
+        _FULL if load.waiting_tokens >= load.step_tokens / 2 else 0.0,
         requests / load.max_requests / config.target_rows,
         (1.0 - load.free_blocks / load.total_blocks) / config.target_kv,
     ]

@@ -10,8 +10,10 @@ from pathlib import Path
 from router.admission import AdmissionConfig
 from router.choosers import POLICIES, PolicyName, policy_names
 from router.errors import ConfigError
+from router.scaling import ScalingConfig
+from router.simulated_fleet import Fleet, Growth
 from router.simulated_member import MemberSpec
-from router.simulation import Fleet, Objective, Result, simulate, split_by_room, work_s
+from router.simulation import Objective, Result, simulate, split_by_room, work_s
 from router.step_time import StepTime
 from router.trace import TraceRequest, read_trace, scale_trace
 
@@ -28,6 +30,8 @@ _COLUMNS = (
     ("refused", "refused", "7d"),
     ("imbalance", "max/mean load", "7.2f"),
 )
+_SIZES = (("mean_members", "members", "7.1f"), ("most_members", "at most", "7d"))
+"""Of fleets that grow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,13 @@ class SimulateOptions:
     ttft_slo_s: float = 5.0
     itl_slo_s: float = 0.1
     admission: bool = False
-    """Requests wait for their turn at one gateway, and are refused there when too many wait."""
+    """Requests wait for their turn at the gateways, and are refused there when too many wait."""
+    gateways: int = 1
+    """Requests come to them in turn; each knows of the others' by the members' reports alone."""
+    max_members: int | None = None
+    """Members are started as they are needed, from `members` on; the load is a share of what so many can do."""
+    start_s: float = 30.0
+    """That a new member takes to come up."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -66,6 +76,10 @@ class SimulateOptions:
                 raise ConfigError(f"simulate.{field.name} must be positive, got {value}")
         if not self.members or min(self.members) < 1:
             raise ConfigError(f"simulate.members must be sizes from 1 on, got {self.members}")
+        if self.max_members is not None and self.max_members < max(self.members):
+            raise ConfigError(
+                f"simulate.max_members must be no less than members, got {self.max_members} and {max(self.members)}"
+            )
         if not self.policies:
             raise ConfigError(f"simulate.policies must be some of {', '.join(POLICIES)}, got none")
 
@@ -132,8 +146,8 @@ def compare(options: SimulateOptions) -> Iterator[Comparison]:
     if not fitting or fitting[-1].arrival_s <= fitting[0].arrival_s:
         raise ConfigError(f"trace {options.trace} spans no time or nothing in it fits kv_tokens={options.kv_tokens}")
     for members in options.members:
-        trace, factor, utilisation = _load_fleet(fitting, members, options)
-        fleet = Fleet(members=members, spec=options.spec, admission=_admission(members, options))
+        trace, factor, utilisation = _load_fleet(fitting, options.max_members or members, options)
+        fleet = _fleet(members, options)
         objective = Objective(ttft_s=options.ttft_slo_s, itl_s=options.itl_slo_s)
         results = tuple(simulate(trace, fleet, policy, objective) for policy in options.policies)
         length_s = trace[-1].arrival_s - trace[0].arrival_s
@@ -147,12 +161,23 @@ def compare(options: SimulateOptions) -> Iterator[Comparison]:
         )
 
 
-def _admission(members: int, options: SimulateOptions) -> AdmissionConfig | None:
-    """Of one gateway before the whole fleet: its bounds are for that many members."""
-    if not options.admission:
-        return None
-    queue = _QUEUE_PER_MEMBER * members
-    return AdmissionConfig(max_in_flight=members * options.max_rows + queue, max_queue=queue)
+def _fleet(members: int, options: SimulateOptions) -> Fleet:
+    most = options.max_members or members
+    scaling = ScalingConfig(min_members=members, max_members=most)
+    return Fleet(
+        members=members,
+        spec=options.spec,
+        admission=_admission(most, options) if options.admission else None,
+        gateways=options.gateways,
+        growth=Growth(scaling=scaling, start_s=options.start_s) if most > members else None,
+    )
+
+
+def _admission(members: int, options: SimulateOptions) -> AdmissionConfig:
+    """Of one of the gateways before a fleet of this size: together their bounds are for that many members."""
+    queue = -(-_QUEUE_PER_MEMBER * members // options.gateways)
+    rows = -(-members * options.max_rows // options.gateways)
+    return AdmissionConfig(max_in_flight=rows + queue, max_queue=queue)
 
 
 def _load_fleet(
@@ -176,6 +201,7 @@ def _length_s(trace: Sequence[TraceRequest]) -> float:
 def table(comparison: Comparison) -> str:
     """A comparison as text."""
     first = comparison.results[0]
+    columns = (*_COLUMNS, *_SIZES) if any(each.most_members > each.members for each in comparison.results) else _COLUMNS
     lines = [
         f"{comparison.members} members, {first.requests} requests in {comparison.length_s:.0f} s "
         f"({comparison.factor:.2f} x the trace's rate), {comparison.utilisation:.0%} of capacity at best; hits of a "
@@ -183,13 +209,13 @@ def table(comparison: Comparison) -> str:
     ]
     if comparison.left_out:
         lines.append(f"left out, as no member has room for them: {_lines_text(comparison.left_out)} of the trace")
-    widths = [max(len(title), int(form.rstrip("df").split(".")[0])) for _, title, form in _COLUMNS]
-    titles = [title.rjust(width) for (_, title, _), width in zip(_COLUMNS, widths, strict=True)]
+    widths = [max(len(title), int(form.rstrip("df").split(".")[0])) for _, title, form in columns]
+    titles = [title.rjust(width) for (_, title, _), width in zip(columns, widths, strict=True)]
     lines.append("  ".join(["policy".ljust(12), *titles]))
     for result in comparison.results:
         cells = [
             format(getattr(result, name), form).rjust(width)
-            for (name, _, form), width in zip(_COLUMNS, widths, strict=True)
+            for (name, _, form), width in zip(columns, widths, strict=True)
         ]
         lines.append("  ".join([result.policy.ljust(12), *cells]))
     return "\n".join(lines)
@@ -213,6 +239,7 @@ def _options(arguments: Sequence[str]) -> tuple[SimulateOptions, bool]:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--json", action="store_true", help="one JSON line a fleet size")
     parser.add_argument("--admission", action="store_true", help="requests wait at a gateway, and may be refused")
+    parser.add_argument("--max-members", type=int, help="members are started up to so many, as they are needed")
     plain = [each for each in fields(SimulateOptions) if type(each.default) in (int, float)]
     for each in plain:
         parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(each.default), default=each.default)
@@ -223,6 +250,7 @@ def _options(arguments: Sequence[str]) -> tuple[SimulateOptions, bool]:
         members=tuple(given.members),
         policies=policy_names(given.policies),
         admission=given.admission,
+        max_members=given.max_members,
         **numbers,
     )
     return options, given.json

@@ -115,6 +115,11 @@ class SimulatedMember:
         self._reports = 0
         self._events = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it computes something."""
+        return self._span is not None
+
     def can_hold(self, request: TraceRequest) -> bool:
         """Whether it has room for such a request at all."""
         return sum(self._blocks_of(request)) <= self._cache.num_blocks

@@ -1,17 +1,14 @@
-"""A fleet of simulated members that serves a trace by one routing policy, event by event."""
+"""What a fleet of simulated members makes of a trace by one routing policy."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from dataclasses import dataclass
 
-from router.admission import Admission, AdmissionConfig, Capacity, Entrant
-from router.choosers import Chooser, PolicyName, make_chooser
-from router.errors import ConfigError, DeadlineExceededError, OverloadedError
-from router.prompt import Prompt
-from router.request import MemberId, RequestId
-from router.router import RouterConfig
+from router.choosers import PolicyName
+from router.errors import ConfigError
+from router.request import MemberId
+from router.simulated_fleet import Fleet, FleetRun
 from router.simulated_member import Job, MemberSpec, Progress, SimulatedMember
 from router.trace import TraceRequest, reusable_tokens
 
@@ -23,18 +20,6 @@ class Objective:
     ttft_s: float = 5.0
     itl_s: float = 0.1
     """Mean gap between its tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    """What serves."""
-
-    members: int
-    spec: MemberSpec
-    router: RouterConfig = field(default_factory=RouterConfig)
-    admission: AdmissionConfig | None = None
-    """None: every request is routed as it comes."""
-    min_report_gap_s: float = 0.05
 
 
 class _Recorder:
@@ -60,127 +45,6 @@ class _Recorder:
             if left <= 0:
                 return math.exp(bucket / 100)
         return 0.0
-
-
-class _Run:
-    """One policy's run. Times are seconds on the simulation's clock."""
-
-    def __init__(self, fleet: Fleet, chooser: Chooser, members: Sequence[SimulatedMember]) -> None:
-        self._fleet = fleet
-        self._chooser = chooser
-        self._members = {member.member_id: member for member in members}
-        self._order = {member.member_id: number for number, member in enumerate(members)}
-        self._ends: list[tuple[float, int, int, MemberId]] = []
-        self._reported: dict[MemberId, float] = {}
-        self._free = dict.fromkeys(self._members, 0)
-        self._free_tokens = 0
-        self._backlog = dict.fromkeys(self._members, 0)
-        self._backlog_tokens = 0
-        self._admission = Admission(fleet.admission) if fleet.admission is not None else None
-        self._at_gate: dict[RequestId, Job] = {}
-        self.recorder = _Recorder()
-        for member in members:
-            self._report(member, 0.0)
-
-    def serve(self, jobs: Sequence[Job]) -> None:
-        """Run until every request has ended."""
-        for job in jobs:
-            self._run_until(job.arrival_s)
-            self._enter(job)
-        self._run_until(math.inf)
-
-    def _enter(self, job: Job) -> None:
-        if self._admission is None:
-            self._route(job, job.arrival_s)
-            return
-        request = job.request
-        entrant = Entrant(
-            id=RequestId(str(job.number)),
-            tokens=request.prompt_tokens,
-            max_output=request.output_tokens,
-            tenant=request.tenant,
-        )
-        try:
-            self._admission.admit(entrant, job.arrival_s)
-        except (OverloadedError, DeadlineExceededError):
-            job.refused = True
-            return
-        self._at_gate[entrant.id] = job
-        self._decide(self._admission, job.arrival_s)
-
-    def _decide(self, admission: Admission, now: float) -> None:
-        fleet = self._fleet
-        capacity = Capacity(
-            members=fleet.members,
-            step_tokens=fleet.spec.step_tokens,
-            free_tokens=self._free_tokens,
-            backlog_tokens=self._backlog_tokens,
-        )
-        decisions = admission.decide(capacity, now)
-        for request_id in decisions.released:
-            self._route(self._at_gate.pop(request_id), now)
-            admission.routed(request_id)
-        for request_id, _ in decisions.refused:
-            self._at_gate.pop(request_id).refused = True
-
-    def _route(self, job: Job, now: float) -> None:
-        spec = self._fleet.spec
-        blocks = job.request.full_blocks(spec.block_size)
-        prompt = Prompt(
-            _key(job),
-            num_tokens=job.request.prompt_tokens,
-            max_output=job.request.output_tokens,
-            hashes={spec.block_size: blocks},
-        )
-        member = self._members[self._chooser.choose(prompt, blocks, now)]
-        self._push(member, member.add(job, now))
-        self._count_backlog(member.member_id, self._backlog[member.member_id] + job.new_tokens)
-
-    def _count_backlog(self, member_id: MemberId, tokens: int) -> None:
-        self._backlog_tokens += tokens - self._backlog[member_id]
-        self._backlog[member_id] = tokens
-
-    def _push(self, member: SimulatedMember, end_s: float | None) -> None:
-        if end_s is not None:
-            heappush(self._ends, (end_s, self._order[member.member_id], member.version, member.member_id))
-
-    def _run_until(self, limit_s: float) -> None:
-        while self._ends and self._ends[0][0] <= limit_s:
-            now, _, version, member_id = heappop(self._ends)
-            member = self._members[member_id]
-            if version != member.version:
-                continue
-            progress, next_end = member.advance(now)
-            self._push(member, next_end)
-            self.recorder.take(progress)
-            for job in progress.started:
-                self._chooser.started(member_id, _key(job))
-            for _ in progress.ended:
-                self._chooser.ended(member_id)
-            if next_end is None or now - self._reported[member_id] >= self._fleet.min_report_gap_s:
-                self._report(member, now)
-            if self._admission is not None:
-                self._tell(self._admission, progress, now)
-
-    def _tell(self, admission: Admission, progress: Progress, now: float) -> None:
-        for job in progress.started:
-            admission.started(RequestId(str(job.number)), now)
-        for job in progress.ended:
-            admission.done(RequestId(str(job.number)), now)
-        self._decide(admission, now)
-
-    def _report(self, member: SimulatedMember, now: float) -> None:
-        self._reported[member.member_id] = now
-        load = member.load()
-        free = load.free_blocks * load.block_size
-        self._free_tokens += free - self._free[member.member_id]
-        self._free[member.member_id] = free
-        self._count_backlog(member.member_id, load.waiting_tokens)
-        self._chooser.report(load, member.take_events(), now)
-
-
-def _key(job: Job) -> str:
-    return f"r{job.number}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +76,9 @@ class Result:
     good_share: float
     imbalance: float
     """The busiest member's time over the mean."""
+    mean_members: float
+    """Up at once, until the last request has ended."""
+    most_members: int
 
 
 def simulate(
@@ -222,15 +89,14 @@ def simulate(
     Raises:
         ConfigError: no member has room for one of its requests; `split_by_room` leaves them out.
     """
-    members = [SimulatedMember(MemberId(f"m{number}"), fleet.spec) for number in range(fleet.members)]
-    jobs, recorder = _serve(trace, fleet, policy, members)
-    return _result(policy, fleet, jobs, members, recorder, objective or Objective())
+    recorder = _Recorder()
+    jobs, run = _serve(trace, fleet, policy, recorder)
+    return _result(policy, fleet, jobs, run, recorder, objective or Objective())
 
 
 def simulate_tenants(trace: Sequence[TraceRequest], fleet: Fleet, policy: PolicyName) -> dict[str, list[float]]:
     """Serve a trace -> the times to first token of each tenant's requests, sorted, without those refused."""
-    members = [SimulatedMember(MemberId(f"m{number}"), fleet.spec) for number in range(fleet.members)]
-    jobs, _ = _serve(trace, fleet, policy, members)
+    jobs, _ = _serve(trace, fleet, policy, _Recorder())
     times: dict[str, list[float]] = {}
     for job in jobs:
         if not job.refused:
@@ -246,8 +112,8 @@ def split_by_room(trace: Sequence[TraceRequest], spec: MemberSpec) -> tuple[list
 
 
 def _serve(
-    trace: Sequence[TraceRequest], fleet: Fleet, policy: PolicyName, members: Sequence[SimulatedMember]
-) -> tuple[list[Job], _Recorder]:
+    trace: Sequence[TraceRequest], fleet: Fleet, policy: PolicyName, recorder: _Recorder
+) -> tuple[list[Job], FleetRun]:
     _, left_out = split_by_room(trace, fleet.spec)
     if left_out:
         raise ConfigError(
@@ -255,16 +121,16 @@ def _serve(
             f"{left_out[0].line}; leave them out or give members more"
         )
     jobs = [Job(number=number, request=each, arrival_s=each.arrival_s) for number, each in enumerate(trace)]
-    run = _Run(fleet, make_chooser(policy, [member.member_id for member in members], fleet.router), members)
+    run = FleetRun(fleet, policy, recorder.take)
     run.serve(jobs)
-    return jobs, run.recorder
+    return jobs, run
 
 
 def _result(
     policy: PolicyName,
     fleet: Fleet,
     jobs: Sequence[Job],
-    members: Sequence[SimulatedMember],
+    run: FleetRun,
     recorder: _Recorder,
     objective: Objective,
 ) -> Result:
@@ -274,11 +140,12 @@ def _result(
     good = sum(is_good(job, objective) for job in jobs)
     total = sum(job.request.prompt_tokens for job in served)
     requests, spec = [job.request for job in served], fleet.spec
-    room = fleet.members * spec.kv_tokens // spec.block_size
-    busy = [member.busy_s for member in members]
+    busy = [member.busy_s for member in run.members]
+    mean_members, most_members = run.sizes(max(job.end_s for job in served))
+    room = round(mean_members * spec.kv_tokens) // spec.block_size
     return Result(
         policy=policy,
-        members=len(members),
+        members=fleet.members,
         requests=len(jobs),
         refused=len(jobs) - len(served),
         mean_ttft_s=sum(ttfts) / len(ttfts),
@@ -295,6 +162,8 @@ def _result(
         goodput=good / length_s,
         good_share=good / len(jobs),
         imbalance=max(busy) * len(busy) / max(sum(busy), 1e-9),
+        mean_members=mean_members,
+        most_members=most_members,
     )
 
 

@@ -10,8 +10,9 @@ from router.admission import AdmissionConfig
 from router.choosers import POLICIES
 from router.errors import ConfigError
 from router.simulate import SimulateOptions, as_json, compare, main, table
+from router.simulated_fleet import Fleet
 from router.simulated_member import MemberSpec
-from router.simulation import Fleet, simulate
+from router.simulation import simulate
 from router.step_time import StepTime
 from router.trace import TraceRequest
 
@@ -75,6 +76,21 @@ def test_options_and_traces_that_cannot_work_are_refused(tmp_path: Path) -> None
     trace.write_text('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [1]}')
     with pytest.raises(ConfigError, match="spans no time"):
         next(compare(SimulateOptions(trace=trace)))
+
+
+def test_a_fleet_that_grows_tells_its_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = str(write_sessions(tmp_path, sessions=40))
+    flags = ["--trace", trace, "--members", "1", "--policies", "cost", "--gateways", "2"]
+    assert main([*flags, "--max-members", "3", "--start-s", "5"]) == 0
+    table = capsys.readouterr().out
+    assert "at most" in table
+    assert main([*flags, "--max-members", "3", "--start-s", "5", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert 1 < result["mean_members"] < result["most_members"] <= 3
+    assert main(flags) == 0
+    assert "at most" not in capsys.readouterr().out
+    assert main([*flags, "--members", "4", "--max-members", "3"]) == 2
+    assert "max_members must be no less than members, got 3 and 4" in capsys.readouterr().err
 
 
 def test_answers_of_one_token_have_no_gaps(tmp_path: Path) -> None:
