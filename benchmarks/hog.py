@@ -2,36 +2,74 @@
 
 Four tenants ask a gateway with one member of this process for half of what it can do, first alone, then beside a fifth
 that asks for ten times all of it. Prints the others' times to first token of both runs, and the ratio of their tails.
+With `--ray` the member is one of a local Ray cluster and clients ask its gateway over HTTP, the hog's from a process of
+their own.
 """
 
 import argparse
 import asyncio
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.replay import Seen, calibrate, capacity, make_arrivals, make_member, replay
+from benchmarks.ray_http import HttpFleet, serving
+from benchmarks.replay import Arrival, Seen, calibrate, capacity, make_arrivals, make_member, replay
 from cluster.config import Dtype
 from deploy.bench_engine import DTYPES
 from router.simulation import percentile
 from tests.support.members import dispatching
 
 _OTHERS = "abcd"
+_REST_S = 20.0
+"""For the last requests to end."""
 
 
 def _times(seen: list[Seen]) -> list[float]:
     return sorted(each.ttft_s for each in seen if each.tenant != "hog" and not each.refused)
 
 
-async def measure(model: Path, dtype: Dtype, share: float, overload: float, length_s: float) -> dict[str, object]:
-    """Figures of both runs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What is asked of a fleet."""
+
+    share: float
+    """Of its capacity, by the others together."""
+    overload: float
+    """Times its capacity, by the hog."""
+    length_s: float
+
+    def arrivals(self, rate: float) -> tuple[list[Arrival], list[Arrival]]:
+        """The others' requests and the hog's, of a fleet that can do so many a second."""
+        rng = random.Random(1)
+        each = self.share * rate / len(_OTHERS)
+        others = [arrival for name in _OTHERS for arrival in make_arrivals(rng, name, each, self.length_s)]
+        return others, make_arrivals(rng, "hog", self.overload * rate, self.length_s)
+
+
+async def measure(model: Path, dtype: Dtype, demand: Demand) -> dict[str, object]:
+    """Figures of both runs in this process."""
     async with dispatching([make_member(model, dtype)]) as dispatcher:
         rate = capacity(await calibrate(dispatcher))
-        rng = random.Random(1)
-        others = [each for name in _OTHERS for each in make_arrivals(rng, name, share * rate / len(_OTHERS), length_s)]
-        hog = make_arrivals(rng, "hog", overload * rate, length_s)
+        others, hog = demand.arrivals(rate)
         alone = await replay(dispatcher, others)
         beside = await replay(dispatcher, others + hog)
+    return _figures(rate, others, hog, alone, beside)
+
+
+async def measure_ray(fleet: HttpFleet, demand: Demand) -> dict[str, object]:
+    """Figures of both runs through HTTP."""
+    rate = fleet.members * capacity(await fleet.calibrate())
+    others, hog = demand.arrivals(rate)
+    alone = await fleet.replay(others, limit_s=demand.length_s + _REST_S)
+    runs = [fleet.replay(others, limit_s=demand.length_s + _REST_S), fleet.replay(hog, limit_s=demand.length_s)]
+    beside = [each for run in await asyncio.gather(*runs) for each in run]
+    return {"members": fleet.members} | _figures(rate, others, hog, alone, beside)
+
+
+def _figures(
+    rate: float, others: list[Arrival], hog: list[Arrival], alone: list[Seen], beside: list[Seen]
+) -> dict[str, object]:
     tails = [percentile(_times(seen), 0.99) for seen in (alone, beside)]
     return {
         "capacity_per_s": round(rate, 1),
@@ -53,10 +91,16 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the member's capacity that the others ask for")
     parser.add_argument("--overload", type=float, default=10.0, help="times its capacity that the hog asks for")
     parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--ray", action="store_true", help="on a local Ray cluster, over HTTP")
+    parser.add_argument("--members", type=int, default=1, help="of the Ray cluster")
     given = parser.parse_args()
-    print(
-        json.dumps(asyncio.run(measure(given.model, DTYPES[given.dtype], given.share, given.overload, given.seconds)))
-    )
+    demand = Demand(share=given.share, overload=given.overload, length_s=given.seconds)
+    dtype = DTYPES[given.dtype]
+    if given.ray:
+        with serving(given.model.resolve(), dtype, given.members, [*_OTHERS, "hog"]) as fleet:
+            print(json.dumps(asyncio.run(measure_ray(fleet, demand))))
+    else:
+        print(json.dumps(asyncio.run(measure(given.model, dtype, demand))))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ OUTPUTS = (8, 48)
 COMMON = 128
 """Tokens that half of the prompts begin with, one of a few."""
 ROWS = 32
+STEP_TOKENS = 256
 BLOCK = 16
 
 
@@ -52,17 +53,17 @@ class Seen:
     gaps_s: list[float] = field(default_factory=list)
 
 
-def make_member(model: Path, dtype: Dtype) -> EngineMember:
+def make_member(model: Path, dtype: Dtype, name: str = "m") -> EngineMember:
     """A member of this process with room for all that runs at once."""
     return EngineMember(
-        "m",
+        name,
         "mixed",
         model,
         kv_memory_bytes=1 << 30,
-        chunk=256,
+        chunk=STEP_TOKENS,
         max_rows=ROWS,
         max_model_len=1024,
-        step_tokens=256,
+        step_tokens=STEP_TOKENS,
         dtype=dtype,
     )
 

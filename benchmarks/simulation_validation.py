@@ -15,7 +15,8 @@ from contextlib import aclosing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.replay import Seen, as_trace, calibrate, capacity, make_arrivals, make_member, replay, way_s
+from benchmarks.ray_http import HttpFleet, serving
+from benchmarks.replay import Arrival, Seen, as_trace, calibrate, capacity, make_arrivals, make_member, replay, way_s
 from cluster.config import Dtype
 from deploy.bench_engine import DTYPES
 from router.admission import AdmissionConfig
@@ -30,20 +31,33 @@ _FIGURES = ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "mean_itl_s", "p50_itl_s"
 async def validate(
     model: Path, dtype: Dtype, loads: Sequence[float], length_s: float
 ) -> AsyncGenerator[dict[str, object]]:
-    """Both runs' figures at each load, in milliseconds. Nothing of a run goes into its simulation but its arrivals."""
+    """Both runs' figures at each load, in milliseconds. Nothing of a run goes into its simulation but its arrivals.
+
+    The real one is a member of this process.
+    """
     member = make_member(model, dtype)
     async with dispatching([member]) as dispatcher:
         spec = await calibrate(dispatcher)
         spec = replace(spec, way_s=await way_s(dispatcher, member.engine))
         for number, load in enumerate(loads, 1):
             arrivals = make_arrivals(random.Random(number), "", load * capacity(spec), length_s)
-            real = _figures(await replay(dispatcher, arrivals))
-            found = simulate(as_trace(arrivals), Fleet(members=1, spec=spec, admission=AdmissionConfig()), "cost")
-            yield {
-                "utilisation": load,
-                "way_ms": round(1e3 * spec.way_s, 2),
-                **_report(len(arrivals), spec, real, found),
-            }
+            yield {"utilisation": load} | _line(spec, 1, arrivals, await replay(dispatcher, arrivals))
+
+
+async def validate_ray(fleet: HttpFleet, loads: Sequence[float], length_s: float) -> AsyncGenerator[dict[str, object]]:
+    """As `validate`, of members on a local Ray cluster whose gateway is asked over HTTP."""
+    spec = await fleet.calibrate()
+    for number, load in enumerate(loads, 1):
+        rate = load * fleet.members * capacity(spec)
+        arrivals = make_arrivals(random.Random(number), "", rate, length_s)
+        seen = await fleet.replay(arrivals, limit_s=length_s + 30.0)
+        yield {"utilisation": load, "members": fleet.members} | _line(spec, fleet.members, arrivals, seen)
+
+
+def _line(spec: MemberSpec, members: int, arrivals: Sequence[Arrival], seen: list[Seen]) -> dict[str, object]:
+    fleet = Fleet(members=members, spec=spec, admission=AdmissionConfig())
+    found = simulate(as_trace(arrivals), fleet, "cost")
+    return {"way_ms": round(1e3 * spec.way_s, 2), **_report(len(arrivals), spec, _figures(seen), found)}
 
 
 def _figures(seen: list[Seen]) -> dict[str, float]:
@@ -78,12 +92,19 @@ def main() -> None:
         "--utilisation", type=float, nargs="+", default=[0.6], help="shares of the member's capacity that are asked"
     )
     parser.add_argument("--seconds", type=float, default=25.0, help="of each load")
+    parser.add_argument("--ray", action="store_true", help="members of a local Ray cluster, asked over HTTP")
+    parser.add_argument("--members", type=int, default=1, help="of the Ray cluster")
     given = parser.parse_args()
-    asyncio.run(_print(given.model, DTYPES[given.dtype], given.utilisation, given.seconds))
+    dtype = DTYPES[given.dtype]
+    if given.ray:
+        with serving(given.model.resolve(), dtype, given.members, [""]) as fleet:
+            asyncio.run(_print(validate_ray(fleet, given.utilisation, given.seconds)))
+    else:
+        asyncio.run(_print(validate(given.model, dtype, given.utilisation, given.seconds)))
 
 
-async def _print(model: Path, dtype: Dtype, loads: Sequence[float], length_s: float) -> None:
-    async with aclosing(validate(model, dtype, loads, length_s)) as lines:
+async def _print(found: AsyncGenerator[dict[str, object]]) -> None:
+    async with aclosing(found) as lines:
         async for line in lines:
             print(json.dumps(line), flush=True)
 

@@ -146,7 +146,7 @@ def compare(options: SimulateOptions) -> Iterator[Comparison]:
     if not fitting or fitting[-1].arrival_s <= fitting[0].arrival_s:
         raise ConfigError(f"trace {options.trace} spans no time or nothing in it fits kv_tokens={options.kv_tokens}")
     for members in options.members:
-        trace, factor, utilisation = _load_fleet(fitting, options.max_members or members, options)
+        trace, factor, utilisation = load_fleet(fitting, options.max_members or members, options)
         fleet = _fleet(members, options)
         objective = Objective(ttft_s=options.ttft_slo_s, itl_s=options.itl_slo_s)
         results = tuple(simulate(trace, fleet, policy, objective) for policy in options.policies)
@@ -180,7 +180,7 @@ def _admission(members: int, options: SimulateOptions) -> AdmissionConfig:
     return AdmissionConfig(max_in_flight=rows + queue, max_queue=queue)
 
 
-def _load_fleet(
+def load_fleet(
     recorded: Sequence[TraceRequest], members: int, options: SimulateOptions
 ) -> tuple[list[TraceRequest], float, float]:
     """Scale the trace until it asks for the wanted share of the fleet: hits depend on how much runs side by side."""

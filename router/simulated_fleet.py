@@ -18,6 +18,8 @@ from router.simulated_member import Job, MemberSpec, Progress, SimulatedMember
 
 _SCALE: Final = -1
 """In the place of a member's number: it is time to look at the fleet's size."""
+_REPORT: Final = -1
+"""In the place of a version: a report is due."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,8 @@ class _Place:
     load: MemberLoad | None = None
     """Its last report; None: it is not up yet."""
     reported_s: float = 0.0
+    due: bool = False
+    """A report is on its way, of requests that came since the last."""
     leaving: bool = False
     left_s: float = math.inf
 
@@ -117,6 +121,9 @@ class FleetRun:
     def _send(self, job: Job, member_id: MemberId, now: float) -> None:
         place = self._places[self._numbers[member_id]]
         self._push(place, place.member.add(job, now))
+        if not place.due:
+            place.due = True
+            heappush(self._ends, (max(place.reported_s + self._fleet.min_report_gap_s, now), place.number, _REPORT))
 
     def _push(self, place: _Place, end_s: float | None) -> None:
         if end_s is not None:
@@ -131,6 +138,8 @@ class FleetRun:
             place = self._places[number]
             if place.load is None:
                 self._join(place, now)
+            elif version == _REPORT:
+                self._report_due(place, now)
             elif version == place.member.version:
                 self._advance(place, now)
 
@@ -150,10 +159,17 @@ class FleetRun:
         for gateway in self._gateways:
             gateway.refresh(now)
 
+    def _report_due(self, place: _Place, now: float) -> None:
+        """Tell of requests that came, where no report has told of them since."""
+        if place.due and not place.leaving:
+            self._report(place, now)
+            for gateway in self._gateways:
+                gateway.refresh(now)
+
     def _report(self, place: _Place, now: float) -> None:
         place.reported_s = now
         load, events = place.member.load(), place.member.take_events()
-        place.load = load
+        place.load, place.due = load, False
         for gateway in self._gateways:
             gateway.report(load, events, now)
 

@@ -56,6 +56,7 @@ class EngineMember:
         )
         self.member_id = MemberId(name)
         self.role: Role = role
+        self._address = ""
         resolved = resolve_engine(config)
         layout = resolved.kv_layout()
         self._replica = LocalReplica(resolved, handoff=True, token=TOKEN)
@@ -71,9 +72,13 @@ class EngineMember:
         )
 
     async def start(self) -> MemberInfo:
-        address = await self.service.start(self.engine, "127.0.0.1")
+        self._address = await self.service.start(self.engine, "127.0.0.1")
         self.engine.start()
-        return MemberInfo(member_id=self.member_id, role=self.role, address=address)
+        return self.info
+
+    @property
+    def info(self) -> MemberInfo:
+        return MemberInfo(member_id=self.member_id, role=self.role, address=self._address)
 
     async def stop(self) -> None:
         await self.service.stop()

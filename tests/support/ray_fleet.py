@@ -45,14 +45,21 @@ class Completion:
 class RayFleet:
     """Starts Ray and the application; everything is gone when the context ends."""
 
-    def __init__(self, checkpoint: Path, pools: Mapping[str, object], **engine: object) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        pools: Mapping[str, object],
+        *,
+        http: Mapping[str, object] | None = None,
+        **engine: object,
+    ) -> None:
         self.http_port, self.grpc_port = free_port(), free_port()
         mapping = {
             "model": str(checkpoint),
             "model_name": "m",
             "engine": {"dtype": "float32", **engine},
             "pools": dict(pools),
-            "http": {"port": self.http_port, "split_reasoning": False},
+            "http": {"port": self.http_port, "split_reasoning": False, **(http or {})},
             "grpc": {"port": self.grpc_port},
         }
         self.config = parse_config(mapping)
