@@ -2,8 +2,8 @@
 
 `python -m benchmarks.gateway_staleness --model DIR`: real members in this process, gateways with streams of their own,
 under Poisson arrivals. For each number of gateways, over all decisions and members: the age of the load report that the
-gateway has, how long it lacks a change of the member's prefix cache (0: it knows all), by how much gateways' reports
-differ in age at that moment; milliseconds, to the one by which members are looked at.
+gateway has of a member at work, how long it lacks a later one, or a change of the member's prefix cache (0: it knows
+all), and by how much gateways' reports differ in age; milliseconds, to the one by which members are looked at.
 
 `python -m benchmarks.gateway_staleness --trace FILE`: the simulation with so many gateways, of a fleet at 80%. Arrivals
 that the trace rounds to one moment are spread evenly up to the next: no gateway could know of the others' in no time.
@@ -49,6 +49,7 @@ class Moments:
 
     def __init__(self, members: Sequence[EngineMember]) -> None:
         self._members = members
+        self.working: dict[MemberId, bool] = {}
         self.loads: dict[MemberId, dict[int, float]] = {member.member_id: {} for member in members}
         self.events: dict[MemberId, dict[int, float]] = {member.member_id: {} for member in members}
 
@@ -58,7 +59,9 @@ class Moments:
         while True:
             now = time.time()
             for member in self._members:
-                self.loads[member.member_id].setdefault(member.engine.load().sequence, now)
+                load = member.engine.load()
+                self.working[member.member_id] = load.running_requests > 0
+                self.loads[member.member_id].setdefault(load.sequence, now)
                 for event in member.engine.cache_events(known[member.member_id]):
                     self.events[member.member_id].setdefault(event.sequence, now)
                     known[member.member_id] = event.sequence
@@ -94,9 +97,12 @@ class WatchedRouter(Router):
     def route(self, prompt: Prompt, now: float, *, exclude: frozenset[MemberId] = frozenset()) -> Route:
         """As the router, noting how old its knowledge is."""
         for member_id in self.load_sequence:
-            self.ages["load"].append(now - self._made(member_id, now))
+            if self._moments.working[member_id]:
+                self.ages["load_age"].append(now - self._made(member_id, now))
+            later = self._moments.loads[member_id].get(self.load_sequence[member_id] + 1, now)
+            self.ages["load_lacking"].append(now - later)
             missing = self._moments.events[member_id].get(self.cache_sequence.get(member_id, 0) + 1, now)
-            self.ages["cache"].append(now - missing)
+            self.ages["cache_lacking"].append(now - missing)
             made = [each._made(member_id, now) for each in (self, *self.others)]
             self.ages["difference"].append(max(made) - min(made))
         return super().route(prompt, now, exclude=exclude)
@@ -162,7 +168,7 @@ async def _run(gateways: Sequence[tuple[Dispatcher, WatchedRouter]], rate: float
         "refused": sum(each.refused for each in seen),
         "mean_ttft_ms": round(1e3 * statistics.fmean(ttfts), 1),
     }
-    for name in ("load", "cache", "difference"):
+    for name in ("load_age", "load_lacking", "cache_lacking", "difference"):
         ages = sorted(age for _, router in gateways for age in router.ages[name])
         found[f"{name}_ms"] = {
             "p50": round(1e3 * percentile(ages, 0.5), 1),

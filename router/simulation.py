@@ -71,6 +71,10 @@ class Result:
     """The same with one cache without bounds for all members."""
     hit_bound_in_room: float
     """The same with one cache of all members' size."""
+    alone_ttft_s: float
+    """Mean, did each request find what that cache holds on a member that does nothing else: nobody can do better."""
+    alone_good_share: float
+    """Of requests that would then meet the objective."""
     goodput: float
     """Requests a second that met the objective."""
     good_share: float
@@ -142,7 +146,8 @@ def _result(
     requests, spec = [job.request for job in served], fleet.spec
     busy = [member.busy_s for member in run.members]
     mean_members, most_members = run.sizes(max(job.end_s for job in served))
-    room = round(mean_members * spec.kv_tokens) // spec.block_size
+    found = reusable_tokens(requests, spec.block_size, round(mean_members * spec.kv_tokens) // spec.block_size)
+    alone_ttft_s, alone_good = _alone(requests, found, spec, objective)
     return Result(
         policy=policy,
         members=fleet.members,
@@ -158,13 +163,38 @@ def _result(
         p99_itl_s=recorder.gap_s(0.99),
         hit_rate=sum(job.cached_tokens for job in served) / total,
         hit_bound=sum(reusable_tokens(requests, spec.block_size)) / total,
-        hit_bound_in_room=sum(reusable_tokens(requests, spec.block_size, room)) / total,
+        hit_bound_in_room=sum(found) / total,
+        alone_ttft_s=alone_ttft_s,
+        alone_good_share=alone_good / len(jobs),
         goodput=good / length_s,
         good_share=good / len(jobs),
         imbalance=max(busy) * len(busy) / max(sum(busy), 1e-9),
         mean_members=mean_members,
         most_members=most_members,
     )
+
+
+def _alone(
+    requests: Sequence[TraceRequest], found: Sequence[int], spec: MemberSpec, objective: Objective
+) -> tuple[float, int]:
+    """Mean seconds to a first token, and requests within the objective, were each served by itself.
+
+    Args:
+        found: tokens of each that are cached.
+    """
+    step, total_s, good = spec.step_time, 0.0, 0
+    for request, cached in zip(requests, found, strict=True):
+        steps, rest = divmod(request.prompt_tokens - cached, spec.step_tokens)
+        sizes = [spec.step_tokens] * steps + [rest] * (rest > 0)
+        ttft_s = 2 * spec.way_s + sum(
+            step.step_s(prefill_tokens=size, decode_rows=0, context_tokens=0) for size in sizes
+        )
+        itl_s = step.step_s(
+            prefill_tokens=0, decode_rows=1, context_tokens=request.prompt_tokens + request.output_tokens / 2
+        )
+        total_s += ttft_s
+        good += ttft_s <= objective.ttft_s and (itl_s <= objective.itl_s or request.output_tokens == 1)
+    return total_s / len(requests), good
 
 
 def is_good(job: Job, objective: Objective) -> bool:

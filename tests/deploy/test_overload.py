@@ -47,7 +47,7 @@ class Gateway:
     member: ScriptedMember
     dispatcher: Dispatcher
     http: httpx.AsyncClient
-    rpc: pb_grpc.GenerationStub
+    rpc: "pb_grpc.GenerationAsyncStub"
 
     async def ask_http(self, *, priority: int = 0, timeout_s: float = 0.0) -> Reply:
         """A completion; its time limit is the gateway's."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from router.errors import ConfigError
 from router.simulate import SimulateOptions, as_json, compare, main, table
 from router.simulated_fleet import Fleet
 from router.simulated_member import MemberSpec
-from router.simulation import simulate
+from router.simulation import Objective, simulate
 from router.step_time import StepTime
 from router.trace import TraceRequest
 
@@ -47,9 +48,11 @@ def test_the_cost_model_beats_the_simple_policies_on_sessions(tmp_path: Path) ->
     assert ours.hit_bound * 0.95 <= ours.hit_rate <= ours.hit_bound
     assert ours.p50_itl_s < ours.mean_itl_s < ours.p99_itl_s
     assert ours.hit_bound_in_room == ours.hit_bound
+    assert 0.2 < ours.alone_ttft_s < ours.mean_ttft_s
+    assert ours.good_share < ours.alone_good_share <= 1.0
     assert results["round-robin"].hit_rate < ours.hit_rate
     assert json.loads(as_json(comparison))["results"][0]["policy"] == "round-robin"
-    assert len(table(comparison).splitlines()) == 2 + len(POLICIES)
+    assert len(table(comparison).splitlines()) == 3 + len(POLICIES)
 
 
 def test_the_program_prints_tables_or_json_and_tells_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +104,14 @@ def test_answers_of_one_token_have_no_gaps(tmp_path: Path) -> None:
     trace.write_text("\n".join(json.dumps(each) for each in lines))
     (comparison,) = compare(SimulateOptions(trace=trace, policies=("cost",), requests=9))
     assert comparison.results[0].p99_itl_s == comparison.results[0].mean_itl_s == 0.0
+
+
+def test_a_request_that_is_alone_does_as_well_as_can_be() -> None:
+    burst = [replace(each, arrival_s=10.0 * number) for number, each in enumerate(make_burst(5))]
+    found = simulate(burst, Fleet(members=1, spec=SPEC), "cost", Objective(ttft_s=0.31))
+    assert found.alone_ttft_s == pytest.approx(found.mean_ttft_s)
+    assert (found.good_share, found.alone_good_share) == (1.0, 1.0)
+    assert simulate(burst, Fleet(members=1, spec=SPEC), "cost", Objective(ttft_s=0.3)).alone_good_share == 0.0
 
 
 SPEC = MemberSpec(step_time=StepTime(), kv_tokens=10_000, step_tokens=2048)
