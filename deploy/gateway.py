@@ -84,6 +84,7 @@ async def start_gateway(config: ServeConfig) -> GatewayApp:
     admission = AdmissionConfig(
         max_in_flight=config.gateway.max_in_flight,
         max_queue=config.gateway.max_queue,
+        gateways=config.gateway.replicas,
         tenant_weights=config.gateway.tenant_weights,
     )
     dispatcher = Dispatcher(Router(), Admission(admission), token, on_trace=metrics.stages)

@@ -27,6 +27,8 @@ class AdmissionConfig:
     """Requests admitted and not done."""
     max_queue: int = 256
     """Of these, those without a first token."""
+    gateways: int = 1
+    """That share the members: each gives turns for its part of their room."""
     min_retry_s: float = 0.5
     max_retry_s: float = 30.0
     """Bounds of what a refused client is told to wait."""
@@ -40,7 +42,7 @@ class AdmissionConfig:
     """What requests of positive priority get for each token of those of none, and these for those of negative."""
 
     def __post_init__(self) -> None:
-        for name in ("max_in_flight", "max_queue", "expected_output"):
+        for name in ("max_in_flight", "max_queue", "gateways", "expected_output"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"admission.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.min_retry_s <= self.max_retry_s:
@@ -185,7 +187,7 @@ class Admission:
         """Give turns while the members have room for more first tokens; without members all go, to be told so."""
         released: list[RequestId] = []
         self._queue.set_burst(_BURST_STEPS * capacity.members * capacity.step_tokens)
-        limit = capacity.members * self._config.starting_per_member
+        limit = capacity.members * self._config.starting_per_member / self._config.gateways
         while not capacity.members or self._may_start(limit, capacity):
             item = self._queue.pop()
             if item is None:

@@ -177,7 +177,7 @@ def _admission(members: int, options: SimulateOptions) -> AdmissionConfig:
     """Of one of the gateways before a fleet of this size: together their bounds are for that many members."""
     queue = -(-_QUEUE_PER_MEMBER * members // options.gateways)
     rows = -(-members * options.max_rows // options.gateways)
-    return AdmissionConfig(max_in_flight=rows + queue, max_queue=queue)
+    return AdmissionConfig(max_in_flight=rows + queue, max_queue=queue, gateways=options.gateways)
 
 
 def load_fleet(

@@ -233,6 +233,31 @@ def test_whoever_left_the_members_free_has_its_part_of_them_beside_those_who_fil
     assert admission.decide(members, 3.0).released == ("quiet4",)
 
 
+def test_gateways_that_share_members_give_turns_for_their_part_of_them_and_for_one_at_least() -> None:
+    for gateways, turns in ((1, 8), (2, 4), (4, 2), (100, 1)):
+        admission = Admission(AdmissionConfig(gateways=gateways))
+        for number in range(9):
+            admission.admit(make(f"r{number}", tokens=1000), 0.0)
+        full = Capacity(members=8, step_tokens=10, backlog_tokens=1000)
+        assert len(admission.decide(full, 0.0).released) == turns
+    with pytest.raises(ConfigError, match="gateways must be at least 1, got 0"):
+        AdmissionConfig(gateways=0)
+
+
+def test_a_hog_at_two_gateways_leaves_the_others_their_first_tokens_too() -> None:
+    length_s = 60.0
+    step = StepTime(base_s=0.008, prefill_token_s=1e-4, decode_row_s=1e-4, context_token_s=2e-8)
+    spec = MemberSpec(step_time=step, step_tokens=2048, kv_tokens=4_000_000)
+    fleet = Fleet(members=8, spec=spec, admission=AdmissionConfig(gateways=2), gateways=2)
+    rng = random.Random(5)
+    others = [each for tenant in "abcd" for each in make_arrivals(rng, tenant, 2.0, length_s)]
+    tails = []
+    for trace in (others, others + make_arrivals(rng, "hog", 160.0, length_s)):
+        times = simulate_tenants(sorted(trace, key=lambda each: each.arrival_s), fleet, "cost")
+        tails.append(percentile(sorted(value for tenant in "abcd" for value in times[tenant]), 0.99))
+    assert tails[1] < 1.5 * tails[0]
+
+
 def test_what_is_taken_beside_others_has_a_bound() -> None:
     members = Capacity(members=2, step_tokens=10)
     admission = Admission()
