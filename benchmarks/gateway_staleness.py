@@ -142,8 +142,10 @@ async def measure(
     try:
         for member in members:
             await member.start()
-        async with gateway([members[0].info]) as alone:
-            rate = share * num_members * capacity(await calibrate(alone))
+        rate = 0.0
+        for member in members:
+            async with gateway([member.info]) as alone:
+                rate += share * capacity(await calibrate(alone))
         for count in counts:
             async with _gateways(members, count) as gateways:
                 yield {"gateways": count} | await _run(gateways, rate / count, length_s)

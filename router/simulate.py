@@ -206,7 +206,8 @@ def table(comparison: Comparison) -> str:
         f"{comparison.members} members, {first.requests} requests in {comparison.length_s:.0f} s "
         f"({comparison.factor:.2f} x the trace's rate), {comparison.utilisation:.0%} of capacity at best; hits of a "
         f"cache without bounds {first.hit_bound:.3f}, of one of the fleet's size {first.hit_bound_in_room:.3f}",
-        f"each alone, with the latter's hits: mean TTFT {first.alone_ttft_s:.2f} s, good {first.alone_good_share:.3f}",
+        f"each alone, with the latter's hits: mean TTFT {first.alone_ttft_s:.2f} s, good {first.alone_good_share:.3f}; "
+        f"one queue before all: {first.one_queue_ttft_s:.2f} s, in time {first.one_queue_good_share:.3f}",
     ]
     if comparison.left_out:
         lines.append(f"left out, as no member has room for them: {_lines_text(comparison.left_out)} of the trace")

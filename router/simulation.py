@@ -75,6 +75,10 @@ class Result:
     """Mean, did each request find what that cache holds on a member that does nothing else: nobody can do better."""
     alone_good_share: float
     """Of requests that would then meet the objective."""
+    one_queue_ttft_s: float
+    """Mean, were all members one as fast as all together, with that cache, and served in order of arrival."""
+    one_queue_good_share: float
+    """Of requests that would then have their first token in time."""
     goodput: float
     """Requests a second that met the objective."""
     good_share: float
@@ -148,6 +152,7 @@ def _result(
     mean_members, most_members = run.sizes(max(job.end_s for job in served))
     found = reusable_tokens(requests, spec.block_size, round(mean_members * spec.kv_tokens) // spec.block_size)
     alone_ttft_s, alone_good = _alone(requests, found, spec, objective)
+    queue_ttft_s, queue_good = _one_queue(requests, found, spec, objective, mean_members)
     return Result(
         policy=policy,
         members=fleet.members,
@@ -166,6 +171,8 @@ def _result(
         hit_bound_in_room=sum(found) / total,
         alone_ttft_s=alone_ttft_s,
         alone_good_share=alone_good / len(jobs),
+        one_queue_ttft_s=queue_ttft_s,
+        one_queue_good_share=queue_good / len(jobs),
         goodput=good / length_s,
         good_share=good / len(jobs),
         imbalance=max(busy) * len(busy) / max(sum(busy), 1e-9),
@@ -197,6 +204,26 @@ def _alone(
     return total_s / len(requests), good
 
 
+def _one_queue(
+    requests: Sequence[TraceRequest], found: Sequence[int], spec: MemberSpec, objective: Objective, members: float
+) -> tuple[float, int]:
+    """As `_alone`, of requests that wait for each other's prompts; decoding takes its part of the time throughout."""
+    length_s = max(requests[-1].arrival_s - requests[0].arrival_s, 1e-9)
+    prompts = sum(each.prompt_tokens for each in requests) - sum(found)
+    token_s = spec.step_time.prefill_s_per_token(step_tokens=spec.step_tokens, decode_rows=0, context_tokens=0)
+    decoding_s = work_s(requests, spec, 1, found) - prompts * token_s
+    free = max(1.0 - decoding_s / length_s / members, 0.01)
+    backlog_s, last_s, total_s, good = 0.0, requests[0].arrival_s, 0.0, 0
+    for request, cached in zip(requests, found, strict=True):
+        backlog_s = max(backlog_s - (request.arrival_s - last_s) * members * free, 0.0)
+        last_s, own_s = request.arrival_s, (request.prompt_tokens - cached) * token_s
+        ttft_s = (backlog_s / members + own_s) / free + 2 * spec.way_s
+        backlog_s += own_s
+        total_s += ttft_s
+        good += ttft_s <= objective.ttft_s
+    return total_s / len(requests), good
+
+
 def is_good(job: Job, objective: Objective) -> bool:
     """Whether a request met the objective; one that was refused did not."""
     if job.refused:
@@ -211,10 +238,11 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(math.ceil(share * len(ordered)), len(ordered)) - 1]
 
 
-def work_s(trace: Sequence[TraceRequest], spec: MemberSpec, members: int) -> float:
-    """Seconds of computing in a trace, did each request find what one cache of all members' size would hold."""
+def work_s(trace: Sequence[TraceRequest], spec: MemberSpec, members: int, found: Sequence[int] | None = None) -> float:
+    """Seconds of computing in a trace, did each request find so many tokens, or what one cache of all would hold."""
     step = spec.step_time
-    found = reusable_tokens(trace, spec.block_size, members * spec.kv_tokens // spec.block_size)
+    if found is None:
+        found = reusable_tokens(trace, spec.block_size, members * spec.kv_tokens // spec.block_size)
     new = sum(each.prompt_tokens - cached for each, cached in zip(trace, found, strict=True))
     prefill_s = new * step.prefill_s_per_token(step_tokens=spec.step_tokens, decode_rows=0, context_tokens=0)
     decode_s = sum(

@@ -50,6 +50,8 @@ def test_the_cost_model_beats_the_simple_policies_on_sessions(tmp_path: Path) ->
     assert ours.hit_bound_in_room == ours.hit_bound
     assert 0.2 < ours.alone_ttft_s < ours.mean_ttft_s
     assert ours.good_share < ours.alone_good_share <= 1.0
+    assert ours.alone_ttft_s < ours.one_queue_ttft_s
+    assert ours.one_queue_good_share < ours.alone_good_share
     assert results["round-robin"].hit_rate < ours.hit_rate
     assert json.loads(as_json(comparison))["results"][0]["policy"] == "round-robin"
     assert len(table(comparison).splitlines()) == 3 + len(POLICIES)
@@ -110,6 +112,7 @@ def test_a_request_that_is_alone_does_as_well_as_can_be() -> None:
     burst = [replace(each, arrival_s=10.0 * number) for number, each in enumerate(make_burst(5))]
     found = simulate(burst, Fleet(members=1, spec=SPEC), "cost", Objective(ttft_s=0.31))
     assert found.alone_ttft_s == pytest.approx(found.mean_ttft_s)
+    assert found.one_queue_ttft_s == pytest.approx(found.alone_ttft_s, rel=0.02)
     assert (found.good_share, found.alone_good_share) == (1.0, 1.0)
     assert simulate(burst, Fleet(members=1, spec=SPEC), "cost", Objective(ttft_s=0.3)).alone_good_share == 0.0
 
