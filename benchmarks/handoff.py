@@ -21,10 +21,11 @@ import torch
 
 from cluster.config import KvTransport
 from cluster.handoff import Puller, source_rank
+from cluster.kv_server import KvServer
+from cluster.kv_wire import MAX_PAYLOAD_BYTES
 from cluster.pair import READER, SOURCE, Pair, join_store, open_store
 from cluster.plan import KvLayout, KvTicket, PullDone, PullOrder, SourceRank
 from cluster.rank_memory import RankMemory
-from cluster.transport import MAX_PAYLOAD_BYTES, KvServer
 from cluster.transports import make_transports
 from shards.cache import KvCache, cache_shape
 from shards.config import ModelConfig
@@ -33,7 +34,7 @@ from shards.rope_config import RopeConfig
 TOKEN = "benchmark-token-of-no-cluster"
 BLOCK_SIZE = 16
 NUM_SLOTS = 2
-WAYS: tuple[KvTransport, ...] = ("auto", "tcp", "p2p")
+WAYS: tuple[KvTransport, ...] = ("auto", "tcp", "p2p", "nixl")
 """auto is shared memory on one host."""
 
 
@@ -200,7 +201,7 @@ def measure_gloo(num_bytes: int, repeats: int) -> dict[str, object]:
         pair = Pair(store, "raw", rank=SOURCE, host="127.0.0.1", device=device, timeout_s=10)
         data = torch.ones_like(frame)
         for _ in range(frames * (repeats + 1)):
-            pair.send(data, timeout_s=60)
+            pair.finish(pair.start_send(data), timeout_s=60)
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
@@ -209,7 +210,7 @@ def measure_gloo(num_bytes: int, repeats: int) -> dict[str, object]:
 
     def receive() -> None:
         for _ in range(frames):
-            pair.receive(frame, timeout_s=60)
+            pair.finish(pair.start_receive(frame), timeout_s=60)
 
     seconds = best_s(receive, repeats)
     sender.join()

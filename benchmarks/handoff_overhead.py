@@ -1,9 +1,13 @@
 """What a hand-off adds to one request: from its first token to the decode member's first, less a mixed member's step.
 
     python -m benchmarks.handoff_overhead [--models tiny] [--prompts 128 1024 4000] [--tp 1 2] [--repeats 20]
+        [--transports auto tcp p2p] [--gb-s 6 2.5 2] [--early on off] [--chunk 1024] [--kv-heads 4] [--head-dim 256]
 
 Members with real engines behind real streams, all on this machine, one request at a time. Prints one JSON line a model,
-tp and prompt: medians in milliseconds, and of the overhead the part that the pull itself took.
+tp, transport and prompt: medians in milliseconds, the time of all of a request's pulls together, and the bar for the
+overhead: 10 ms, and the request's bytes at half of the transport's bandwidth (`--gb-s`, from `benchmarks.handoff`).
+`--kv-heads` and `--head-dim` give a token more KV. With `--early off` everything is fetched when the prompt is done,
+with `on` what is computed of it before.
 """
 
 import argparse
@@ -14,8 +18,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.config import KvTransport
 from cluster.dispatcher import Dispatcher
 from deploy.checkpoint import Size, write_random_checkpoint
 from router.request import Request, RequestId, SamplingParams
@@ -33,65 +39,106 @@ def make_request(index: int, prompt: int) -> Request:
     return Request(id=RequestId(f"r{index}"), prompt_ids=tuple(ids), sampling=sampling)
 
 
-async def gap_ms(dispatcher: Dispatcher, request: Request) -> float:
-    """From the first token to the second."""
-    times = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Members to measure."""
+
+    folder: Path
+    tp: int
+    way: KvTransport
+    early: bool
+    chunk: int
+    gb_s: float
+    prompts: Sequence[int]
+    repeats: int
+
+
+async def times_ms(dispatcher: Dispatcher, request: Request) -> tuple[float, float]:
+    """To the first token, and from it to the second."""
+    times = [time.perf_counter()]
     async for _ in dispatcher.generate(request):
         times.append(time.perf_counter())
-    return 1e3 * (times[1] - times[0])
+    return 1e3 * (times[1] - times[0]), 1e3 * (times[2] - times[1])
 
 
-async def gaps_ms(dispatcher: Dispatcher, prompt: int, repeats: int) -> list[float]:
-    """One request after the other, a few more for warming up."""
-    gaps = []
-    for index in range(repeats + 3):
-        gaps.append(await gap_ms(dispatcher, make_request(1000 * prompt + index, prompt)))
+async def medians_ms(dispatcher: Dispatcher, prompt: int, repeats: int) -> tuple[float, float]:
+    """One request after the other, two more for warming up -> (to the first token, to the second)."""
+    found = []
+    for index in range(repeats + 2):
+        found.append(await times_ms(dispatcher, make_request(1000 * prompt + index, prompt)))
         # Members let go of what the last one held.
         await asyncio.sleep(0.05)
-    return gaps[3:]
+    firsts, gaps = zip(*found[2:], strict=True)
+    return statistics.median(firsts), statistics.median(gaps)
 
 
-def make_member(name: str, folder: Path, tp: int, longest: int) -> EngineMember:
+def make_member(name: str, case: Case) -> EngineMember:
     """A member whose name says its role."""
     role = "prefill" if name == "p" else "decode" if name == "d" else "mixed"
     return EngineMember(
         name,
         role,
-        folder,
-        tp=tp,
-        kv_memory_bytes=256 << 20,
-        chunk=1024,
-        step_tokens=1024,
-        max_model_len=longest + NEW_TOKENS,
+        case.folder,
+        tp=case.tp,
+        kv_memory_bytes=512 << 20,
+        chunk=case.chunk,
+        step_tokens=case.chunk,
+        max_model_len=max(case.prompts) + NEW_TOKENS,
         dtype="bfloat16",
+        kv_transport=case.way,
+        early_tokens=256 if case.early else 1 << 40,
     )
 
 
-async def measure(folder: Path, tp: int, prompts: Sequence[int], repeats: int) -> list[dict[str, float]]:
+async def measure(case: Case) -> list[dict[str, object]]:
     """All prompts on a mixed member, then on a prefill and a decode member."""
-    async with dispatching([make_member("m", folder, tp, max(prompts))]) as dispatcher:
-        steps = [await gaps_ms(dispatcher, prompt, repeats) for prompt in prompts]
-    members = [make_member(name, folder, tp, max(prompts)) for name in "pd"]
-    found = []
+    async with dispatching([make_member("m", case)]) as dispatcher:
+        whole = [await medians_ms(dispatcher, prompt, case.repeats) for prompt in case.prompts]
+    members = [make_member(name, case) for name in "pd"]
+    found: list[dict[str, object]] = []
     async with dispatching(members) as dispatcher:
-        for prompt, step in zip(prompts, steps, strict=True):
+        for prompt, (ttft_ms, step_ms) in zip(case.prompts, whole, strict=True):
             before = members[1].engine.stats()
-            gaps = await gaps_ms(dispatcher, prompt, repeats)
+            first_ms, gap_ms = await medians_ms(dispatcher, prompt, case.repeats)
             after = members[1].engine.stats()
             if after.failed_pulls:
                 raise RuntimeError(f"{after.failed_pulls} pulls failed")
-            pulls = after.pulls - before.pulls
+            requests = case.repeats + 2
+            num_bytes = (after.pulled_bytes - before.pulled_bytes) // requests
             found.append(
                 {
                     "prompt": prompt,
-                    "bytes": (after.pulled_bytes - before.pulled_bytes) // pulls,
-                    "step_ms": round(statistics.median(step), 3),
-                    "gap_ms": round(statistics.median(gaps), 3),
-                    "overhead_ms": round(statistics.median(gaps) - statistics.median(step), 3),
-                    "pull_ms": round(1e3 * (after.pull_s - before.pull_s) / pulls, 3),
+                    "mb": round(num_bytes / 1e6, 2),
+                    "mixed_ttft_ms": round(ttft_ms, 1),
+                    "ttft_ms": round(first_ms, 1),
+                    "step_ms": round(step_ms, 2),
+                    "gap_ms": round(gap_ms, 2),
+                    "overhead_ms": round(gap_ms - step_ms, 2),
+                    "bar_ms": round(10 + 2e3 * num_bytes / case.gb_s / 1e9, 2),
+                    "pulls": (after.pulls - before.pulls) / requests,
+                    "pull_ms": round(1e3 * (after.pull_s - before.pull_s) / requests, 2),
                 }
             )
     return found
+
+
+def make_cases(args: argparse.Namespace, folder: Path) -> list[Case]:
+    """All that were asked for."""
+    return [
+        Case(
+            folder=folder,
+            tp=tp,
+            way=way,
+            early=early == "on",
+            chunk=args.chunk,
+            gb_s=gb_s,
+            prompts=args.prompts,
+            repeats=args.repeats,
+        )
+        for tp in args.tp
+        for way, gb_s in zip(args.transports, args.gb_s, strict=True)
+        for early in args.early
+    ]
 
 
 def main() -> None:
@@ -101,16 +148,25 @@ def main() -> None:
     parser.add_argument("--architectures", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 1024, 4000])
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--transports", nargs="+", default=["auto"], help="as engine.kv_transport")
+    parser.add_argument("--gb-s", type=float, nargs="+", default=[6.0], help="bandwidth of each of the transports")
+    parser.add_argument("--early", choices=("on", "off"), nargs="+", default=["on"])
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--kv-heads", type=int, default=2, help="of the attention layers, of as many query heads or 4")
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     sizes: list[Size] = args.models
     for size in sizes:
         for architecture in args.architectures:
             with tempfile.TemporaryDirectory() as folder:
-                write_random_checkpoint(architecture, size, 0, Path(folder))
-                for tp in args.tp:
-                    for result in asyncio.run(measure(Path(folder), tp, args.prompts, args.repeats)):
-                        print(json.dumps({"model": f"{architecture} {size}", "tp": tp, **result}), flush=True)
+                heads = {"num_key_value_heads": args.kv_heads, "num_attention_heads": max(args.kv_heads, 4)}
+                shape = heads | {"head_dim": args.head_dim, "max_position_embeddings": 2 * max(args.prompts)}
+                write_random_checkpoint(architecture, size, 0, Path(folder), overrides=shape)
+                for case in make_cases(args, Path(folder)):
+                    about = {"model": f"{architecture} {size}", "tp": case.tp, "way": case.way, "early": case.early}
+                    for result in asyncio.run(measure(case)):
+                        print(json.dumps({**about, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from router.request import Request, SamplingParams, TokenEvent
+from router.request import Request, TokenEvent
 from shards.mesh import Layout
-from tests.support.disaggregated import serve_apart
-from tests.support.exactness import make_prompts, make_requests, same_bits
-from tests.support.exactness_matrix import CASES, Serving, describe, engine_config, replica, run_case
+from tests.support.disaggregated import LAYOUTS, hand_over_to_each, pair_requests
+from tests.support.exactness import same_bits
+from tests.support.exactness_matrix import CASES, describe, engine_config, replica, run_case
 from tests.support.reference import make_reference
 
 ARCHITECTURES = ("qwen3_moe", "qwen3_next")
-LAYOUTS = (Layout(), Layout(tp=2), Layout(dp=2, ep=2), Layout(tp=2, ep=2))
-
-
-def requests_of(vocab_size: int) -> list[Request]:
-    """Greedy and sampled ones."""
-    prompts = make_prompts(vocab_size)
-    sampling = SamplingParams(max_tokens=32, temperature=0.8, seed=9, logprobs=0)
-    return [*make_requests(prompts), *make_requests(prompts, name="s", sampling=sampling)]
 
 
 def tokens_of(served: Sequence[Sequence[TokenEvent]]) -> list[list[int | None]]:
@@ -38,20 +30,12 @@ def pair_rows(architecture: str, folder: Path, requests: Sequence[Request]) -> l
     with replica(engine_config(folder, Layout())) as (engine, ranks):
         whole = run_case(engine, ranks, CASES[0], requests).events
     rows: list[tuple[str, ...]] = []
-    for source_layout in LAYOUTS:
-        for target_layout in LAYOUTS:
-            with (
-                replica(engine_config(folder, source_layout), handoff=True) as (source, source_ranks),
-                replica(engine_config(folder, target_layout), handoff=True) as (target, target_ranks),
-                Serving(source, source_ranks, member="p") as prefill,
-                Serving(target, target_ranks, member="d") as decode,
-            ):
-                apart = serve_apart(prefill, decode, requests)
-                failed = decode.engine.stats().failed_pulls
-            same = sum(ours == theirs for ours, theirs in zip(tokens_of(apart), tokens_of(whole), strict=True))
-            bits = "same" if same_bits(whole, apart) else "differ"
-            layouts = (describe(source_layout), describe(target_layout))
-            rows.append((architecture, *layouts, f"{same}/{len(requests)}", bits, str(failed)))
+    for source in LAYOUTS:
+        for apart in hand_over_to_each(folder, source, requests):
+            same = sum(ours == theirs for ours, theirs in zip(tokens_of(apart.events), tokens_of(whole), strict=True))
+            bits = "same" if same_bits(whole, apart.events) else "differ"
+            layouts = (describe(source), describe(apart.target))
+            rows.append((architecture, *layouts, f"{same}/{len(requests)}", bits, str(apart.stats.failed_pulls)))
             print(*rows[-1], file=sys.stderr)
     return rows
 
@@ -61,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="file to write; default: standard output")
     out: Path | None = parser.parse_args().out
-    requests = requests_of(131)
+    requests = pair_requests(131)
     lines = ["| model | prefill | decode | requests with equal tokens | bits | failed pulls |", "|" + "---|" * 6]
     wrong = False
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ KernelChoice = Literal["auto", "native", "torch", "triton"]
 DeterministicChoice = Literal["auto", "on", "off"]
 StateCheckpoints = Literal["exact", "int8"]
 DraftPolicyChoice = Literal["adaptive", "always"]
-KvTransport = Literal["auto", "tcp", "p2p"]
+KvTransport = Literal["auto", "tcp", "p2p", "nixl"]
 MOST_DRAFT_TOKENS = 8
 """More never pay: drafts at that depth are hardly ever right."""
 

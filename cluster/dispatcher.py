@@ -14,8 +14,9 @@ import grpc
 
 from cluster.gate import Gate
 from cluster.journey import Journey, RequestTrace
-from cluster.member_client import ClientLimits, MemberClient, MemberStream
+from cluster.member_client import ClientLimits, MemberClient
 from cluster.member_codec import SubmitMode
+from cluster.member_stream import MemberEvent, MemberStream
 from cluster.members import MemberInfo
 from cluster.plan import KvTicket
 from router.admission import Admission
@@ -23,6 +24,7 @@ from router.errors import (
     DeadlineExceededError,
     HandoffError,
     MemberLostError,
+    MoefleetError,
     NoMemberError,
     OverloadedError,
 )
@@ -222,7 +224,9 @@ class Dispatcher:
         """The first token; when the request goes on, its ticket is in the journey."""
         journey.prefill = self._client(member_id).submit(journey.request, mode="prefill")
         journey.mark("submitted_s")
-        first = await self._next_token(journey, journey.prefill)
+        while isinstance(first := await self._next_event(journey, journey.prefill), KvTicket):
+            journey.ticket = first
+            self._expect(journey, first)
         if first.finish is not None:
             return first
         journey.mark("handoff_start_s")
@@ -231,10 +235,23 @@ class Dispatcher:
         except MemberLostError as error:
             # The first token is here; the decode member computes the prompt again.
             logger.warning("%s: no ticket: %s", journey.request.id, error)
+            journey.ticket = None
             return first
         assert isinstance(ticket, KvTicket), "an event behind the first token of a prefill"
         journey.ticket = ticket
         return first
+
+    def _expect(self, journey: Journey, ticket: KvTicket) -> None:
+        """Let the decode member fetch what is computed so far. If it cannot, it will fetch all of it at the end."""
+        client = self._clients.get(journey.decode_member)
+        if client is None or client.hello is None or (journey.early is not None and journey.early.lost):
+            return
+        size = client.hello.layout.block_size
+        hashes = journey.prompt.hashes(size)[: ticket.num_tokens // size]
+        try:
+            journey.early = client.expect(journey.request.id, hashes, ticket, journey.early)
+        except MoefleetError as error:
+            logger.debug("%s: nothing is fetched early: %s", journey.request.id, error)
 
     def _hand_over(self, journey: Journey, member_id: MemberId, first: TokenEvent) -> None:
         """Send the request to the decode member with its first token, and the ticket if there is one."""
@@ -251,7 +268,9 @@ class Dispatcher:
     def _submit_onward(self, journey: Journey, member_id: MemberId) -> None:
         journey.decode_member = member_id
         mode: SubmitMode = "full" if journey.ticket is None else "decode"
-        journey.decode = self._client(member_id).submit(journey.onward, mode=mode, ticket=journey.ticket)
+        journey.decode = self._client(member_id).submit(
+            journey.onward, mode=mode, ticket=journey.ticket, expected=journey.early
+        )
 
     async def _next_decoded(self, journey: Journey) -> TokenEvent:
         """The next token of the decode member; a refusal before its first one is worked around."""
@@ -295,11 +314,17 @@ class Dispatcher:
             self._release(journey)
 
     async def _next_token(self, journey: Journey, stream: MemberStream) -> TokenEvent:
+        event = await self._next_event(journey, stream)
+        assert isinstance(event, TokenEvent), "a ticket where a token was due"
+        return event
+
+    async def _next_event(self, journey: Journey, stream: MemberStream) -> MemberEvent:
         try:
             event = await journey.within(anext(stream))
         except StopAsyncIteration:
             raise MemberLostError(f"{journey.request.id}: the member ended its stream early; send it again") from None
-        assert isinstance(event, TokenEvent), "a ticket where a token was due"
+        if isinstance(event, KvTicket):
+            return event
         if event.finish == "abort":
             raise MemberLostError(f"{journey.request.id}: the member ended the request; send it again")
         if event.finish == "error" and journey.is_late:
@@ -313,8 +338,10 @@ class Dispatcher:
         return client
 
     def _release(self, journey: Journey) -> None:
-        """Free the prefill member's KV."""
+        """Free the prefill member's KV; where a lost decode member may still read it, leave it to its lease."""
         ticket, journey.ticket = journey.ticket, None
+        if journey.early is not None and journey.early.lost:
+            return
         if ticket is not None and journey.prefill_member in self._clients:
             self._clients[journey.prefill_member].release_ticket(ticket.id)
 
@@ -322,14 +349,15 @@ class Dispatcher:
         """End what still runs of a request on any member, and free what waits for it."""
         if journey.prefill is not None:
             journey.prefill.close()
-        if journey.decode is not None:
-            journey.decode.close()
+        decode = journey.decode or journey.early
+        if decode is not None:
+            decode.close()
         if journey.ticket is None:
             return
-        if journey.decode is None:
+        if decode is None:
             self._release(journey)
         else:
-            self._spawn(self._release_after(journey, journey.decode))
+            self._spawn(self._release_after(journey, decode))
 
     async def _release_after(self, journey: Journey, decode: MemberStream) -> None:
         # While the decode member may still pull, freed blocks could be given to others and be read with their

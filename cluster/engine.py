@@ -7,7 +7,7 @@ engine sleeps and wakes with the next command.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Final, Literal
@@ -35,7 +35,7 @@ _JOIN_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TicketReady:
-    """A prefilled request's KV waits to be fetched; comes right behind its first token."""
+    """A prefilled request's KV waits to be fetched; comes right behind its first token, partial ones before it."""
 
     request_id: RequestId
     ticket: KvTicket
@@ -67,6 +67,16 @@ class _Abort:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Release:
     ticket_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Expect:
+    request_id: RequestId
+    hashes: Sequence[int]
+    ticket: KvTicket
+
+
+_Command = _Submit | _Abort | _Release | _Expect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +116,8 @@ class Engine:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._stall_s = step_timeout_s + limits.lease_s
+        # A rank begins a pull behind the step that it is busy with.
+        self._pull_grace_s = step_timeout_s + limits.lease_grace_s
         self._active_at = time.monotonic()
         """When something was last done or came in."""
         self._scheduler = Scheduler(limits, draft_policy)
@@ -114,7 +126,7 @@ class Engine:
         self._member_id = member_id
         self._role: Role = role
         self._clock = clock
-        self._commands: SimpleQueue[_Submit | _Abort | _Release] = SimpleQueue()
+        self._commands: SimpleQueue[_Command] = SimpleQueue()
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._draining = False
@@ -158,6 +170,10 @@ class Engine:
         """Go on with a request prefilled elsewhere; `request.output_ids` holds its first token."""
         self._command(_Submit(request=request, mode="full", ticket=ticket))
 
+    def expect(self, request_id: RequestId, hashes: Sequence[int], ticket: KvTicket) -> None:
+        """Fetch what is prefilled elsewhere so far of a request that is submitted or aborted later."""
+        self._command(_Expect(request_id=request_id, hashes=hashes, ticket=ticket))
+
     def abort(self, request_id: RequestId) -> None:
         """End a request; its last event has finish "abort". Unknown ids are no error."""
         self._command(_Abort(request_id=request_id))
@@ -189,7 +205,7 @@ class Engine:
         self.halt()
         self._ranks.close()
 
-    def _command(self, command: _Submit | _Abort | _Release) -> None:
+    def _command(self, command: _Command) -> None:
         self._commands.put(command)
         self._wake.set()
 
@@ -235,6 +251,7 @@ class Engine:
                 self._stats.failed_pulls += 1
                 logger.warning("pull %s failed, computing its tokens here: %s", done.pull_id, done.error)
             self._scheduler.pull_done(done, now)
+        self._check_pulls(now)
         began = time.monotonic()
         plan = self._scheduler.schedule(now)
         decided = time.monotonic()
@@ -265,7 +282,8 @@ class Engine:
 
     def _emit(self, event: TokenEvent | HandoffReady) -> None:
         if isinstance(event, HandoffReady):
-            self._live.discard(event.request_id)
+            if not event.partial:
+                self._live.discard(event.request_id)
             self._events.append(TicketReady(request_id=event.request_id, ticket=self._outlets.make_ticket(event)))
             return
         self._stats.cached_tokens += event.cached_tokens
@@ -289,16 +307,21 @@ class Engine:
         self._load = replace(load, draining=self._draining, counts=self._stats.counts())
         self._load_at = now
 
-    def _check_stall(self) -> None:
-        """Nothing runs: fail when there is work and nothing has happened for too long.
+    def _check_pulls(self, now: float) -> None:
+        """Fail when the end of a pull was lost, whatever else runs: its sequence and its room would wait for ever."""
+        late_s = now - self._scheduler.first_lease_end()
+        if late_s > self._pull_grace_s:
+            self._stall(f"a pull has not ended {late_s:.3g} s behind its lease")
 
-        Raises:
-            MemberLostError: such as when a rank lost a pull; the log has the scheduler's state.
-        """
+    def _check_stall(self) -> None:
+        """Nothing runs: fail when there is work and nothing has happened for too long."""
         idle_s = time.monotonic() - self._active_at
         if self._scheduler.has_work and idle_s > self._stall_s:
-            logger.error("engine stalls: %s", self._scheduler.describe())
-            raise MemberLostError(f"the engine has work and did nothing for {idle_s:.3g} s; its log has the state")
+            self._stall(f"the engine has work and did nothing for {idle_s:.3g} s")
+
+    def _stall(self, what: str) -> None:
+        logger.error("engine stalls: %s", self._scheduler.describe())
+        raise MemberLostError(f"{what}; its log has the state")
 
     def _sleep(self) -> None:
         """Nothing runs: wait for a command, a pull, a lost rank, or the next lease or deadline."""
@@ -327,6 +350,8 @@ class Engine:
                     self._end(request_id)
                 case _Release(ticket_id=ticket_id):
                     self._scheduler.release_ticket(ticket_id)
+                case _Expect():
+                    self._scheduler.expect(command.request_id, command.hashes, command.ticket)
 
     def _take_in(self, command: _Submit) -> None:
         request, now = command.request, self._clock()

@@ -20,6 +20,8 @@ class GatewayConnection:
 
     def __init__(self, max_messages: int) -> None:
         self.handles: dict[int, RequestId] = {}
+        self.expected: set[int] = set()
+        """Of these, the ones whose request is still prefilled elsewhere."""
         self.tickets: set[str] = set()
         """Given out on this stream and not released."""
         self.closed = False

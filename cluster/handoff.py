@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cluster.kv_server import KvServer
+from cluster.kv_wire import MAX_PAYLOAD_BYTES
 from cluster.made_once import MadeOnce
 from cluster.plan import KvLayout, KvTicket, PullDone, PullOrder, SourceRank
 from cluster.recut import Fragment, KvMove, Recut, check_pair, fragments, recut
-from cluster.transport import MAX_PAYLOAD_BYTES, KvServer
 from cluster.transports import Transport, check_expiry, host_key
 from router.errors import CorruptDataError, HandoffError
 from shards.cache import CacheShape, KvCache, cache_shape

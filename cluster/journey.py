@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from cluster.member_client import MemberStream
+from cluster.member_stream import MemberStream
 from cluster.plan import KvTicket
 from router.errors import CorruptDataError, DeadlineExceededError
 from router.prompt import prompt_of
@@ -55,6 +55,8 @@ class Journey:
         self.onward = request
         """The request as the decode member gets it: with the tokens emitted before."""
         self.prefill: MemberStream | None = None
+        self.early: MemberStream | None = None
+        """At the decode member, which fetches what is computed of the prompt so far; `decode` takes it over."""
         self.decode: MemberStream | None = None
         self.prefill_member: MemberId = MemberId("")
         self.decode_member: MemberId = MemberId("")

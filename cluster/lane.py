@@ -52,10 +52,14 @@ class Lane:
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self._keeps_states = config.prefix_cache and config.num_slots > 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences here."""
+        return sum(len(seq.tokens) for seq in (*self.waiting, *self.active))
+
     def expected_load(self, seq: Sequence) -> int:
         """Tokens held or to be held here by others, less what of `seq` is cached here."""
-        others = sum(len(other.tokens) for other in (*self.waiting, *self.active))
-        return others - self._usable_blocks(seq, len(self._known_blocks(seq))) * self._config.block_size
+        return self.num_tokens - self._usable_blocks(seq, len(self._known_blocks(seq))) * self._config.block_size
 
     def waiting_tokens(self) -> int:
         """Tokens of prompts, or of what is computed anew, that are still to be planned; less what is cached here."""
@@ -174,20 +178,20 @@ class Lane:
     def _victim(self, seq: Sequence) -> Sequence | None:
         """The last sequence behind `seq` that can give up its room.
 
-        Not one that a rank still writes by pulling, nor one that will end by itself when its plan is committed.
+        Not one that a rank still writes by pulling, or that others read, nor one that will end by itself when its plan
+        is committed.
         """
-        behind = self.active[self.active.index(seq) + 1 :]
-        return next((other for other in reversed(behind) if other.phase == "running" and not other.all_sampled), None)
+        behind = [other for other in self.active[self.active.index(seq) + 1 :] if other.phase == "running"]
+        return next((other for other in reversed(behind) if not (other.all_sampled or other.offer)), None)
 
     def _admit(self, draft: LaneDraft, now: float, pull_ids: Iterator[int]) -> None:
         """Give room to waiting sequences in order, up to the first that must wait longer."""
-        while self.waiting and draft.budget:
-            seq = self.waiting[0]
-            if seq.ticket is not None and seq.ticket.expires_unix_s <= now:
+        while draft.budget and (seq := next((one for one in self.waiting if not one.awaits_pull), None)) is not None:
+            if seq.ticket is not None and not seq.ticket.lasts(now):
                 seq.ticket = None
             if seq.pending or not self._reserve(seq, draft):
                 break
-            del self.waiting[0]
+            self.waiting.remove(seq)
             insort(self.active, seq, key=_ORDER)
             draft.starts.append(seq.start(self._config.block_size))
             if seq.ticket is None:
@@ -340,11 +344,14 @@ class Lane:
             self.leave(seq)
         seq.phase = "ended"
 
-    def pin(self, seq: Sequence, expires_unix_s: float) -> Pinned:
-        """End a prefilled sequence but keep its blocks and slot."""
+    def pin(self, seq: Sequence, expires_unix_s: float, *, state: bool = True) -> Pinned:
+        """End a prefilled sequence but keep its blocks and its slot, or without `state` the blocks alone."""
         self.active.remove(seq)
         self._free_rows.append(seq.row)
         seq.phase = "ended"
+        if not state:
+            self._give_slot(seq.slot)
+            seq.slot = -1
         return Pinned(
             request_id=seq.request.id,
             lane=self.index,
@@ -370,18 +377,19 @@ class Lane:
             f"{self.blocks.num_free} blocks, {len(self._free_rows)} rows and {self.slots.num_free} slots free"
         )
 
-    def check_integrity(self, pinned: list[Pinned], uncommitted: list[Work]) -> None:
+    def check_integrity(self, pinned: list[Pinned], uncommitted: list[Work], early: list[list[int]]) -> None:
         """Raise AssertionError unless blocks, rows and slots are each free or owned as often as they should be."""
-        self.blocks.check_integrity([*(seq.blocks for seq in self.active), *(pin.blocks for pin in pinned)])
+        held = [*(seq.blocks for seq in self.active), *(pin.blocks for pin in pinned), *early]
+        self.blocks.check_integrity(held)
         rows = sorted([*self._free_rows, *(seq.row for seq in self.active)])
         assert rows == list(range(self._config.max_rows)), f"lane {self.index}: rows free or held: {rows}"
         owners = (self.active, pinned)
-        held = [owner.slot for group in owners for owner in group if owner.slot >= 0]
+        slots = [owner.slot for group in owners for owner in group if owner.slot >= 0]
         saved = [slot for work in uncommitted for _, slot in work.saves]
         if self.slots is self.states:
-            self.states.check_integrity([*held, *saved])
+            self.states.check_integrity([*slots, *saved])
         else:
-            self.slots.check_integrity(held)
+            self.slots.check_integrity(slots)
             self.states.check_integrity(saved)
         for seq in self.active:
             self.blocks.check_private(seq.blocks[max(seq.registered, seq.settled // self._config.block_size) :])

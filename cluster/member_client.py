@@ -6,7 +6,7 @@ Lives on one event loop. The stream is opened again, with growing pauses, until 
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -16,12 +16,14 @@ from cluster.load_codec import read_cache, read_load
 from cluster.member_codec import (
     MemberHello,
     SubmitMode,
+    expect_message,
     read_hello,
     read_rejection,
     read_step,
     read_ticket,
     submit_message,
 )
+from cluster.member_stream import MemberEvent, MemberStream
 from cluster.members import MemberInfo
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
@@ -29,7 +31,7 @@ from cluster.protos.member_pb2_grpc import MemberStub
 from cluster.security import check_token, token_metadata
 from router.errors import CorruptDataError, MemberLostError, MoefleetError, OverloadedError
 from router.load import CacheEvents, MemberLoad
-from router.request import MemberId, Request, RequestId, TokenEvent
+from router.request import MemberId, Request, RequestId
 
 logger = logging.getLogger(__name__)
 
@@ -48,101 +50,6 @@ class ClientLimits:
     hello_timeout_s: float = 5.0
     first_backoff_s: float = 0.05
     max_backoff_s: float = 2.0
-
-
-MemberEvent = TokenEvent | KvTicket
-
-
-class MemberStream:
-    """The events of one request on one member: tokens, and a ticket at the end of a prefill."""
-
-    def __init__(
-        self,
-        request_id: RequestId,
-        *,
-        abort: Callable[[], None],
-        release: Callable[[str], None],
-        max_events: int,
-    ) -> None:
-        self.request_id = request_id
-        self._abort = abort
-        self._release = release
-        self._queue: asyncio.Queue[MemberEvent | MoefleetError] = asyncio.Queue()
-        self._max_events = max_events
-        self._closed = False
-        self._cut = False
-        self._lost = False
-        self._last_taken = False
-        self._ended = asyncio.Event()
-
-    @property
-    def is_closed(self) -> bool:
-        """Nobody reads it any more."""
-        return self._closed
-
-    @property
-    def lost(self) -> bool:
-        """It ended because the member was lost, and not by the member's word."""
-        return self._lost
-
-    def __aiter__(self) -> "MemberStream":
-        return self
-
-    async def __anext__(self) -> MemberEvent:
-        """The next event; ends behind a last token, or behind a ticket.
-
-        Raises:
-            MemberLostError: the member is gone.
-            MoefleetError: the member refused the request, or we read too slowly.
-        """
-        if self._closed or (self._last_taken and self._queue.empty()):
-            raise StopAsyncIteration
-        event = await self._queue.get()
-        if isinstance(event, MoefleetError):
-            self._last_taken = True
-            raise event
-        self._last_taken = not isinstance(event, TokenEvent) or event.finish is not None
-        return event
-
-    def close(self) -> None:
-        """Want no more events: what still runs is aborted, and a ticket that nobody has taken is released."""
-        if self._closed:
-            return
-        self._closed = True
-        if not self._ended.is_set():
-            self._abort()
-        while not self._queue.empty():
-            event = self._queue.get_nowait()
-            if isinstance(event, KvTicket):
-                self._release(event.id)
-
-    async def aclose(self) -> None:
-        """As `close`."""
-        self.close()
-
-    async def ended(self, timeout_s: float) -> bool:
-        """Wait until the member has sent the request's last event or is lost; False after timeout_s."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._ended.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    def take(self, event: MemberEvent | MoefleetError, *, last: bool) -> None:
-        """Queue what came from the member; called by its client."""
-        if last:
-            self._lost = isinstance(event, MemberLostError)
-            self._ended.set()
-        if self._closed or self._cut:
-            return
-        if not last and self._queue.qsize() >= self._max_events:
-            text = f"{self.request_id}: its reader is {self._max_events} tokens behind; read faster"
-            self._queue.put_nowait(OverloadedError(text, retry_after_s=1.0))
-            self._cut = True
-            self._abort()
-            return
-        self._queue.put_nowait(event)
 
 
 class MemberClient:
@@ -199,13 +106,47 @@ class MemberClient:
             await asyncio.wait([self._task], timeout=_CANCEL_S)
             self._task = None
 
-    def submit(self, request: Request, *, mode: SubmitMode, ticket: KvTicket | None = None) -> MemberStream:
+    def submit(
+        self,
+        request: Request,
+        *,
+        mode: SubmitMode,
+        ticket: KvTicket | None = None,
+        expected: MemberStream | None = None,
+    ) -> MemberStream:
         """Send a request; its refusal comes through the stream.
+
+        Args:
+            expected: from `expect`: its events come there, if it has not ended.
 
         Raises:
             MemberLostError: the stream is down.
             OverloadedError: too much waits to be sent.
         """
+        stream = self._stream(request.id, expected)
+        self._outbox.put_nowait(submit_message(stream.handle, request, mode, ticket))
+        return stream
+
+    def expect(
+        self, request_id: RequestId, hashes: Sequence[int], ticket: KvTicket, expected: MemberStream | None = None
+    ) -> MemberStream:
+        """Have a member fetch what is prefilled of a request elsewhere, which `submit` sends later.
+
+        Args:
+            hashes: of the blocks of the member's size that the ticket covers.
+            expected: what the call before has returned.
+
+        Raises:
+            MemberLostError, OverloadedError: as `submit`.
+        """
+        stream = self._stream(request_id, expected)
+        self._outbox.put_nowait(expect_message(stream.handle, request_id, hashes, ticket))
+        return stream
+
+    def _stream(self, request_id: RequestId, known: MemberStream | None) -> MemberStream:
+        """The one that is known, if it still lives, or a new one."""
+        if known is not None and self._streams.get(known.handle) is known:
+            return known
         if self._hello is None:
             raise MemberLostError(
                 f"member {self.info.member_id} at {self.info.address} is not connected; send it again"
@@ -215,14 +156,14 @@ class MemberClient:
         handle = self._next_handle
         self._next_handle += 1
         stream = MemberStream(
-            request.id,
+            request_id,
+            handle,
             abort=lambda: self._abort(handle),
             release=self.release_ticket,
             max_events=self._limits.max_queued_events,
         )
         self._streams[handle] = stream
-        self._request_ids[handle] = request.id
-        self._outbox.put_nowait(submit_message(handle, request, mode, ticket))
+        self._request_ids[handle] = request_id
         return stream
 
     def release_ticket(self, ticket_id: str) -> None:
@@ -344,11 +285,17 @@ class MemberClient:
             else:
                 self._finish(handle, event)
         for ready in step.tickets:
-            ticket = read_ticket(ready.ticket)
-            if ready.handle not in self._streams or self._streams[ready.handle].is_closed:
-                # Aborted while the ticket was on its way.
-                self.release_ticket(ticket.id)
-            self._finish(ready.handle, ticket)
+            self._take_ticket(ready.handle, read_ticket(ready.ticket))
+
+    def _take_ticket(self, handle: int, ticket: KvTicket) -> None:
+        stream = self._streams.get(handle)
+        if stream is None or (stream.is_closed and not stream.owns_ticket):
+            # Aborted while the ticket was on its way.
+            self.release_ticket(ticket.id)
+        if not ticket.partial:
+            self._finish(handle, ticket)
+        elif stream is not None:
+            stream.take(ticket, last=False)
 
     def _finish(self, handle: int, last: MemberEvent | MoefleetError) -> None:
         self._request_ids.pop(handle, None)

@@ -89,6 +89,12 @@ def read_submit(message: pb.Submit) -> tuple[Request, SubmitMode, KvTicket | Non
     return request, mode, read_ticket(message.ticket) if mode == "decode" else None
 
 
+def expect_message(handle: int, request_id: RequestId, hashes: Sequence[int], ticket: KvTicket) -> pb.GatewayMessage:
+    """Word of what is computed of a request's prompt elsewhere."""
+    message = pb.Expect(handle=handle, request_id=request_id, hashes=hashes, ticket=ticket_message(ticket))
+    return pb.GatewayMessage(expect=message)
+
+
 def _sampling_message(sampling: SamplingParams) -> pb.Sampling:
     return pb.Sampling(
         max_tokens=sampling.max_tokens,
@@ -175,6 +181,7 @@ def ticket_message(ticket: KvTicket) -> pb.Ticket:
         state_slot=ticket.state_slot,
         num_tokens=ticket.num_tokens,
         expires_unix_s=ticket.expires_unix_s,
+        partial=ticket.partial,
     )
 
 
@@ -195,6 +202,7 @@ def read_ticket(message: pb.Ticket) -> KvTicket:
         state_slot=message.state_slot,
         num_tokens=message.num_tokens,
         expires_unix_s=message.expires_unix_s,
+        partial=message.partial,
     )
 
 

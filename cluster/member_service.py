@@ -17,7 +17,7 @@ import grpc.aio
 from cluster.engine import EngineEvent, TicketReady
 from cluster.gateway_connection import GatewayConnection, StepColumns
 from cluster.load_codec import cache_message, load_message
-from cluster.member_codec import MemberHello, hello_message, read_submit, rejection_message
+from cluster.member_codec import MemberHello, hello_message, read_submit, read_ticket, rejection_message
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
 from cluster.protos.member_pb2_grpc import MemberServicer, add_MemberServicer_to_server
@@ -43,6 +43,10 @@ class MemberEngine(Protocol):
 
     def submit_handoff(self, request: Request, ticket: KvTicket) -> None:
         """Go on with a request that was prefilled elsewhere."""
+        ...
+
+    def expect(self, request_id: RequestId, hashes: Sequence[int], ticket: KvTicket) -> None:
+        """Fetch what is prefilled elsewhere so far."""
         ...
 
     def abort(self, request_id: RequestId) -> None:
@@ -215,6 +219,8 @@ class MemberService(MemberServicer):
         match message.WhichOneof("kind"):
             case "submit":
                 self._submit(message.submit, connection)
+            case "expect":
+                self._expect(message.expect, connection)
             case "abort":
                 request_id = connection.handles.get(message.abort.handle)
                 if request_id is not None:
@@ -229,20 +235,35 @@ class MemberService(MemberServicer):
 
     def _submit(self, message: pb.Submit, connection: GatewayConnection) -> None:
         assert self._engine is not None
-        handle = message.handle
-        if handle in connection.handles:
-            raise CorruptDataError(f"handle {handle} is in use on this stream")
         request, mode, ticket = read_submit(message)
-        if request.id in self._live:
-            error = InvalidRequestError(f"request id {request.id} is running here already; use a new one", field="id")
-            connection.send(rejection_message(handle, error))
+        if not self._enter(message.handle, request.id, connection):
             return
-        connection.handles[handle] = request.id
-        self._live[request.id] = _Live(connection=connection, handle=handle)
+        connection.expected.discard(message.handle)
         if ticket is not None:
             self._engine.submit_handoff(request, ticket)
         else:
             self._engine.submit(request, mode="prefill" if mode == "prefill" else "full")
+
+    def _expect(self, message: pb.Expect, connection: GatewayConnection) -> None:
+        assert self._engine is not None
+        request_id = RequestId(message.request_id)
+        if self._enter(message.handle, request_id, connection):
+            connection.expected.add(message.handle)
+            self._engine.expect(request_id, tuple(message.hashes), read_ticket(message.ticket))
+
+    def _enter(self, handle: int, request_id: RequestId, connection: GatewayConnection) -> bool:
+        """Let a handle stand for a request; False: it was refused."""
+        if handle in connection.handles:
+            if handle in connection.expected and connection.handles[handle] == request_id:
+                return True
+            raise CorruptDataError(f"handle {handle} is in use on this stream")
+        if request_id in self._live:
+            error = InvalidRequestError(f"request id {request_id} is running here already; use a new one", field="id")
+            connection.send(rejection_message(handle, error))
+            return False
+        connection.handles[handle] = request_id
+        self._live[request_id] = _Live(connection=connection, handle=handle)
+        return True
 
     def _deliver(self, events: Sequence[EngineEvent]) -> None:
         """Give each gateway its part of a step's events."""
@@ -258,7 +279,7 @@ class MemberService(MemberServicer):
             if _is_last(event):
                 self._end(event.request_id, live)
             if live.connection.closed:
-                self._drop(event)
+                self._drop(event, live.connection)
                 continue
             columns = steps.get(live.connection)
             if columns is None:
@@ -276,11 +297,12 @@ class MemberService(MemberServicer):
     def _end(self, request_id: RequestId, live: _Live) -> None:
         del self._live[request_id]
         live.connection.handles.pop(live.handle, None)
+        live.connection.expected.discard(live.handle)
 
-    def _drop(self, event: EngineEvent) -> None:
-        """Nobody waits for this event; its KV must not wait for its lease."""
+    def _drop(self, event: EngineEvent, connection: GatewayConnection) -> None:
+        """Nobody waits for this event; its KV must not wait for its lease, unless a part of it was offered before."""
         assert self._engine is not None
-        if isinstance(event, TicketReady):
+        if isinstance(event, TicketReady) and event.ticket.id not in connection.tickets:
             self._engine.release_ticket(event.ticket.id)
 
     def _forget(self, connection: GatewayConnection) -> None:
@@ -332,7 +354,13 @@ class MemberService(MemberServicer):
 
 
 def _is_last(event: EngineEvent) -> bool:
-    return not isinstance(event, TokenEvent) or event.finish is not None
+    match event:
+        case TokenEvent():
+            return event.finish is not None
+        case TicketReady():
+            return not event.ticket.partial
+        case _:
+            return True
 
 
 def _server_options(limits: ServiceLimits) -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """A torch.distributed group of two, a source rank and a rank that reads it: gloo between CPUs, NCCL between GPUs."""
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -59,6 +60,14 @@ class _Group(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Transfer:
+    """One payload on its way."""
+
+    payload: Tensor
+    work: dist.Work
+
+
 class Pair:
     """One end of a group of two of its own, beside all other groups of the process; used by one thread at a time.
 
@@ -87,32 +96,43 @@ class Pair:
         except RuntimeError as error:
             raise HandoffError(f"hand-off: the two ranks could not form a group: {error}") from error
 
-    def send(self, payload: Tensor, *, timeout_s: float) -> None:
-        """Send a payload that the other end knows the length of.
+    def start_send(self, payload: Tensor) -> Transfer:
+        """Begin to send a payload that the other end knows the length of; it must not change until `finish`.
 
         Raises:
-            HandoffError: the other end is gone or takes nothing.
+            HandoffError: the other end is gone.
         """
-        self._run(payload, timeout_s, sends=True)
+        return self._start(payload, sends=True)
 
-    def receive(self, into: Tensor, *, timeout_s: float) -> None:
-        """Fill a tensor with the next payload.
+    def start_receive(self, room: Tensor) -> Transfer:
+        """Begin to fill a tensor with the next payload.
 
         Raises:
-            HandoffError: the other end is gone or sends nothing.
+            HandoffError: the other end is gone.
         """
-        self._run(into, timeout_s, sends=False)
+        return self._start(room, sends=False)
 
-    def _run(self, tensor: Tensor, timeout_s: float, *, sends: bool) -> None:
+    def _start(self, tensor: Tensor, *, sends: bool) -> Transfer:
         group = self._group
         if group is None:
             raise HandoffError("hand-off: the pair was closed")
         try:
             start = group.send if sends else group.recv
-            start([tensor], self._other, 0).wait(timedelta(seconds=max(timeout_s, 1e-3)))
+            return Transfer(payload=tensor, work=start([tensor], self._other, 0))
+        except RuntimeError as error:
+            raise HandoffError(f"hand-off: the other rank of the pair was lost: {error}") from error
+
+    def finish(self, transfer: Transfer, *, timeout_s: float) -> None:
+        """Wait until a payload is sent or here.
+
+        Raises:
+            HandoffError: the other end is gone, takes nothing or sends nothing.
+        """
+        try:
+            transfer.work.wait(timedelta(seconds=max(timeout_s, 1e-3)))
             if self._on_cuda:
                 # NCCL's wait is the stream's.
-                torch.cuda.current_stream(tensor.device).synchronize()
+                torch.cuda.current_stream(transfer.payload.device).synchronize()
         except RuntimeError as error:
             raise HandoffError(f"hand-off: the other rank of the pair was lost: {error}") from error
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from router.request import RequestId
 from shards.batch import LaneOutput, StepBatch
 
-KV_FORMAT = 4
+KV_FORMAT = 5
 """Version of what a ticket means and of the bytes between a KV server and its readers. Raise it with either."""
 
 
@@ -56,6 +56,12 @@ class KvTicket:
     num_tokens: int
     """Positions whose KV is there."""
     expires_unix_s: float
+    partial: bool = False
+    """The rest of the prompt is still computed: the same ticket comes again with more, at last with the state."""
+
+    def lasts(self, now: float) -> bool:
+        """Whether it may still be read."""
+        return now < self.expires_unix_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +119,8 @@ class StepOutput:
 class HandoffReady:
     """A prefilled sequence waits for its decode member: emitted right after its first TokenEvent.
 
+    Before that `partial` ones tell of long prompts what is computed so far.
+
     The engine makes the KvTicket of it (it knows addresses; the scheduler does not).
     """
 
@@ -123,3 +131,4 @@ class HandoffReady:
     state_slot: int
     num_tokens: int
     expires_unix_s: float
+    partial: bool = False

@@ -1,4 +1,4 @@
-"""A rank's flat cache buffer as pulls see it: spans read and written by rows, on the CPU or a device."""
+"""A rank's flat cache buffer as pulls see it: rows read and written, on the CPU or a device."""
 
 from collections.abc import Sequence
 
@@ -6,91 +6,99 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.recut import Span
-
-ByteArray = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+from cluster.recut import Rows
+from shards.row_copy import ByteArray, IntArray, RowCopier
 
 
 class RankMemory:
-    """Spans of a flat uint8 buffer, on the CPU or a device, read and written by rows."""
+    """Rows of a flat uint8 buffer, on the CPU or a device."""
 
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
-        # numpy copies byte rows with memmove on the calling thread; torch would start a thread pool for each caller.
+        # Copied on the calling thread; torch would start a thread pool for each caller.
         self._bytes: ByteArray | None = buffer.numpy() if buffer.device.type == "cpu" else None
+        self._copier = RowCopier()
 
-    def holds(self, span: Span) -> bool:
-        """Whether the span lies inside of the buffer, row by row."""
-        fits = span.num_bytes > 0 and span.rows > 0 and span.end <= self._buffer.numel()
-        return fits and (span.rows == 1 or span.stride >= span.num_bytes)
+    def holds(self, rows: Rows) -> bool:
+        """Whether all rows lie inside of the buffer."""
+        if rows.num_bytes <= 0 or not len(rows.offsets):
+            return False
+        return bool(rows.offsets.min() >= 0 and rows.offsets.max() <= self._buffer.numel() - rows.num_bytes)
 
     @property
     def device(self) -> torch.device:
         """Where the buffer lies."""
         return self._buffer.device
 
-    def gather_there(self, spans: Sequence[Span]) -> Tensor:
-        """As `gather`, on the buffer's device; complete when it returns."""
-        if self._bytes is not None:
-            return torch.from_numpy(self.gather(spans))
-        packed = torch.cat([_window(self._buffer, span).reshape(-1) for span in spans])
-        torch.cuda.current_stream(self.device).synchronize()
+    def views(self, parts: Sequence[Rows]) -> list[memoryview] | None:
+        """The rows in place, writable, in order; None on a device."""
+        if self._bytes is None:
+            return None
+        whole = self._bytes.data
+        return [whole[at : at + part.num_bytes] for part in parts for at in part.offsets.tolist()]
+
+    def gather(self, parts: Sequence[Rows], out: Tensor | None = None) -> Tensor:
+        """The rows' bytes one after the other, on the buffer's device; complete when it returns.
+
+        Args:
+            out: where to put them, from its beginning on; a row that is all of it need not be copied.
+        """
+        total = sum(part.total_bytes for part in parts)
+        if self._bytes is None:
+            packed = torch.cat([piece for part in parts for piece in self._pieces(part)])
+            torch.cuda.current_stream(self.device).synchronize()
+            return packed
+        if len(parts) == 1 and _is_one(parts[0].offsets, parts[0].num_bytes):
+            begin = int(parts[0].offsets[0])
+            return self._buffer[begin : begin + total]
+        packed = torch.empty(total, dtype=torch.uint8) if out is None else out[:total]
+        at, target = 0, packed.numpy()
+        for part in parts:
+            self._copier.copy(target, _packed(part, at), self._bytes, part.offsets, part.num_bytes)
+            at += part.total_bytes
         return packed
 
-    def gather(self, spans: Sequence[Span]) -> ByteArray:
-        """The bytes of the spans, one after the other."""
-        if self._bytes is None:
-            gathered: ByteArray = self.gather_there(spans).cpu().numpy()
-            return gathered
-        out = np.empty(sum(span.total_bytes for span in spans), dtype=np.uint8)
+    def scatter(self, payload: Tensor, parts: Sequence[Rows]) -> None:
+        """Write what `gather` of equally long rows gave."""
         at = 0
-        for span in spans:
-            np.copyto(rows_at(out, at, span), rows_of(self._bytes, span))
-            at += span.total_bytes
-        return out
+        if self._bytes is not None:
+            source = payload.numpy()
+            for part in parts:
+                self._copier.copy(self._bytes, part.offsets, source, _packed(part, at), part.num_bytes)
+                at += part.total_bytes
+            return
+        payload = payload.to(self.device)
+        for part in parts:
+            pieces = self._pieces(part)
+            width = part.total_bytes // len(pieces)
+            for piece in pieces:
+                piece.copy_(payload[at : at + width])
+                at += width
+        # A rank's next step may run on another stream.
+        torch.cuda.synchronize(self.device)
 
-    def scatter(self, payload: ByteArray | Tensor, spans: Sequence[Span]) -> None:
-        """Write what `gather` or `gather_there` of equally long spans gave."""
-        source: ByteArray | Tensor
-        if self._bytes is None:
-            source = (torch.from_numpy(payload) if isinstance(payload, np.ndarray) else payload).to(self.device)
-        else:
-            source = payload if isinstance(payload, np.ndarray) else payload.numpy()
-        at = 0
-        for span in spans:
-            self._write(source, at, span)
-            at += span.total_bytes
-        if self._bytes is None:
-            # A rank's next step may run on another stream.
-            torch.cuda.synchronize(self._buffer.device)
+    def copy_from(self, source: ByteArray, src: Rows, dst: Rows) -> None:
+        """Copy rows of another process's mapped cache into this one."""
+        if self._bytes is not None:
+            self._copier.copy(self._bytes, dst.offsets, source, src.offsets, src.num_bytes)
+            return
+        packed = np.empty(src.total_bytes, dtype=np.uint8)
+        self._copier.copy(packed, _packed(src, 0), source, src.offsets, src.num_bytes)
+        self.scatter(torch.from_numpy(packed), [dst])
 
-    def _write(self, source: "ByteArray | Tensor", at: int, span: Span) -> None:
-        if isinstance(source, Tensor):
-            part = source[at : at + span.total_bytes].view(span.rows, span.num_bytes)
-            _window(self._buffer, span).copy_(part)
-        else:
-            assert self._bytes is not None
-            np.copyto(rows_of(self._bytes, span), rows_at(source, at, span))
-
-    def copy_from(self, source: ByteArray, src: Span, dst: Span) -> None:
-        """Copy a span of another process's mapped cache into this one."""
-        if self._bytes is None:
-            packed = np.ascontiguousarray(rows_of(source, src)).reshape(-1)
-            self.scatter(packed, [dst])
-        else:
-            np.copyto(rows_of(self._bytes, dst), rows_of(source, src))
+    def _pieces(self, rows: Rows) -> list[Tensor]:
+        """Rows on a device as flat views; one where they follow each other."""
+        if _is_one(rows.offsets, rows.num_bytes):
+            begin = int(rows.offsets[0])
+            return [self._buffer[begin : begin + rows.total_bytes]]
+        return [self._buffer[at : at + rows.num_bytes] for at in rows.offsets.tolist()]
 
 
-def rows_of(array: ByteArray, span: Span) -> ByteArray:
-    """A view [rows, num_bytes] of a flat array; the caller has checked the bounds."""
-    shape, strides = (span.rows, span.num_bytes), (span.stride, 1)
-    return np.ndarray(shape, np.uint8, buffer=array.data, offset=span.offset, strides=strides)
+def _is_one(offsets: IntArray, num_bytes: int) -> bool:
+    """Whether rows follow each other without a gap."""
+    return bool((np.diff(offsets) == num_bytes).all())
 
 
-def rows_at(array: ByteArray, at: int, span: Span) -> ByteArray:
-    """The packed bytes of a span that begin at `at`, as [rows, num_bytes]."""
-    return array[at : at + span.total_bytes].reshape(span.rows, span.num_bytes)
-
-
-def _window(buffer: Tensor, span: Span) -> Tensor:
-    return buffer.as_strided((span.rows, span.num_bytes), (span.stride, 1), span.offset)
+def _packed(rows: Rows, at: int) -> IntArray:
+    """Where rows lie that are packed from `at` on."""
+    return at + np.arange(len(rows.offsets), dtype=np.int64) * rows.num_bytes

@@ -16,11 +16,11 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from cluster.executor import RankGroup
 from cluster.handoff import Puller, source_rank
+from cluster.kv_server import KvServer
 from cluster.plan_codec import RankWork, decode_work
 from cluster.rank_memory import RankMemory
 from cluster.reports import LoadProgress, RankEnded, RankReady, Report, StepAnswer, encode_report
 from cluster.resolve import ResolvedEngine
-from cluster.transport import KvServer
 from cluster.transports import host_key, make_transports
 from cluster.wire import Channel, accept, connect, listen
 from router.errors import ConfigError, CorruptDataError, MemberLostError

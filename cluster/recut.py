@@ -4,14 +4,19 @@ Heads are contiguous inside a block or slot, so that what a destination rank nee
 bytes in every row of a pool; between blocks of different sizes it is one run a head. Pure: geometry in, fragments out.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from cluster.plan import KvLayout
 from router.errors import HandoffError
 from shards.cache import CacheShape, Pool
 
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+MAX_ROWS = 1024
+"""Of a fragment: as many pieces as the system sends or receives in one call."""
 _MUST_AGREE = {
     "version": "run one release of the software on both pools",
     "fingerprint": "serve both pools from one checkpoint",
@@ -20,34 +25,29 @@ _MUST_AGREE = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """`rows` runs of `num_bytes` bytes, `stride` bytes apart, in a rank's flat cache buffer."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """Runs of num_bytes bytes, one at each of `offsets`, in a rank's flat cache buffer."""
 
-    offset: int
-    stride: int
+    offsets: IntArray
+    """[rows]"""
     num_bytes: int
-    rows: int = 1
+    """Of each."""
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all rows together."""
-        return self.num_bytes * self.rows
-
-    @property
-    def end(self) -> int:
-        """First byte of the buffer behind the last row."""
-        return self.offset + (self.rows - 1) * self.stride + self.num_bytes
+        return self.num_bytes * len(self.offsets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fragment:
-    """One copy: equal row counts and row lengths on both sides."""
+    """One copy: as many rows of the same length on both sides."""
 
     source: int
     """tp rank of the source."""
-    src: Span
-    dst: Span
+    src: Rows
+    dst: Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +196,7 @@ def fragments(cuts: Recut, move: KvMove, slots: tuple[int, int] | None, *, max_b
 
     Args:
         cuts: from `recut`.
-        move: which positions; of blocks of one size whole blocks are copied, neighbours on both sides in one copy.
+        move: which positions; of blocks of one size whole blocks are copied.
         slots: source and destination state slot; None for models without states.
         max_bytes: largest fragment; larger ones are split.
 
@@ -204,32 +204,32 @@ def fragments(cuts: Recut, move: KvMove, slots: tuple[int, int] | None, *, max_b
         HandoffError: a block or slot lies outside of its pool.
     """
     out: list[Fragment] = []
-    runs = list(_block_runs(cuts, move))
+    runs = _block_runs(cuts, move)
     for cut in cuts.per_block:
         for run in runs:
             out += _split(_fragment(cut, run), max_bytes)
     if slots is not None:
+        run = _Run(src=np.array(slots[:1], np.int64), dst=np.array(slots[1:], np.int64))
         for cut in cuts.per_slot:
-            out += _split(_fragment(cut, _Run(src=slots[0], dst=slots[1])), max_bytes)
+            out += _split(_fragment(cut, run), max_bytes)
     return out
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
-    """Rows of both pools: `count` whole neighbours, or where `tokens` is set some positions of one block each."""
+    """Rows of both pools: whole ones, or where `tokens` is set as many positions of each."""
 
-    src: int
-    dst: int
-    count: int = 1
-    src_token: int = 0
-    """Position inside of the source block."""
-    dst_token: int = 0
+    src: IntArray
+    dst: IntArray
+    src_token: IntArray = field(default_factory=lambda: np.zeros(1, np.int64))
+    """First position inside of each source block."""
+    dst_token: IntArray = field(default_factory=lambda: np.zeros(1, np.int64))
     tokens: int = 0
 
 
-def _block_runs(cuts: Recut, move: KvMove) -> Iterator[_Run]:
+def _block_runs(cuts: Recut, move: KvMove) -> list[_Run]:
     if not cuts.per_block or move.first >= move.end:
-        return
+        return []
     src_size, dst_size = (pool.shape[2] for pool in (cuts.per_block[0].src_pool, cuts.per_block[0].dst_pool))
     held = min(len(move.src_blocks) * src_size, move.first + len(move.dst_blocks) * dst_size)
     if move.first % dst_size or move.end > held:
@@ -237,84 +237,68 @@ def _block_runs(cuts: Recut, move: KvMove) -> Iterator[_Run]:
             f"hand-off: positions {move.first}..{move.end - 1} do not lie in {len(move.src_blocks)} source blocks of "
             f"{src_size} and {len(move.dst_blocks)} blocks of {dst_size}; the ticket does not belong to this layout"
         )
+    src_blocks, dst_blocks = np.array(move.src_blocks, np.int64), np.array(move.dst_blocks, np.int64)
     if src_size == dst_size:
-        blocks = move.src_blocks[move.first // src_size : -(-move.end // src_size)]
-        yield from _runs(zip(blocks, move.dst_blocks[: len(blocks)], strict=True))
-        return
-    at = move.first
-    while at < move.end:
-        src_token, dst_token = at % src_size, at % dst_size
-        tokens = min(src_size - src_token, dst_size - dst_token, move.end - at)
-        yield _Run(
-            src=move.src_blocks[at // src_size],
-            dst=move.dst_blocks[(at - move.first) // dst_size],
-            src_token=src_token,
-            dst_token=dst_token,
-            tokens=tokens,
+        wanted = src_blocks[move.first // src_size : -(-move.end // src_size)]
+        return [_Run(src=wanted, dst=dst_blocks[: len(wanted)])]
+    # Cut where a block of either side begins; pieces of one length go together.
+    starts = {move.first, *range(move.first, move.end, dst_size)}
+    starts.update(range(-(-move.first // src_size) * src_size, move.end, src_size))
+    at = np.array(sorted(starts), np.int64)
+    lengths = np.diff(at, append=move.end)
+    runs = []
+    for tokens in sorted(set(lengths.tolist())):
+        part = at[lengths == tokens]
+        runs.append(
+            _Run(
+                src=src_blocks[part // src_size],
+                dst=dst_blocks[(part - move.first) // dst_size],
+                src_token=part % src_size,
+                dst_token=part % dst_size,
+                tokens=tokens,
+            )
         )
-        at += tokens
-
-
-def _runs(pairs: Iterable[tuple[int, int]]) -> Iterator[_Run]:
-    """Neighbouring pairs (source, destination) joined."""
-    ordered = sorted(pairs)
-    first, count = ordered[0], 1
-    for before, after in pairwise(ordered):
-        if after == (before[0] + 1, before[1] + 1):
-            count += 1
-            continue
-        yield _Run(src=first[0], dst=first[1], count=count)
-        first, count = after, 1
-    yield _Run(src=first[0], dst=first[1], count=count)
+    return runs
 
 
 def _fragment(cut: _Cut, run: _Run) -> Fragment:
-    for what, row, pool in (("source", run.src, cut.src_pool), ("destination", run.dst, cut.dst_pool)):
-        if not 0 <= row <= pool.shape[0] - run.count:
+    for what, rows, pool in (("source", run.src, cut.src_pool), ("destination", run.dst, cut.dst_pool)):
+        outside = rows[(rows < 0) | (rows >= pool.shape[0])]
+        if len(outside):
             raise HandoffError(
-                f"hand-off: {what} row {row}..{row + run.count - 1} lies outside of a pool of {pool.shape[0]}; "
+                f"hand-off: {what} row {outside[0]} lies outside of a pool of {pool.shape[0]}; "
                 "the ticket does not belong to this layout"
             )
-    if run.tokens:
-        src = _token_span(cut, cut.src_pool, run.src, cut.src_start, run.src_token, run.tokens)
-        dst = _token_span(cut, cut.dst_pool, run.dst, cut.dst_start, run.dst_token, run.tokens)
-    else:
-        src = _span(cut.src_pool, run.src, cut.src_start, cut.num_bytes, run.count)
-        dst = _span(cut.dst_pool, run.dst, cut.dst_start, cut.num_bytes, run.count)
+    src = _rows(cut, cut.src_pool, cut.src_start, run.src, run.src_token, run.tokens)
+    dst = _rows(cut, cut.dst_pool, cut.dst_start, run.dst, run.dst_token, run.tokens)
     return Fragment(source=cut.source, src=src, dst=dst)
 
 
-def _token_span(cut: _Cut, pool: Pool, block: int, start: int, token: int, tokens: int) -> Span:
-    """Some positions of one block, a row a head."""
+def _rows(cut: _Cut, pool: Pool, start: int, blocks: IntArray, first: IntArray, tokens: int) -> Rows:
+    """A cut of whole blocks, or of `tokens` positions of each: then a row a head."""
+    offsets = pool.offset_bytes + blocks * pool.row_bytes + start
+    if not tokens:
+        return Rows(offsets=offsets, num_bytes=cut.num_bytes)
     head_bytes = pool.row_bytes // pool.shape[1]
     token_bytes = head_bytes // pool.shape[2]
-    offset = pool.offset_bytes + block * pool.row_bytes + start + token * token_bytes
-    return Span(offset=offset, stride=head_bytes, num_bytes=tokens * token_bytes, rows=cut.heads)
-
-
-def _span(pool: Pool, row: int, start: int, num_bytes: int, count: int) -> Span:
-    offset = pool.offset_bytes + row * pool.row_bytes + start
-    return Span(offset=offset, stride=pool.row_bytes, num_bytes=num_bytes, rows=count)
+    heads = np.arange(cut.heads, dtype=np.int64) * head_bytes
+    offsets = (offsets + first * token_bytes)[:, None] + heads
+    return Rows(offsets=offsets.ravel(), num_bytes=tokens * token_bytes)
 
 
 def _split(fragment: Fragment, max_bytes: int) -> Iterator[Fragment]:
-    """Pieces of at most max_bytes: fewer rows, or parts of a row where one row is larger."""
-    if fragment.src.total_bytes <= max_bytes:
-        yield fragment
-        return
-    width = min(fragment.src.num_bytes, max_bytes)
-    rows = max(1, max_bytes // fragment.src.num_bytes)
-    for row in range(0, fragment.src.rows, rows):
-        count = min(rows, fragment.src.rows - row)
-        for start in range(0, fragment.src.num_bytes, width):
-            size = min(width, fragment.src.num_bytes - start)
+    """Pieces of at most max_bytes and MAX_ROWS: fewer rows, or parts of rows where one row is larger."""
+    size, count = fragment.src.num_bytes, len(fragment.src.offsets)
+    width = min(size, max_bytes)
+    rows = min(max(1, max_bytes // size), MAX_ROWS)
+    for start in range(0, size, width):
+        for row in range(0, count, rows):
             yield Fragment(
                 source=fragment.source,
-                src=_part(fragment.src, row, count, start, size),
-                dst=_part(fragment.dst, row, count, start, size),
+                src=_part(fragment.src, slice(row, row + rows), start, min(width, size - start)),
+                dst=_part(fragment.dst, slice(row, row + rows), start, min(width, size - start)),
             )
 
 
-def _part(span: Span, row: int, rows: int, start: int, num_bytes: int) -> Span:
-    offset = span.offset + row * span.stride + start
-    return Span(offset=offset, stride=span.stride, num_bytes=num_bytes, rows=rows)
+def _part(rows: Rows, which: slice, start: int, num_bytes: int) -> Rows:
+    return Rows(offsets=rows.offsets[which] + start, num_bytes=num_bytes)

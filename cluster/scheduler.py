@@ -1,5 +1,6 @@
 """Decides each step of an engine and turns its results into events. Pure: plain data in and out, `now` an argument."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,15 +8,17 @@ from itertools import count, islice
 
 from cluster.cache_log import CacheChanges
 from cluster.drafting import Drafting
-from cluster.lane import Lane, Pinned
+from cluster.early import EarlyPulls
+from cluster.lane import Lane
 from cluster.lane_draft import Work
+from cluster.leases import Leases
 from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
 from cluster.request_check import check_request
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode, Sequence, token_logprob
 from cluster.speculation import DraftPolicy
 from cluster.step_calibration import StepCalibration
-from router.errors import HandoffError, InvalidRequestError, OverloadedError
+from router.errors import HandoffError, InvalidRequestError, MoefleetError, OverloadedError
 from router.load import MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent
 from shards.batch import NO_TOKEN, LaneOutput
@@ -46,26 +49,26 @@ class Scheduler:
         self.config = config
         self._lanes = [Lane(index, config) for index in range(config.lanes)]
         self._sequences: dict[RequestId, Sequence] = {}
+        self._early = EarlyPulls(self._lanes, block_size=config.block_size)
         self._pulls: dict[int, Sequence] = {}
-        self._pinned: dict[str, Pinned] = {}
+        self._leases = Leases(config, self._lanes)
         self._uncommitted: deque[_Uncommitted] = deque()
         self._drafting = Drafting(config, draft_policy)
         self._calibration = StepCalibration(expert_share=config.expert_share)
         self._arrivals = count()
         self._steps = count()
         self._pull_ids = count()
-        self._ticket_ids = count()
         self._reports = count()
 
     @property
     def is_idle(self) -> bool:
         """True when no sequence, pull, ticket or given-out plan is left."""
-        return not (self._sequences or self._pulls or self._pinned or self._uncommitted)
+        return not (self.has_work or self._leases)
 
     @property
     def has_work(self) -> bool:
         """True when a sequence, pull or given-out plan is left; tickets may wait for others."""
-        return bool(self._sequences or self._pulls or self._uncommitted)
+        return bool(self._sequences or self._pulls or self._uncommitted) or not self._early.is_idle
 
     @property
     def num_uncommitted(self) -> int:
@@ -95,8 +98,22 @@ class Scheduler:
             OverloadedError: too many wait already.
         """
         del now
+        # What was offered of it has lost its source, or there would be a ticket.
+        self._early.forget(request.id)
         self._check(request, mode)
         self._place(request, mode, None)
+
+    def expect(self, request_id: RequestId, hashes: Iterable[int], ticket: KvTicket) -> None:
+        """Pull what is computed of a prompt so far, if there is room: the request comes later, by `add_handoff`.
+
+        Each is to be ended, by `add`, `add_handoff` or `abort`.
+
+        Args:
+            hashes: of all blocks of our size that the ticket covers.
+            ticket: a partial one; the next one of a request stands for all before it.
+        """
+        if request_id not in self._sequences:
+            self._early.expect(request_id, tuple(hashes) if self.config.prefix_cache else (), ticket)
 
     def add_handoff(self, request: Request, ticket: KvTicket, now: float) -> None:
         """Let a request wait for room and then fetch the KV that `ticket` names.
@@ -109,6 +126,14 @@ class Scheduler:
             InvalidRequestError, OverloadedError: as `add`.
         """
         del now
+        try:
+            self._check_handoff(request, ticket)
+        except MoefleetError:
+            self._early.forget(request.id)
+            raise
+        self._place(request, "full", ticket)
+
+    def _check_handoff(self, request: Request, ticket: KvTicket) -> None:
         self._check(request, "full")
         num_tokens = len(request.prompt_ids) + len(request.output_ids)
         room = len(ticket.blocks) * ticket.layout.block_size
@@ -117,7 +142,6 @@ class Scheduler:
                 f"{request.id}: ticket has {ticket.num_tokens} positions in {len(ticket.blocks)} blocks for a request "
                 f"of {num_tokens} tokens; send it again without the ticket"
             )
-        self._place(request, "full", ticket)
 
     def _check(self, request: Request, mode: Mode) -> None:
         if request.id in self._sequences:
@@ -131,10 +155,14 @@ class Scheduler:
             )
 
     def _place(self, request: Request, mode: Mode, ticket: KvTicket | None) -> None:
-        """Queue on the lane with the least load."""
+        """Queue on the lane with the least load, or where a part of its prompt was pulled to."""
         seq = Sequence(request, mode=mode, lane=0, order=(-request.priority, next(self._arrivals)))
         seq.ticket = ticket
-        if len(self._lanes) > 1:
+        seq.awaits_pull = self._early.is_pulling(request.id)
+        expected = self._early.claim(request.id)
+        if expected is not None:
+            seq.lane = expected.index
+        elif len(self._lanes) > 1:
             seq.lane = min(range(len(self._lanes)), key=lambda index: self._lanes[index].expected_load(seq))
         self._sequences[request.id] = seq
         self._lanes[seq.lane].enqueue(seq)
@@ -142,32 +170,31 @@ class Scheduler:
     def abort(self, request_id: RequestId, now: float) -> TokenEvent | None:
         """End a request and free its room, tickets included; None when it is not here.
 
-        Room that a pull writes is freed when that pull is done.
+        Room that a pull writes is freed when that pull is done; what an offer names, when that is released or over.
         """
         del now
-        for ticket_id in [key for key, pinned in self._pinned.items() if pinned.request_id == request_id]:
-            self.release_ticket(ticket_id)
+        self._leases.release_of(request_id)
+        was_expected = self._early.forget(request_id)
         seq = self._sequences.get(request_id)
         if seq is None:
-            return None
+            return TokenEvent(request_id=request_id, index=0, token_id=None, finish="abort") if was_expected else None
         self._drop(seq)
         return seq.end("abort")
 
     def _drop(self, seq: Sequence) -> None:
-        self._lanes[seq.lane].end(seq)
+        if seq.offer is not None:
+            self._leases.keep_offered(seq, seq.offer)
+        else:
+            self._lanes[seq.lane].end(seq)
         del self._sequences[seq.request.id]
 
     def release_ticket(self, ticket_id: str) -> None:
         """Free what a ticket holds; unknown (released or expired) tickets are no error."""
-        pinned = self._pinned.pop(ticket_id, None)
-        if pinned is not None:
-            self._lanes[pinned.lane].unpin(pinned)
+        self._leases.release(ticket_id)
 
     def expire(self, now: float) -> list[TokenEvent]:
         """Free tickets whose lease and grace are over, and end requests whose deadline is: their last events."""
-        limit = now - self.config.lease_grace_s
-        for ticket_id in [key for key, pinned in self._pinned.items() if pinned.expires_unix_s < limit]:
-            self.release_ticket(ticket_id)
+        self._leases.expire(now)
         events = []
         for seq in tuple(self._sequences.values()):
             deadline = seq.request.deadline_unix_s
@@ -187,9 +214,10 @@ class Scheduler:
             return None
         tokens = self._drafting.choose([lane.num_decoding for lane in self._lanes])
         drafts = [lane.plan(now, self._pull_ids, tokens) for lane in self._lanes]
-        if not any(draft.works or draft.starts for draft in drafts):
+        # Behind them: who is here goes before who may come.
+        orders = self._early.orders(now, self._pull_ids)
+        if not (orders or any(draft.works or draft.starts for draft in drafts)):
             return None
-        orders = []
         for draft in drafts:
             for order, seq in draft.pulls:
                 self._pulls[order.pull_id] = seq
@@ -228,6 +256,8 @@ class Scheduler:
             if work.verifies:
                 self._drafting.verified(work, end - begin - 1)
             yield from self._commit_work(work, output, range(begin, end), now)
+            if not work.samples and (offer := self._leases.offer(work.seq, now)) is not None:
+                yield offer
 
     def _commit_work(
         self, work: Work, output: LaneOutput, indices: range, now: float
@@ -280,36 +310,29 @@ class Scheduler:
         if event.finish is not None:
             self._drop(seq)
         elif seq.mode == "prefill":
-            yield self._hand_over(seq, now)
-
-    def _hand_over(self, seq: Sequence, now: float) -> HandoffReady:
-        """Keep what was prefilled for whoever fetches it."""
-        ticket_id = f"{seq.request.id}/{next(self._ticket_ids)}"
-        pinned = self._lanes[seq.lane].pin(seq, now + self.config.lease_s)
-        self._pinned[ticket_id] = pinned
-        del self._sequences[seq.request.id]
-        return HandoffReady(
-            request_id=seq.request.id,
-            ticket_id=ticket_id,
-            lane=seq.lane,
-            blocks=pinned.blocks,
-            state_slot=pinned.slot,
-            num_tokens=seq.computed,
-            expires_unix_s=pinned.expires_unix_s,
-        )
+            del self._sequences[seq.request.id]
+            yield self._leases.hand_over(seq, now)
 
     def pull_done(self, done: PullDone, now: float) -> None:
         """A pull ended. Failed, or ended after the ticket's expiry: the sequence computes its tokens itself."""
         seq = self._pulls.pop(done.pull_id, None)
         if seq is None:
+            waits = self._sequences.get(self._early.pull_done(done, now) or RequestId(""))
+            if waits is not None:
+                waits.awaits_pull = False
             return
         lane = self._lanes[seq.lane]
         if seq.phase == "ended":
             lane.leave(seq)
-        elif done.error or seq.ticket is None or seq.ticket.expires_unix_s < now:
+        elif done.error or seq.ticket is None or not seq.ticket.lasts(now):
             lane.requeue(seq)
         else:
             lane.pulled(seq)
+
+    def first_lease_end(self) -> float:
+        """Unix seconds when the first pull under way must have ended, well or not; infinity: there is none."""
+        leases = [seq.ticket.expires_unix_s for seq in self._pulls.values() if seq.ticket is not None]
+        return min([*leases, *self._early.leases()], default=math.inf)
 
     def load(self, now: float, member_id: MemberId, role: Role) -> MemberLoad:
         """This member's state for the router; `draining` is for the caller to set."""
@@ -336,7 +359,7 @@ class Scheduler:
             state_checkpoints=sum(lane.states.num_checkpoints for lane in lanes),
             evicted_checkpoints=sum(lane.states.num_evicted for lane in lanes),
             prefix_cache=self.config.prefix_cache,
-            handoff_requests=sum(pinned.expires_unix_s > now for pinned in self._pinned.values()),
+            handoff_requests=self._leases.num_waiting(now),
         )
 
     def describe(self) -> str:
@@ -345,7 +368,7 @@ class Scheduler:
         rooms = "; ".join(lane.describe() for lane in self._lanes)
         return (
             f"{len(self._sequences)} sequences [{sequences}], pulls {sorted(self._pulls)}, "
-            f"{len(self._pinned)} tickets, {len(self._uncommitted)} plans given out; {rooms}"
+            f"{len(self._leases)} tickets, {len(self._uncommitted)} plans given out; {rooms}"
         )
 
     def take_cache_changes(self) -> list[CacheChanges]:
@@ -355,8 +378,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError naming what is off, unless all room is free or owned exactly as it should be."""
         for lane in self._lanes:
-            pinned = [pinned for pinned in self._pinned.values() if pinned.lane == lane.index]
-            lane.check_integrity(pinned, [work for plan in self._uncommitted for work in plan.works[lane.index]])
+            uncommitted = [work for plan in self._uncommitted for work in plan.works[lane.index]]
+            lane.check_integrity(self._leases.pinned(lane), uncommitted, self._early.blocks(lane))
         here = {seq.request.id for lane in self._lanes for seq in (*lane.waiting, *lane.active)}
         missing = self._sequences.keys() - here
         assert not missing, f"requests without a place in a lane: {sorted(missing)}"

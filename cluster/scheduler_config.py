@@ -48,6 +48,8 @@ class SchedulerConfig:
     """A prefilled sequence waits this long to be fetched."""
     lease_grace_s: float = 2.0
     """Its room is freed this much later: clocks of two hosts differ, and a started read ends."""
+    early_tokens: int = 256
+    """What is computed of a prompt can be fetched before its end, whenever it has grown by this many tokens."""
     max_waiting: int
     """Requests that wait for room in all lanes together; more are refused."""
 
@@ -63,6 +65,7 @@ class SchedulerConfig:
             "vocab_size",
             "max_waiting",
             "state_spacing",
+            "early_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

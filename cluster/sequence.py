@@ -1,5 +1,6 @@
 """One member's running state of a request: tokens, what is computed of them, and the room it holds."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from cluster.plan import KvTicket
@@ -9,6 +10,15 @@ from shards.batch import LogprobColumns, RowSampling, RowStart
 
 Mode = Literal["full", "prefill"]
 Phase = Literal["waiting", "pulling", "running", "ended"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A claim on the first positions of a sequence that still runs. Its room stays until the offer is over."""
+
+    ticket_id: str
+    num_tokens: int
+    expires_unix_s: float
 
 
 class Sequence:
@@ -47,6 +57,10 @@ class Sequence:
         self.row = -1
         self.slot = -1
         self.cached_tokens = 0
+        self.offer: Offer | None = None
+        """What can be fetched of it while the rest of its prompt is computed."""
+        self.awaits_pull = False
+        """Blocks of it are being pulled that were offered before its ticket."""
         self.num_emitted = 0
         self._hashes: list[int] = []
         self._prompt_logprobs: list[TokenLogprob | None] = []

@@ -25,6 +25,7 @@ def ticket_maker(
             state_slot=ready.state_slot,
             num_tokens=ready.num_tokens,
             expires_unix_s=ready.expires_unix_s,
+            partial=ready.partial,
         )
 
     return make

@@ -1,4 +1,4 @@
-"""The ways from a source rank's cache into this one: shared memory on one host, TCP, and torch.distributed P2P.
+"""The ways from a source rank's cache into this one: shared memory on one host, TCP, torch.distributed P2P, NIXL.
 
 Each writes a ticket's fragments into this rank's cache; a `Puller` takes the first that reaches the source.
 """
@@ -12,24 +12,21 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 
 from cluster.config import KvTransport
+from cluster.kv_connection import KvConnection
+from cluster.kv_wire import IDLE_TIMEOUT_S, MAX_PAYLOAD_BYTES, DamagedFrameError
+from cluster.nixl_link import check_nixl
 from cluster.pair import check_backend
 from cluster.plan import KvTicket, SourceRank
-from cluster.rank_memory import ByteArray, RankMemory
-from cluster.recut import Fragment
-from cluster.transport import (
-    IDLE_TIMEOUT_S,
-    MAX_PAYLOAD_BYTES,
-    MAX_SPANS,
-    DamagedFrameError,
-    KvConnection,
-)
+from cluster.rank_memory import RankMemory
+from cluster.recut import MAX_ROWS, Fragment, Rows
 from router.errors import CorruptDataError, HandoffError
 from shards.cache import CacheShape
+from shards.row_copy import ByteArray
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +38,9 @@ _MAX_TRIES: Final = 3
 """Times a frame is asked for: bytes that come damaged again and again are no accident of the way."""
 _COPY_BYTES: Final = 64 << 20
 """Largest copy between two looks at the clock."""
+
+
+Way = Literal["tcp", "p2p", "nixl"]
 
 
 class Transport(Protocol):
@@ -89,12 +89,15 @@ def make_transports(
         now: unix seconds.
 
     Raises:
-        ValueError: p2p, and this build of torch lacks its backend.
+        ValueError: p2p, and this build of torch lacks its backend; nixl, and it is not installed.
     """
     if choice == "p2p" or (choice == "auto" and memory.device.type == "cuda"):
         check_backend(memory.device.type)
-        return (SocketTransport(memory, token, paired=True, now=now),)
-    tcp = SocketTransport(memory, token, paired=False, now=now)
+        return (SocketTransport(memory, token, over="p2p", now=now),)
+    if choice == "nixl":
+        check_nixl()
+        return (SocketTransport(memory, token, over="nixl", now=now),)
+    tcp = SocketTransport(memory, token, over="tcp", now=now)
     return (tcp,) if choice == "tcp" else (ShmTransport(memory, now=now), tcp)
 
 
@@ -199,37 +202,42 @@ class _Batch:
     """Fragments of one source that one frame carries."""
 
     fragments: tuple[Fragment, ...]
-    num_bytes: int
     tries: int = 1
+
+    @property
+    def dst(self) -> list[Rows]:
+        """Where its bytes go."""
+        return [piece.dst for piece in self.fragments]
 
 
 def _batches(pieces: Sequence[Fragment]) -> Iterator[_Batch]:
     part: list[Fragment] = []
-    num_bytes = 0
+    num_bytes = num_rows = 0
     for piece in pieces:
-        size = piece.src.total_bytes
-        if part and (num_bytes + size > MAX_PAYLOAD_BYTES or len(part) >= MAX_SPANS // 4):
-            yield _Batch(fragments=tuple(part), num_bytes=num_bytes)
+        size, rows = piece.src.total_bytes, len(piece.src.offsets)
+        if part and (num_bytes + size > MAX_PAYLOAD_BYTES or num_rows + rows > MAX_ROWS):
+            yield _Batch(fragments=tuple(part))
             part.clear()
-            num_bytes = 0
+            num_bytes = num_rows = 0
         part.append(piece)
         num_bytes += size
+        num_rows += rows
     if part:
-        yield _Batch(fragments=tuple(part), num_bytes=num_bytes)
+        yield _Batch(fragments=tuple(part))
 
 
 class SocketTransport:
     """Reads frames from KV servers.
 
     Args:
-        paired: payloads come over a torch.distributed group of the two ranks, formed once a connection; otherwise over
-            the TCP connection itself.
+        over: how payloads come: over the TCP connection itself, over a torch.distributed group of the two ranks, or by
+            NIXL; formed once a connection.
     """
 
-    def __init__(self, memory: RankMemory, token: str, *, paired: bool, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, memory: RankMemory, token: str, *, over: Way, now: Callable[[], float] = time.time) -> None:
         self._memory = memory
         self._token = token
-        self._paired = paired
+        self._over: Way = over
         self._now = now
         self._lock = threading.Lock()
         self._idle: list[KvConnection] = []
@@ -270,10 +278,10 @@ class SocketTransport:
         connection.request(ticket.id, ticket.expires_unix_s, [piece.src for piece in batch.fragments])
 
     def _take(self, ticket: KvTicket, connection: KvConnection, waiting: "deque[_Batch]") -> int:
-        """Write the oldest batch's bytes, or put it last when they came damaged; returns how many are asked again."""
+        """Take the oldest batch's bytes, or put it last when they came damaged; returns how many are asked again."""
         batch = waiting.popleft()
         try:
-            payload = connection.receive(batch.num_bytes)
+            connection.receive(batch.dst)
         except DamagedFrameError as error:
             if batch.tries >= _MAX_TRIES:
                 raise
@@ -282,7 +290,6 @@ class SocketTransport:
             self._request(ticket, connection, again)
             waiting.append(again)
             return 1
-        self._memory.scatter(payload, [piece.dst for piece in batch.fragments])
         return 0
 
     def _connect(self, address: str, timeout_s: float) -> KvConnection:
@@ -303,10 +310,13 @@ class SocketTransport:
             one.close()
         if found is not None:
             return found
-        made = KvConnection(address, self._token, timeout_s=timeout_s)
-        if self._paired:
+        made = KvConnection(address, self._token, self._memory, timeout_s=timeout_s)
+        if self._over != "tcp":
             try:
-                made.form_pair(self._memory.device)
+                if self._over == "p2p":
+                    made.form_pair()
+                else:
+                    made.open_nixl()
             except (HandoffError, CorruptDataError):
                 made.close()
                 raise

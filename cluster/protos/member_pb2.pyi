@@ -55,6 +55,7 @@ class GatewayMessage(_message.Message):
     ABORT_FIELD_NUMBER: _builtins.int
     RELEASE_TICKET_FIELD_NUMBER: _builtins.int
     RESYNC_FIELD_NUMBER: _builtins.int
+    EXPECT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___Submit: ...
     @_builtins.property
@@ -63,6 +64,8 @@ class GatewayMessage(_message.Message):
     def release_ticket(self) -> Global___ReleaseTicket: ...
     @_builtins.property
     def resync(self) -> Global___Resync: ...
+    @_builtins.property
+    def expect(self) -> Global___Expect: ...
     def __init__(
         self,
         *,
@@ -70,12 +73,13 @@ class GatewayMessage(_message.Message):
         abort: Global___Abort | None = ...,
         release_ticket: Global___ReleaseTicket | None = ...,
         resync: Global___Resync | None = ...,
+        expect: Global___Expect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "kind", b"kind", "release_ticket", b"release_ticket", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "expect", b"expect", "kind", b"kind", "release_ticket", b"release_ticket", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "kind", b"kind", "release_ticket", b"release_ticket", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "expect", b"expect", "kind", b"kind", "release_ticket", b"release_ticket", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["submit", "abort", "release_ticket", "resync"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["submit", "abort", "release_ticket", "resync", "expect"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -176,6 +180,40 @@ class Submit(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_unix_s) -> _WhichOneofReturnType__deadline_unix_s | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class Expect(_message.Message):
+    """A request that is still prefilled elsewhere: fetch what is there so far. Its Submit takes over the handle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    HASHES_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    request_id: _builtins.str
+    @_builtins.property
+    def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of all blocks of the member's size that the ticket covers."""
+
+    @_builtins.property
+    def ticket(self) -> Global___Ticket: ...
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        hashes: _abc.Iterable[_builtins.int] | None = ...,
+        ticket: Global___Ticket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "hashes", b"hashes", "request_id", b"request_id", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Expect: _TypeAlias = Expect  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):
@@ -386,11 +424,14 @@ class Ticket(_message.Message):
     STATE_SLOT_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     member_id: _builtins.str
     state_slot: _builtins.int
     num_tokens: _builtins.int
     expires_unix_s: _builtins.float
+    partial: _builtins.bool
+    """More of the prompt is still computed."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     @_builtins.property
@@ -408,10 +449,11 @@ class Ticket(_message.Message):
         state_slot: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
         expires_unix_s: _builtins.float = ...,
+        partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "expires_unix_s", b"expires_unix_s", "id", b"id", "layout", b"layout", "member_id", b"member_id", "num_tokens", b"num_tokens", "ranks", b"ranks", "state_slot", b"state_slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "expires_unix_s", b"expires_unix_s", "id", b"id", "layout", b"layout", "member_id", b"member_id", "num_tokens", b"num_tokens", "partial", b"partial", "ranks", b"ranks", "state_slot", b"state_slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -164,3 +164,52 @@ async def test_members_change_roles_in_the_middle_of_streams_that_go_on_unchange
         assert tokens_of(await run_all(dispatcher)) == wanted
         assert members[0].engine.stats().pulls == pulls + len(LENGTHS)
         await until(lambda: all(member.is_idle for member in members))
+
+
+LONG = tuple((13 * position) % 250 for position in range(200))
+
+
+def make_long(name: str, prompt: tuple[int, ...] = LONG) -> Request:
+    return Request(id=RequestId(name), prompt_ids=prompt, sampling=SamplingParams(max_tokens=12, temperature=0))
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize(("prefill_tp", "decode_tp", "way"), [(1, 1, "auto"), (2, 1, "tcp"), (1, 2, "p2p")])
+async def test_chunks_of_a_long_prompt_are_fetched_while_the_rest_is_computed(
+    make_checkpoint: Callable[..., Path], arch: str, prefill_tp: int, decode_tp: int, way: KvTransport
+) -> None:
+    checkpoint = make_checkpoint(arch)
+    async with dispatching([EngineMember("m", "mixed", checkpoint)]) as dispatcher:
+        wanted = tokens_of([await collect(dispatcher.generate(make_long("r")))])
+    members = [
+        EngineMember("p", "prefill", checkpoint, tp=prefill_tp, chunk=32, early_tokens=32),
+        EngineMember("d", "decode", checkpoint, tp=decode_tp, kv_transport=way),
+    ]
+    async with dispatching(members) as dispatcher:
+        assert tokens_of([await collect(dispatcher.generate(make_long("r")))]) == wanted
+        stats = members[1].engine.stats()
+        assert stats.pulls >= 2
+        assert stats.failed_pulls == 0
+        assert stats.computed_tokens == 11
+        await until(lambda: all(member.is_idle for member in members))
+
+
+async def test_a_client_that_leaves_while_its_prompt_is_fetched_early_leaves_nothing_behind(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    checkpoint = make_checkpoint("qwen3_next")
+    members = [
+        EngineMember("p", "prefill", checkpoint, chunk=8, early_tokens=8),
+        EngineMember("d", "decode", checkpoint),
+    ]
+    async with dispatching(members) as dispatcher:
+        wanted = tokens_of([await collect(dispatcher.generate(make_long("first")))])
+        for delay_ms in range(0, 60, 5):
+            prompt = (delay_ms, *LONG[1:])
+            waiting = asyncio.create_task(collect(dispatcher.generate(make_long(f"r{delay_ms}", prompt))))
+            await asyncio.sleep(delay_ms / 1000)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            await until(lambda: all(member.is_idle for member in members), timeout_s=2)
+        assert tokens_of([await collect(dispatcher.generate(make_long("last")))]) == wanted
+        await until(lambda: all(member.is_idle for member in members))

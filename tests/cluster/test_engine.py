@@ -211,6 +211,21 @@ def test_engine_that_has_work_but_does_nothing_is_lost_and_logs_its_state(caplog
     assert "pulls [0]" in caplog.text
 
 
+def test_a_pull_whose_end_is_lost_while_others_run_makes_the_member_lost() -> None:
+    with running(replace(make_limits(), lease_grace_s=0.0), step_timeout_s=0.1) as run:
+        run.ranks.pulls_end = False
+        request = make_request("r", output_ids=tuple(continued((5, 11, 2), 1)))
+        run.engine.submit_handoff(request, replace(make_ticket(3), expires_unix_s=time.time() + 0.2))
+        # The engine is never idle meanwhile.
+        for number in range(2000):
+            run.engine.submit(make_request(f"busy{number}", max_tokens=3))
+            if run.engine.failure is not None:
+                break
+            time.sleep(0.002)
+        assert isinstance(run.engine.failure, MemberLostError)
+        assert "behind its lease" in str(run.engine.failure)
+
+
 def test_kv_that_waits_to_be_fetched_is_no_stall() -> None:
     with running(replace(make_limits(), lease_s=0.01), step_timeout_s=0.01) as run:
         run.engine.submit(make_request("r"), mode="prefill")

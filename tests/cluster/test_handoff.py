@@ -4,23 +4,23 @@ import dataclasses
 import os
 import queue
 import socket
-import struct
 import subprocess
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from cluster.config import KvTransport
 from cluster.handoff import Puller, source_rank
+from cluster.kv_server import KvServer
+from cluster.kv_wire import HEAD, OK, TAIL, checksum
 from cluster.plan import KV_FORMAT, KvTicket, PullDone, PullOrder
 from cluster.rank_memory import RankMemory
 from cluster.security import new_token, server_hello
-from cluster.transport import KvServer
 from cluster.transports import host_key, make_transports
 from shards.cache import KvCache
 from shards.config import ModelConfig
@@ -29,7 +29,10 @@ from tests.support.model_configs import make_moe_config, make_next_config
 from tests.support.relay import damaging
 
 TOKEN = new_token()
-WAYS: tuple[KvTransport, ...] = ("auto", "tcp", "p2p")
+NIXL = pytest.param(
+    "nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="nixl is not installed: moefleet[nixl]")
+)
+WAYS = ("auto", "tcp", "p2p", NIXL)
 """auto is shared memory here."""
 BLOCKS = ((7, 2), (8, 3), (1, 9))
 
@@ -79,7 +82,7 @@ def silent_pair() -> Iterator[str]:
         with sock:
             server_hello(sock, TOKEN)
             sock.recv(4096)
-            sock.sendall(struct.pack("<BII", 0, zlib.crc32(port), len(port)) + port)
+            sock.sendall(HEAD.pack(OK, len(port)) + port + TAIL.pack(OK, checksum([memoryview(port)])))
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -199,7 +202,7 @@ def test_a_file_too_small_to_be_the_source_cache_is_refused() -> None:
         assert "does not belong" in done[0].error
 
 
-@pytest.mark.parametrize("way", ["tcp", "p2p"])
+@pytest.mark.parametrize("way", ["tcp", "p2p", NIXL])
 def test_a_dead_source_of_another_host_fails_the_pull(way: KvTransport) -> None:
     with sourcing(make_moe_config(), Geometry(tp=1)) as source:
         source.servers[0].close()
@@ -225,7 +228,7 @@ def test_an_expired_ticket_is_not_pulled(way: KvTransport) -> None:
         assert not lane[0].buffer.any()
 
 
-@pytest.mark.parametrize("way", ["tcp", "p2p"])
+@pytest.mark.parametrize("way", ["tcp", "p2p", NIXL])
 def test_a_source_killed_between_two_pulls_fails_the_second_and_its_successor_serves_again(way: KvTransport) -> None:
     model, geometry = make_moe_config(), Geometry(tp=1)
     with sourcing(model, geometry) as source:
@@ -260,7 +263,7 @@ def test_a_ticket_that_expires_during_the_copy_fails_the_pull() -> None:
         assert "expired 0.500 s before" in pulling.run(make_order(source.ticket))[0].error
 
 
-@pytest.mark.parametrize("way", ["tcp", "p2p"])
+@pytest.mark.parametrize("way", ["tcp", "p2p", NIXL])
 def test_another_cluster_token_is_refused(way: KvTransport) -> None:
     with sourcing(make_moe_config(), Geometry(tp=1)) as source:
         _, done = pull(source, source.ticket, Geometry(tp=1), way=way, token=new_token())
@@ -287,7 +290,7 @@ def test_a_ticket_without_all_ranks_or_state_is_refused() -> None:
         assert "no recurrent state" in Pulling(cache, source, Geometry(tp=1)).run(order)[0].error
 
 
-@pytest.mark.parametrize("way", ["tcp", "p2p"])
+@pytest.mark.parametrize("way", ["tcp", "p2p", NIXL])
 def test_many_pulls_run_one_after_the_other_over_kept_connections(way: KvTransport) -> None:
     with sourcing(make_next_config(), Geometry(tp=2)) as source:
         cache = make_lane(source.model, Geometry(tp=1))[0]

@@ -11,6 +11,7 @@ from cluster.plan import HandoffReady, KvLayout, KvTicket, PullDone, PullOrder, 
 from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import OverloadedError
+from router.prefix import block_hashes
 from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent
 from tests.support.content_ranks import BLOCK, VOCAB, FakeLane, next_token
 
@@ -68,6 +69,7 @@ def make_config(rng: random.Random) -> SchedulerConfig:
         state_spacing=rng.choice([1, 4, 11]),
         draft_tokens=rng.choice([0, 0, 1, 3]),
         draft_adaptive=False,
+        early_tokens=rng.choice([1, 1, 5, 100]),
         lease_s=12.0,
         lease_grace_s=1.0,
         max_waiting=12,
@@ -76,7 +78,8 @@ def make_config(rng: random.Random) -> SchedulerConfig:
 
 def make_request(rng: random.Random, number: int) -> Request:
     shared = (1, 2, 3, 4, 5, 6, 7, 8, 9)[: rng.choice([0, 0, 4, 9])]
-    prompt = (*shared, *(rng.randrange(VOCAB) for _ in range(rng.randint(1, 14))))
+    own = random.Random(rng.randrange(5)).choices(range(VOCAB), k=14)
+    prompt = (*shared, *own[: rng.randint(1, 14)])
     sampling = SamplingParams(
         max_tokens=rng.choice([1, 2, 5, 20, 28]),
         min_tokens=rng.randint(0, 2),
@@ -108,7 +111,8 @@ class Fleet:
         self.requests: dict[RequestId, Request] = {}
         self.streams: dict[RequestId, list[int]] = {}
         self.pending: list[tuple[Request, KvTicket]] = []
-        self.pull_tickets: dict[int, str] = {}
+        self.offers: dict[RequestId, str] = {}
+        """Tickets of prompts that are still computed, and told to the decode member."""
         self.now = 0.0
         self.finished = 0
 
@@ -131,9 +135,18 @@ class Fleet:
             event = member.scheduler.abort(victim, self.now)
             assert event is None or event.finish == "abort"
         self.pending = [entry for entry in self.pending if entry[0].id != victim]
+        offer = self.offers.pop(victim, None)
+        if offer is not None and self.rng.random() < 0.7:
+            # The decode member has let go of it.
+            self.members[0].scheduler.release_ticket(offer)
         del self.streams[victim]
 
     def take(self, event: TokenEvent | HandoffReady) -> None:
+        if isinstance(event, HandoffReady) and event.partial:
+            # Now and then word of it comes when the request has gone.
+            if event.request_id in self.streams and self.rng.random() < 0.9:
+                self.expect(event)
+            return
         if isinstance(event, HandoffReady):
             self.pending.append((self.handoff_request(event), self.ticket(event)))
             return
@@ -153,11 +166,21 @@ class Fleet:
         if event.finish is not None:
             assert stream == undisturbed(request)
             assert (event.finish == "stop") == (stream[-1] == STOP and len(stream) > request.sampling.min_tokens)
+            if request.id in self.offers:
+                # It ended with its first token, where it was prefilled.
+                self.members[1].scheduler.abort(request.id, self.now)
+                self.members[0].scheduler.release_ticket(self.offers.pop(request.id))
             del self.streams[event.request_id]
             self.finished += 1
 
     def handoff_request(self, event: HandoffReady) -> Request:
         return replace(self.requests[event.request_id], output_ids=tuple(self.streams[event.request_id]))
+
+    def expect(self, event: HandoffReady) -> None:
+        request = self.requests[event.request_id]
+        hashes = block_hashes(request.prompt_ids[: event.num_tokens], BLOCK, request.cache_salt)
+        self.members[1].scheduler.expect(request.id, hashes, self.ticket(event))
+        self.offers[request.id] = event.ticket_id
 
     def ticket(self, event: HandoffReady) -> KvTicket:
         config = self.members[0].config
@@ -173,6 +196,7 @@ class Fleet:
             state_slot=event.state_slot,
             num_tokens=event.num_tokens,
             expires_unix_s=event.expires_unix_s,
+            partial=event.partial,
         )
 
     def hand_off(self) -> None:
@@ -181,7 +205,10 @@ class Fleet:
             try:
                 self.members[1].scheduler.add_handoff(request, ticket, self.now)
             except OverloadedError:
+                # It begins anew if it comes again.
+                self.offers.pop(request.id, None)
                 continue
+            self.offers.pop(request.id, None)
             self.pending.remove(entry)
 
     def finish_pull(self) -> None:
@@ -198,7 +225,8 @@ class Fleet:
         if order.dst_slot >= 0:
             state = source.lanes[int(lane)].states[order.ticket.state_slot]
             target.lanes[order.lane].states[order.dst_slot] = (-1, -1) if failed else state
-        source.scheduler.release_ticket(ticket_id)
+        if order.ticket.num_tokens == len(self.requests[RequestId(ticket_id.split("/")[0])].prompt_ids):
+            source.scheduler.release_ticket(ticket_id)
         target.scheduler.pull_done(PullDone(pull_id=order.pull_id, error="torn" if failed else ""), self.now)
 
     def step(self, *, calm: bool) -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import Dtype, EngineConfig, KvTransport
@@ -12,6 +13,7 @@ from cluster.engine import Engine, EngineOutlets
 from cluster.member_codec import MemberHello
 from cluster.member_service import MemberService
 from cluster.members import MemberInfo
+from cluster.plan import KvTicket
 from cluster.resolve import resolve_engine
 from cluster.spawn import LocalReplica
 from cluster.ticket import ticket_maker
@@ -40,6 +42,8 @@ class EngineMember:
         step_tokens: int = 64,
         dtype: Dtype = "float32",
         kv_transport: KvTransport = "auto",
+        early_tokens: int = 256,
+        through: Callable[[KvTicket], KvTicket] = lambda ticket: ticket,
     ) -> None:
         config = EngineConfig(
             model=checkpoint,
@@ -62,14 +66,14 @@ class EngineMember:
         self._replica = LocalReplica(resolved, handoff=True, token=TOKEN)
         hello = MemberHello(member_id=self.member_id, role=role, generation=0, layout=layout)
         self.service = MemberService(hello, TOKEN)
+        make_ticket = ticket_maker(self.member_id, layout, self._replica.ranks.sources)
         outlets = EngineOutlets(
             on_events=self.service.on_events,
-            make_ticket=ticket_maker(self.member_id, layout, self._replica.ranks.sources),
+            make_ticket=lambda ready: through(make_ticket(ready)),
             on_failure=self.service.on_failure,
         )
-        self.engine = Engine(
-            resolved.scheduler_config(), self._replica.ranks, outlets, member_id=self.member_id, role=role
-        )
+        limits = replace(resolved.scheduler_config(), early_tokens=early_tokens)
+        self.engine = Engine(limits, self._replica.ranks, outlets, member_id=self.member_id, role=role)
 
     async def start(self) -> MemberInfo:
         self._address = await self.service.start(self.engine, "127.0.0.1")

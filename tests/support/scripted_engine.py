@@ -6,7 +6,8 @@ output arrived. It keeps books of what it holds, as blocks would be.
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Literal
 
@@ -25,6 +26,8 @@ LAYOUT = KvLayout(fingerprint="scripted", tp=1, block_size=16, num_blocks=64, nu
 class _Running:
     request: Request
     prefill: bool
+    offers: int = 0
+    """Partial tickets still to come before the first token."""
     total: int = 0
     length: int = 0
 
@@ -62,6 +65,11 @@ class ScriptedEngine:
         self.released: list[str] = []
         self.modes: list[str] = []
         self.skip_index: int | None = None
+        self.offers = 0
+        """Partial tickets of each prefill."""
+        self.expected: list[tuple[RequestId, int, int]] = []
+        """Request, blocks and positions of each word of what is prefilled elsewhere."""
+        self._awaited: set[RequestId] = set()
         self.num_running = 0
         self.cache_log = CacheLog()
         self._member_id = member_id
@@ -93,6 +101,10 @@ class ScriptedEngine:
 
     def submit_handoff(self, request: Request, ticket: KvTicket) -> None:
         self._commands.put(("decode", request, ticket))
+
+    def expect(self, request_id: RequestId, hashes: Sequence[int], ticket: KvTicket) -> None:
+        self.expected.append((request_id, len(hashes), ticket.num_tokens))
+        self._awaited.add(request_id)
 
     def abort(self, request_id: RequestId) -> None:
         self._commands.put(("abort", request_id, None))
@@ -137,26 +149,43 @@ class ScriptedEngine:
             if isinstance(subject, Request):
                 self._take_in(kind, subject, ticket, events)
             elif kind == "abort":
-                running = self._running.pop(RequestId(subject), None)
-                self.pinned = {key: owner for key, owner in self.pinned.items() if owner != subject}
-                if running is not None:
-                    request_id = running.request.id
-                    events.append(TokenEvent(request_id=request_id, index=running.index, token_id=None, finish="abort"))
+                self._abort(RequestId(subject), events)
             else:
                 self.released.append(subject)
                 self.pinned.pop(subject, None)
 
+    def _abort(self, request_id: RequestId, events: list[EngineEvent]) -> None:
+        running = self._running.pop(request_id, None)
+        self.pinned = {key: owner for key, owner in self.pinned.items() if owner != request_id}
+        index = 0 if running is None else running.index
+        if running is not None or request_id in self._awaited:
+            events.append(TokenEvent(request_id=request_id, index=index, token_id=None, finish="abort"))
+        self._awaited.discard(request_id)
+        if running is not None and running.prefill and running.offers < self.offers:
+            # What was offered may be read until it is released.
+            self.pinned[self._ticket_id(request_id)] = request_id
+
+    def _ticket_id(self, request_id: RequestId) -> str:
+        return f"{self._member_id}/{request_id}"
+
     def _take_in(self, kind: str, request: Request, ticket: KvTicket | None, events: list[EngineEvent]) -> None:
         self.modes.append(kind)
+        self._awaited.discard(request.id)
         if self.refusals:
             events.append(Rejected(request_id=request.id, error=self.refusals.pop(0)))
             return
         if ticket is not None:
             self.redeemed.append(ticket.id)
-        self._running[request.id] = _Running(request=request, prefill=kind == "prefill")
+        offers = self.offers if kind == "prefill" else 0
+        self._running[request.id] = _Running(request=request, prefill=kind == "prefill", offers=offers)
 
     def _advance(self, running: _Running) -> list[EngineEvent]:
         request = running.request
+        if running.offers:
+            running.offers -= 1
+            ticket = self._ticket(running)
+            offered = replace(ticket, num_tokens=max(1, ticket.num_tokens - running.offers), partial=True)
+            return [TicketReady(request_id=request.id, ticket=offered)]
         index = running.index
         token = running.advance()
         if index == self.skip_index:
@@ -184,7 +213,7 @@ class ScriptedEngine:
 
     def _ticket(self, running: _Running) -> KvTicket:
         return KvTicket(
-            id=f"{self._member_id}/{running.request.id}",
+            id=self._ticket_id(running.request.id),
             member_id=self._member_id,
             layout=LAYOUT,
             ranks=(),
