@@ -1,6 +1,8 @@
 """Reads one rank's slices of a checkpoint into tensors of the rank's device and dtype."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +12,6 @@ from shards.cuts import Cuts
 from shards.kernels.interface import Kernels
 from shards.linear import DenseMlp, RowLinear
 from shards.weight_memory import empty_weights
-from shards.weights import CheckpointReader
 
 
 def as_slice(part: range, scale: int = 1) -> slice:
@@ -18,11 +19,48 @@ def as_slice(part: range, scale: int = 1) -> slice:
     return slice(part.start * scale, part.stop * scale)
 
 
+class WeightSource(Protocol):
+    """Where a model's tensors come from, by their checkpoint names; `CheckpointReader` tells the rest."""
+
+    @property
+    def root(self) -> str:
+        """What the text model's tensors are named under."""
+        ...
+
+    def head_name(self, *, tied: bool) -> str:
+        """The tensor that makes logits."""
+        ...
+
+    def expect(self, name: str, shape: Sequence[int]) -> None:
+        """Raise ValueError unless the tensor has this shape."""
+        ...
+
+    def read(self, name: str, *slices: slice, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Slices of the leading axes of a tensor that was expected, into `out` or a new tensor of any device."""
+        ...
+
+    def read_experts(
+        self,
+        prefix: str,
+        experts: range,
+        columns: slice,
+        *,
+        expect: tuple[int, int, int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2I, C] and down [E, C, I] of some columns of some experts."""
+        ...
+
+    def finish(self, ignored_prefixes: tuple[str, ...]) -> None:
+        """All was read; raise ValueError for a tensor that nobody wanted."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
     """Where a rank's parameters come from and go to. Every method raises ValueError naming tensor and shapes."""
 
-    reader: CheckpointReader
+    reader: WeightSource
     config: ModelConfig
     cuts: Cuts
     dtype: torch.dtype

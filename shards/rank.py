@@ -23,7 +23,7 @@ from shards.drafting import Drafter
 from shards.families import load_model_config
 from shards.kernels.select import select_kernels
 from shards.linear import Runtime
-from shards.loading import Loader
+from shards.loading import Loader, WeightSource
 from shards.mesh import Place
 from shards.model import Model, load_model
 from shards.mtp import Mtp
@@ -141,8 +141,11 @@ class Rank:
         self._cos_LR, self._sin_LR = cos_LR.to(self._device), sin_LR.to(self._device)
         self._sampler = Sampler(self.model_config.vocab_size, self._device, kernels)
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def load(self, progress: Callable[[int, int], None] | None = None, *, weights: WeightSource | None = None) -> None:
         """Read this rank's share of the checkpoint; `progress` gets (bytes done, bytes in all).
+
+        Args:
+            weights: where they come from instead of the checkpoint's files.
 
         Raises:
             ValueError: a tensor is missing, surplus, of the wrong shape, or a file is broken.
@@ -153,7 +156,7 @@ class Rank:
         cuts = make_cuts(
             self.model_config, config.place, deterministic=self._runtime.exact, groups=config.reduction_groups
         )
-        reader = CheckpointReader(config.model, progress, weight_block=self.model_config.weight_block_size)
+        reader = weights or CheckpointReader(config.model, progress, weight_block=self.model_config.weight_block_size)
         loader = Loader(
             reader=reader,
             config=self.model_config,
