@@ -213,7 +213,7 @@ def _rank_device(config: RankProcessConfig) -> str:
     if config.gpu >= torch.cuda.device_count():
         raise ValueError(
             f"device=cuda: rank {config.rank} needs GPU {config.gpu} of this machine, torch sees "
-            f"{torch.cuda.device_count()}; use fewer ranks a machine, or device=cpu"
+            f"{torch.cuda.device_count()} GPUs; use fewer ranks a machine, or device=cpu"
         )
     torch.cuda.set_device(config.gpu)
     return f"cuda:{config.gpu}"

@@ -45,6 +45,11 @@ class BenchRun:
     def __post_init__(self) -> None:
         if self.repeat < 1:
             raise ConfigError(f"--repeat must be at least 1, got {self.repeat}")
+        if self.profile and self.options.device != "cpu":
+            raise ConfigError(
+                f"--profile times the parts of a step on the host, behind which --device={self.options.device} still "
+                "computes; leave --profile out, or use --device=cpu"
+            )
 
 
 def run_bench(run: BenchRun, out: TextIO) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cluster.config import Dtype, EngineConfig
+from cluster.config import Device, Dtype, EngineConfig
 from cluster.engine_stats import EngineStats
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
@@ -29,6 +29,7 @@ class BenchOptions:
     kv_memory_bytes: int
     max_step_tokens: int
     draft_tokens: int = 0
+    device: Device = "cpu"
 
     def engine_config(self, model: Path, *, dtype: Dtype, max_len: int, max_seqs: int) -> EngineConfig:
         """The engine of these options for one model, without prefix cache."""
@@ -36,6 +37,7 @@ class BenchOptions:
             model=model,
             layout=self.layout,
             dtype=dtype,
+            device=self.device,
             threads=self.threads,
             kv_memory_bytes=self.kv_memory_bytes,
             max_rows=max_seqs,

@@ -41,6 +41,7 @@ DraftTokens = Annotated[
         help="Tokens drafted a step by the multi-token prediction head, at most; 0: none.", rich_help_panel=_ENGINE
     ),
 ]
+DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks compute.", rich_help_panel=_ENGINE)]
 
 
 @bench.callback()
@@ -70,6 +71,7 @@ def engine(
     kv_memory: KvMemory = "256MiB",
     max_step_tokens: MaxStepTokens = 2048,
     draft_tokens: DraftTokens = 0,
+    device: DeviceName = "cpu",
 ) -> None:
     """Time prompts of random tokens: decode and prefill rates, peak memory, start to first token.
 
@@ -86,10 +88,11 @@ def engine(
         f"--kv-memory={kv_memory}",
         f"--max-step-tokens={max_step_tokens}",
         f"--draft-tokens={draft_tokens}",
+        f"--device={device}",
     ]
     with told_errors():
         run = BenchRun(
-            options=_options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens),
+            options=_options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens, device),
             model=model,
             dtype=dtype,
             scenarios=parse_scenarios(scenario),
@@ -110,6 +113,7 @@ def worker(
     kv_memory: KvMemory = "256MiB",
     max_step_tokens: MaxStepTokens = 2048,
     draft_tokens: DraftTokens = 0,
+    device: DeviceName = "cpu",
 ) -> None:
     """Carry out JSON lines from standard input: load, generate, quit. Answers begin with "@@".
 
@@ -122,7 +126,7 @@ def worker(
     from deploy.bench_worker import run_worker
 
     with told_errors():
-        options = _options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens)
+        options = _options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens, device)
         # What a library prints must not come between the answers.
         with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -130,7 +134,12 @@ def worker(
 
 
 def _options(
-    layout: Layout, threads: int | None, kv_memory: str, max_step_tokens: int, draft_tokens: int
+    layout: Layout,
+    threads: int | None,
+    kv_memory: str,
+    max_step_tokens: int,
+    draft_tokens: int,
+    device: Literal["cpu", "cuda"],
 ) -> "BenchOptions":
     # Imports torch, as above.
     from deploy.bench_engine import BenchOptions
@@ -141,4 +150,5 @@ def _options(
         kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
         max_step_tokens=max_step_tokens,
         draft_tokens=draft_tokens,
+        device=device,
     )

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from cluster.config import Device
 from deploy.bench import BenchRun, run_bench
 from deploy.bench_engine import BenchOptions
 from deploy.bench_scenarios import parse_scenarios
@@ -13,9 +15,17 @@ from shards.mesh import Layout
 
 
 def make_run(
-    model: Path, scenarios: str, *, json: bool = True, kv_memory_bytes: int = 8 << 20, profile: bool = False
+    model: Path,
+    scenarios: str,
+    *,
+    json: bool = True,
+    kv_memory_bytes: int = 8 << 20,
+    profile: bool = False,
+    device: Device = "cpu",
 ) -> BenchRun:
-    options = BenchOptions(layout=Layout(), threads=1, kv_memory_bytes=kv_memory_bytes, max_step_tokens=256)
+    options = BenchOptions(
+        layout=Layout(), threads=1, kv_memory_bytes=kv_memory_bytes, max_step_tokens=256, device=device
+    )
     return BenchRun(
         options=options,
         model=model,
@@ -80,6 +90,18 @@ def test_sequences_that_do_not_fit_at_once_are_refused_before_anything_is_loaded
 def test_a_folder_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         run_bench(make_run(tmp_path, "single"), io.StringIO())
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(moe_checkpoint: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(CheckpointError, match=r"device=cuda: rank 0 needs GPU 0 of this machine, torch sees 0 GPUs"):
+        run_bench(make_run(moe_checkpoint, "prefill8", device="cuda"), io.StringIO())
+
+
+def test_a_profile_of_a_gpu_is_refused_since_only_the_host_is_timed(moe_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="leave --profile out, or use --device=cpu"):
+        make_run(moe_checkpoint, "prefill8", device="cuda", profile=True)
 
 
 def test_the_engine_drafts_as_many_tokens_as_the_command_asks_for(moe_checkpoint: Path) -> None:
