@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from shards.comm import Comm, Comms, LocalComm
+from shards.comm import Comms
 from shards.config import ModelConfig
 from shards.config_fields import Json
 from shards.cuts import make_cuts
 from shards.kernels.interface import Kernels
+from shards.kernels.torch_kernels import TorchKernels
 from shards.loading import Loader
 from shards.mesh import Layout, Place
 from shards.model import load_model
@@ -206,52 +207,9 @@ def count_weights(config: ModelConfig, place: Place, dtype: torch.dtype) -> Rand
     device = torch.device("meta")
     weights = RandomWeights(device, zero_centred_norm=config.zero_centred_norm)
     cuts = make_cuts(config, place, deterministic=False)
-    load_model(Loader(reader=weights, config=config, cuts=cuts, dtype=dtype, device=device))
+    kernels = TorchKernels()
+    load_model(Loader(reader=weights, config=config, cuts=cuts, dtype=dtype, device=device, kernels=kernels))
     return weights
-
-
-class EchoComm:
-    """A group of which this rank plays all: whatever it sends to a rank comes back as sent by that rank.
-
-    With whole experts spread over W ranks, each pair of token and expert e so meets expert e mod (E / W) here, as if
-    the other ranks had sent as many tokens with choices of their own. What moving takes is left out.
-    """
-
-    rank = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """x of every rank."""
-        return x * self.size
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """x of every rank."""
-        return x.repeat(self.size, *[1] * (x.dim() - 1))
-
-    def broadcast(self, x: Tensor, src: int) -> Tensor:
-        """x of every rank."""
-        return x
-
-    def all_to_all(self, x: Tensor, send_counts: list[int], recv_counts: list[int]) -> Tensor:
-        """Each piece back."""
-        return x
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
-
-    def close(self) -> None:
-        """Nothing to let go of."""
-
-
-def echo_comms(layout: Layout) -> Comms:
-    """Groups of rank 0 of a layout, which plays all others."""
-
-    def group(size: int) -> Comm:
-        return LocalComm() if size == 1 else EchoComm(size)
-
-    return Comms(tp=group(layout.tp), dp=group(layout.dp), world=group(layout.world))
 
 
 class HitCounter(StepProfile):

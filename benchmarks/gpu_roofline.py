@@ -24,7 +24,6 @@ from benchmarks.gpu_models import (
     ModelShape,
     RandomWeights,
     count_weights,
-    echo_comms,
     write_config,
 )
 from benchmarks.gpu_steps import (
@@ -39,6 +38,7 @@ from benchmarks.gpu_steps import (
     seconds_of,
 )
 from shards.cache import CacheShape, unit_shape
+from shards.comm import Comms
 from shards.config import ModelConfig
 from shards.families import load_model_config
 from shards.host_memory import available_memory
@@ -108,7 +108,7 @@ class Bench:
             max_rows=max(cell.rows for cell in self.cells),
             max_model_len=max(cell.context for cell in self.cells),
         )
-        rank = Rank(config, echo_comms(self.shape.layout), counter)
+        rank = Rank(config, Comms.echo(self.shape.layout), counter)
         rank.load(weights=RandomWeights(self.device, zero_centred_norm=self.model.zero_centred_norm))
         return rank
 

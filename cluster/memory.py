@@ -3,15 +3,24 @@
 from router.errors import ConfigError
 
 
-def check_memory(*, kv_bytes: int, weight_bytes: int, working_bytes: int, ranks: int, available: int | None) -> None:
-    """Refuse an engine whose KV, weights and steps do not fit in this machine's memory.
+def check_memory(
+    *,
+    kv_bytes: int,
+    weight_bytes: int,
+    working_bytes: int,
+    ranks: int,
+    available: int | None,
+    where: str = "this machine",
+) -> None:
+    """Refuse an engine whose KV, weights and steps do not fit in the memory of a machine or a device.
 
     Args:
         kv_bytes: KV memory of one rank.
         weight_bytes: weights of all ranks together.
         working_bytes: rows, rotary tables and the largest step of one rank.
-        ranks: ranks that run on this machine.
-        available: from `shards.host_memory.available_memory`; None is not checked.
+        ranks: ranks that run there.
+        available: bytes that are free; None is not checked.
+        where: what has them.
 
     Raises:
         ConfigError: names what is needed and what there is, and the option to lower.
@@ -25,7 +34,7 @@ def check_memory(*, kv_bytes: int, weight_bytes: int, working_bytes: int, ranks:
     raise ConfigError(
         f"kv_memory_bytes={kv_bytes} does not fit: {ranks} rank(s) with {_size(kv_bytes)} of KV and "
         f"{_size(working_bytes)} for rows and steps each, and {_size(weight_bytes)} of weights need {_size(needed)}, "
-        f"this machine has {_size(available)} available; {advice if most else _smaller(weight_bytes, available)}"
+        f"{where} has {_size(available)} available; {advice if most else _smaller(weight_bytes, available)}"
     )
 
 

@@ -74,8 +74,8 @@ class RankMemory:
             for piece in pieces:
                 piece.copy_(payload[at : at + width])
                 at += width
-        # A rank's next step may run on another stream.
-        torch.cuda.synchronize(self.device)
+        # A rank's next step may run on another stream; waiting for the whole device would spoil a graph's capture.
+        torch.cuda.current_stream(self.device).synchronize()
 
     def copy_from(self, source: ByteArray, src: Rows, dst: Rows) -> None:
         """Copy rows of another process's mapped cache into this one."""

@@ -20,7 +20,7 @@ from cluster.kv_server import KvServer
 from cluster.plan_codec import RankWork, decode_work
 from cluster.rank_memory import RankMemory
 from cluster.reports import LoadProgress, RankEnded, RankReady, Report, StepAnswer, encode_report
-from cluster.resolve import ResolvedEngine
+from cluster.resolve import ResolvedEngine, check_device_memory
 from cluster.transports import host_key, make_transports
 from cluster.wire import Channel, accept, connect, listen
 from router.errors import ConfigError, CorruptDataError, MemberLostError
@@ -216,6 +216,7 @@ def _rank_device(config: RankProcessConfig) -> str:
             f"{torch.cuda.device_count()} GPUs; use fewer ranks a machine, or device=cpu"
         )
     torch.cuda.set_device(config.gpu)
+    check_device_memory(config.engine, torch.cuda.mem_get_info(config.gpu)[0], where=f"GPU {config.gpu}")
     return f"cuda:{config.gpu}"
 
 

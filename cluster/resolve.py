@@ -130,7 +130,7 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
         raise ConfigError(str(error)) from error
     max_model_len = _max_model_len(config, model, room.num_blocks)
     if config.device == "cpu":
-        _check_memory(config, model, max_model_len, weights=weights, ranks=ranks)
+        _check_memory(config, model, max_model_len, weights=weights, ranks=ranks, available=available_memory())
     return ResolvedEngine(
         config=config,
         model=model,
@@ -179,7 +179,27 @@ def _room(config: EngineConfig, model: ModelConfig) -> Room:
     )
 
 
-def _check_memory(config: EngineConfig, model: ModelConfig, max_model_len: int, *, weights: int, ranks: int) -> None:
+def check_device_memory(engine: ResolvedEngine, available: int, *, where: str) -> None:
+    """Refuse an engine of which one rank does not fit in a device's free memory, before weights are read.
+
+    Raises:
+        ConfigError: names what is needed and what there is, and the option to lower.
+    """
+    config = engine.config
+    length, weights = engine.max_model_len, weight_bytes(config)
+    _check_memory(config, engine.model, length, weights=weights, ranks=1, available=available, where=where)
+
+
+def _check_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_model_len: int,
+    *,
+    weights: int,
+    ranks: int,
+    available: int | None,
+    where: str = "this machine",
+) -> None:
     working = working_bytes(
         model,
         config.layout,
@@ -195,7 +215,8 @@ def _check_memory(config: EngineConfig, model: ModelConfig, max_model_len: int, 
         weight_bytes=weights * ranks // config.layout.world,
         working_bytes=working,
         ranks=ranks,
-        available=available_memory(),
+        available=available,
+        where=where,
     )
 
 

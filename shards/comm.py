@@ -1,13 +1,15 @@
 """How the ranks of a group exchange tensors: the interface that models call.
 
 `shards.collectives` implements it over torch.distributed (gloo, NCCL), `shards.shm` over shared memory of one host;
-`LocalComm` is a group of one.
+`LocalComm` is a group of one, `EchoComm` one rank in the place of several.
 """
 
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from shards.mesh import Layout
 
 
 class CommError(RuntimeError):
@@ -92,6 +94,42 @@ class LocalComm:
         """Nothing to let go of."""
 
 
+class EchoComm:
+    """A group of which this rank plays all: what it sends to a rank comes back as sent by that rank. Nothing moves.
+
+    Shapes are those of the real group. With whole experts spread over W ranks each pair of token and expert e meets
+    expert e mod (E / W) here, as if the other ranks had sent as many tokens with choices of their own.
+    """
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """x of every rank."""
+        return x * self.size
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x of every rank."""
+        return x.repeat(self.size, *[1] * (x.dim() - 1))
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        """x of every rank."""
+        return x
+
+    def all_to_all(self, x: Tensor, send_counts: list[int], recv_counts: list[int]) -> Tensor:
+        """Each piece back."""
+        assert send_counts == recv_counts
+        return x
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
 class Comms:
     """The three groups a rank belongs to: its lane (tp), its equals over the lanes (dp), and everybody (world)."""
 
@@ -105,6 +143,15 @@ class Comms:
         """A replica of one rank."""
         comm = LocalComm()
         return Comms(tp=comm, dp=comm, world=comm)
+
+    @staticmethod
+    def echo(layout: Layout) -> "Comms":
+        """Groups of a replica's first rank, which plays all others: to try and to time one of many."""
+
+        def group(size: int) -> Comm:
+            return LocalComm() if size == 1 else EchoComm(size)
+
+        return Comms(tp=group(layout.tp), dp=group(layout.dp), world=group(layout.world))
 
     def close(self) -> None:
         """Close every group."""

@@ -17,7 +17,7 @@ from shards.batch import LaneOutput, LogprobColumns, StepBatch
 from shards.cache import KvCache, cache_shape
 from shards.comm import Comms
 from shards.config import ModelConfig
-from shards.cuda_graphs import DecodeGraphs
+from shards.cuda_graphs import CudaRecorder, DecodeGraphs
 from shards.cuts import check_layout, make_cuts
 from shards.drafting import Drafter
 from shards.families import load_model_config
@@ -32,6 +32,7 @@ from shards.rows import PromptSpan, Rows
 from shards.sampler import Sampler
 from shards.step_profile import StepProfile, part
 from shards.verify import Draws, Replay, pick
+from shards.warm_up import warm_up
 from shards.weights import MTP_PREFIX, CheckpointReader
 
 KernelsName = Literal["auto", "native", "torch", "triton"]
@@ -148,8 +149,17 @@ class Rank:
             weights: where they come from instead of the checkpoint's files.
 
         Raises:
-            ValueError: a tensor is missing, surplus, of the wrong shape, or a file is broken.
+            ValueError: a tensor is missing, surplus, of the wrong shape, a file is broken, or the device is too small.
         """
+        try:
+            self._load(progress, weights)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the weights do not fit on {self._device} beside {self.cache.shape.total_bytes} bytes of KV; lower "
+                "kv_memory_bytes, or spread the model over more ranks"
+            ) from error
+
+    def _load(self, progress: Callable[[int, int], None] | None, weights: WeightSource | None) -> None:
         config, dtype = self.config, torch_dtype(self.config.dtype)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -167,6 +177,9 @@ class Rank:
         )
         with torch.inference_mode():
             self._model = load_model(loader)
+            if self._device.type == "cuda" and self._runtime.kernels.name == "triton":
+                rotary_dim = self.model_config.rope.rotary_dim
+                warm_up(self._model, self._runtime, self.cache, layout=config.place.layout, rotary_dim=rotary_dim)
         self._graphs = self._make_graphs(self._model)
         reader.finish(tuple(_tensors_without_use(self.model_config, reader.root)))
 
@@ -203,7 +216,7 @@ class Rank:
         alone = self.config.place.layout.world == 1 and self._profile is None
         if not alone or self._device.type != "cuda" or self._runtime.kernels.name != "triton":
             return None
-        return DecodeGraphs(model, self._runtime, self.cache)
+        return DecodeGraphs(lambda step: model.forward(self._runtime, step, self.cache), CudaRecorder())
 
     def _keep_states(self, batch: StepBatch) -> None:
         """Copy the states that are kept behind the ends of rows; those before that are copied in the layers."""

@@ -80,7 +80,8 @@ def _attend_range(
     return most + tl.log(divisor), values / divisor[:, None]
 
 
-@triton.jit
+# Sizes of a step that were constants of a kernel would have it compiled anew in the middle of serving.
+@triton.jit(do_not_specialize=["num_sequences", "table_stride", "num_queries"])
 def _attend(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -144,7 +145,7 @@ def _attend(
         tl.store(out_ptr + places[:, None] * D + d[None, :], values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _merge(
     parts_ptr: tl.tensor,
     lse_ptr: tl.tensor,

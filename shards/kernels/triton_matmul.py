@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from shards.kernels.triton_segments import dot, find_segment, launch, num_tiles, precision
+from shards.kernels.triton_segments import dot, launch, precision
 
 _BM = 64
 """Rows of a tile: as few as the widest tensor core instructions take. A tile of one row still reads its weights as fast
@@ -21,13 +21,56 @@ _FEW_COLUMNS = 32
 
 
 @triton.jit
+def _first_not_below(
+    sorted_ptr: tl.tensor, bound: tl.tensor, num_pairs: tl.tensor, num_halvings: tl.tensor
+) -> tl.tensor:
+    """For each bound, how many of the sorted numbers are below it."""
+    low, high = bound * 0, bound * 0 + num_pairs
+    for _ in tl.range(num_halvings):
+        middle = (low + high) // 2
+        open_ = low < high
+        below = tl.load(sorted_ptr + middle, mask=open_, other=0) < bound
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & (below == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_halvings", "num_tiles"])
+def _plan_tiles(
+    sorted_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    num_pairs: tl.tensor,
+    num_halvings: tl.tensor,
+    num_tiles: tl.tensor,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BM: tl.constexpr,
+) -> None:
+    """One program: [expert, first row, end of the expert's rows] of each tile; no rows (0, 0, 0) of those to spare."""
+    expert = tl.arange(0, BE).to(tl.int64)
+    first = _first_not_below(sorted_ptr, expert, num_pairs, num_halvings)
+    end = _first_not_below(sorted_ptr, expert + 1, num_pairs, num_halvings)
+    count = tl.where(expert < E, (end - first + BM - 1) // BM, 0)
+    place = tl.cumsum(count, 0) - count
+    for i in tl.range(tl.max(count, 0)):
+        tile = tiles_ptr + (place + i) * 3
+        tl.store(tile, expert, mask=i < count)
+        tl.store(tile + 1, first + i * BM, mask=i < count)
+        tl.store(tile + 2, end, mask=i < count)
+    used = tl.sum(count, 0)
+    for start in tl.range(0, num_tiles, BE):
+        spare = start + expert
+        for column in tl.static_range(3):
+            tl.store(tiles_ptr + spare * 3 + column, expert * 0, mask=(spare >= used) & (spare < num_tiles))
+
+
+@triton.jit
 def _gate_up(
     x_ptr: tl.tensor,
     pairs_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     inner_ptr: tl.tensor,
-    num_experts: tl.tensor,
     top_k: tl.tensor,
     C: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
@@ -37,14 +80,15 @@ def _gate_up(
     PRECISION: tl.constexpr,
 ) -> None:
     """inner[row] = silu(gate) * up of the row's token by the row's expert."""
-    expert, first, end = find_segment(starts_ptr, num_experts, tl.program_id(0), BM)
+    tile = tiles_ptr + tl.program_id(0) * 3
+    expert, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if first < end:
         rows = first + tl.arange(0, BM)
         held = rows < end
         pairs = tl.load(pairs_ptr + rows, mask=held, other=0)
         columns = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
         x_rows = x_ptr + (pairs // top_k)[:, None] * C
-        gate_columns = weight_ptr + expert.to(tl.int64) * 2 * I * C + columns[None, :] * C
+        gate_columns = weight_ptr + expert * 2 * I * C + columns[None, :] * C
         gate = tl.zeros((BM, BN), tl.float32)
         up = tl.zeros((BM, BN), tl.float32)
         for start in range(0, C, BK):
@@ -63,10 +107,9 @@ def _gate_up(
 def _matmul(
     x_ptr: tl.tensor,
     pairs_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    num_experts: tl.tensor,
     C: tl.constexpr,
     N: tl.constexpr,
     BM: tl.constexpr,
@@ -75,12 +118,13 @@ def _matmul(
     PRECISION: tl.constexpr,
 ) -> None:
     """y[pairs[row]] = x[row] @ weight[the row's expert].T"""
-    expert, first, end = find_segment(starts_ptr, num_experts, tl.program_id(0), BM)
+    tile = tiles_ptr + tl.program_id(0) * 3
+    expert, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if first < end:
         rows = first + tl.arange(0, BM)
         held = rows < end
         columns = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
-        weight_columns = weight_ptr + expert.to(tl.int64) * N * C + columns[None, :] * C
+        weight_columns = weight_ptr + expert * N * C + columns[None, :] * C
         y = tl.zeros((BM, BN), tl.float32)
         for start in range(0, C, BK):
             c = start + tl.arange(0, BK)
@@ -92,7 +136,8 @@ def _matmul(
         tl.store(places, y, mask=held[:, None] & (columns < N)[None, :])
 
 
-@triton.jit
+# A number of rows that were a constant of the kernel would have it compiled anew in the middle of serving.
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -177,18 +222,21 @@ def experts(x_TC: Tensor, ids_TK: Tensor, gate_up_E2IC: Tensor, down_ECI: Tensor
     if not pairs:
         return y_PC.view(T, K, C)
     sorted_P, pairs_P = torch.sort(ids_TK.flatten(), stable=True)
-    # Pairs of experts held elsewhere (ids < 0) come before the first segment.
-    starts_E1 = torch.searchsorted(sorted_P, torch.arange(E + 1, device=x_TC.device))
+    # One more tile than full ones for each expert that is hit, whichever these are: the host need not know.
+    tiles = pairs // _BM + min(pairs, E)
+    tiles_T3 = torch.empty(tiles, 3, dtype=torch.int64, device=x_TC.device)
+    # Pairs of experts held elsewhere (ids < 0) come before those of the first.
+    sizes = (pairs, pairs.bit_length(), tiles, E, triton.next_power_of_2(E), _BM)
+    launch(_plan_tiles, (1,), sorted_P, tiles_T3, *sizes)
     how = precision(x_TC)
     BK = _inner(x_TC)
     inner_PI = torch.empty(pairs, I, dtype=x_TC.dtype, device=x_TC.device)
-    tiles = num_tiles(pairs, E, _BM)
     # Two accumulators a program: half the columns.
     half = _COLUMNS // 2
     grid = (tiles, triton.cdiv(I, half))
-    launch(_gate_up, grid, x_TC, pairs_P, starts_E1, gate_up_E2IC, inner_PI, E, K, C, I, _BM, half, BK, how)
+    launch(_gate_up, grid, x_TC, pairs_P, tiles_T3, gate_up_E2IC, inner_PI, K, C, I, _BM, half, BK, how)
     grid = (tiles, triton.cdiv(C, _COLUMNS))
-    launch(_matmul, grid, inner_PI, pairs_P, starts_E1, down_ECI, y_PC, E, I, C, _BM, _COLUMNS, BK, how)
+    launch(_matmul, grid, inner_PI, pairs_P, tiles_T3, down_ECI, y_PC, I, C, _BM, _COLUMNS, BK, how)
     return y_PC.view(T, K, C)
 
 

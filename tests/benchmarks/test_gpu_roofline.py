@@ -4,11 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_models import SHAPES, EchoComm, count_weights, write_config
+from benchmarks.gpu_models import SHAPES, count_weights, write_config
 from benchmarks.gpu_roofline import main
 from benchmarks.gpu_steps import Cell, count_work
 from shards.cache import unit_shape
-from shards.dispatch import collect, dispatch, plan_exchange
 from shards.families import load_model_config
 from shards.mesh import Layout, Place
 
@@ -73,14 +72,3 @@ def test_bytes_and_flops_of_a_decode_step_are_those_of_its_shapes(tmp_path: Path
     products = 2 * 2 * (matrices + norms + vocab * hidden + 8 * expert)
     assert work.flops == products + 2 * 4 * 100 * queries
     assert work.hit == 11
-
-
-def test_an_echo_sends_each_pair_to_the_expert_that_is_held_in_its_place() -> None:
-    ids_NK = torch.tensor([[0, 5], [7, 2], [4, 3]])
-    world = EchoComm(4)
-    exchange = plan_exchange(world, ids_NK, 8)
-    assert exchange.send_counts == exchange.recv_counts
-    assert sorted(exchange.local_experts_R.tolist()) == sorted((ids_NK % 2).flatten().tolist())
-    x_NC = torch.arange(3.0).unsqueeze(1)
-    back_NKC = collect(world, exchange, dispatch(world, exchange, x_NC))
-    assert torch.equal(back_NKC, x_NC.unsqueeze(1).expand(3, 2, 1))

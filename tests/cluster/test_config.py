@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import EngineConfig
-from cluster.resolve import resolve_engine, weight_bytes
+from cluster.resolve import check_device_memory, resolve_engine, weight_bytes
 from cluster.torchrun import check_world, torchrun_place
 from router.errors import CheckpointError, ConfigError
 from shards.mesh import Layout
@@ -169,3 +169,10 @@ def test_weights_that_are_never_loaded_need_no_memory(next_checkpoint: Path) -> 
     assert unused > 0
     config = EngineConfig(model=next_checkpoint, dtype="bfloat16")
     assert weight_bytes(config) == 2 * (sum(elements.values()) - unused)
+
+
+def test_an_engine_larger_than_a_device_is_refused_by_name(moe_checkpoint: Path) -> None:
+    engine = resolve_engine(EngineConfig(model=moe_checkpoint, kv_memory_bytes=8 << 20, max_model_len=64))
+    check_device_memory(engine, 1 << 30, where="GPU 1")
+    with pytest.raises(ConfigError, match=r"kv_memory_bytes=8388608 does not fit: .*GPU 1 has 9000000 bytes .* lower"):
+        check_device_memory(engine, 9_000_000, where="GPU 1")

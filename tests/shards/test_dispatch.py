@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shards.comm import Comms
+from shards.comm import Comms, EchoComm
 from shards.dispatch import collect, dispatch, plan_exchange
 from shards.mesh import Layout, Place
 from tests.support.thread_comm import on_every_rank
@@ -37,3 +37,14 @@ def test_pairs_reach_an_expert_in_the_order_of_their_tokens() -> None:
 
     assert exchange.pairs_P.tolist() == [1, 2, 5, 0, 3, 4]
     assert exchange.local_experts_R.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_an_echo_sends_each_pair_to_the_expert_that_is_held_in_its_place() -> None:
+    ids_NK = torch.tensor([[0, 5], [7, 2], [4, 3]])
+    world = EchoComm(4)
+    exchange = plan_exchange(world, ids_NK, 8)
+    assert exchange.send_counts == exchange.recv_counts
+    assert sorted(exchange.local_experts_R.tolist()) == sorted((ids_NK % 2).flatten().tolist())
+    x_NC = torch.arange(3.0).unsqueeze(1)
+    back_NKC = collect(world, exchange, dispatch(world, exchange, x_NC))
+    assert torch.equal(back_NKC, x_NC.unsqueeze(1).expand(3, 2, 1))

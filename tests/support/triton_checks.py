@@ -3,21 +3,44 @@
 Triton must interpret its kernels (TRITON_INTERPRET=1 before it is imported), so that this runs in a process of its own.
 """
 
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_models import RandomWeights
+from shards.batch import RowSampling, RowStart, StepBatch
+from shards.cache import KvCache, cache_shape
+from shards.comm import Comms
+from shards.config import ModelConfig
+from shards.cuda_graphs import DecodeGraphs
+from shards.cuts import make_cuts
 from shards.kernels.interface import DeltaWeights, Kernels
 from shards.kernels.select import select_kernels
 from shards.kernels.triton_attention import should_split
+from shards.linear import Runtime
+from shards.loading import Loader
+from shards.mesh import Layout, Place
+from shards.model import Model, load_model
+from shards.rope import rotary_tables
+from shards.rows import Rows
+from shards.warm_up import warm_up
+from tests.support.graphs import Rerun
 from tests.support.kernels import REFERENCE, assert_close, every_dtype, random
+from tests.support.model_configs import make_moe_config, make_next_config
 
 TRITON = select_kernels("triton", "cpu")
+CPU = torch.device("cpu")
 
 
 @every_dtype
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize(("T", "E", "K", "C", "I"), [(0, 4, 2, 16, 16), (1, 4, 2, 33, 20), (20, 3, 2, 48, 40)])
+@pytest.mark.parametrize(
+    ("T", "E", "K", "C", "I"),
+    [(0, 4, 2, 16, 16), (1, 4, 2, 33, 20), (20, 3, 2, 48, 40), (3, 130, 2, 16, 16), (150, 2, 1, 16, 16)],
+)
 def test_experts_agree_where_some_are_empty_and_some_not_here(
     dtype: torch.dtype,
     wide: bool,
@@ -245,3 +268,73 @@ def test_the_delta_net_agrees_and_advances_only_its_slots(
         narrow = random(6, V, Dk, Dv).bfloat16()
         TRITON.delta_net(projected, weights, random(6, Q, W - 1, dtype=dtype), narrow, *where, advance)
         assert_close(narrow, expected[2].bfloat16(), scale=40)
+
+
+def load_random(config: ModelConfig) -> tuple[Model, KvCache, Runtime]:
+    """A model of made-up weights and a cache, on the Triton kernels."""
+    weights = RandomWeights(CPU, zero_centred_norm=config.zero_centred_norm)
+    cuts = make_cuts(config, Place(layout=Layout(), rank=0), deterministic=False)
+    loader = Loader(reader=weights, config=config, cuts=cuts, dtype=torch.float32, device=CPU, kernels=TRITON)
+    model = load_model(loader)
+    shape = cache_shape(config, 1, 0, num_blocks=12, block_size=4, num_slots=4, dtype=torch.float32)
+    return model, KvCache(shape, CPU), Runtime(kernels=TRITON, comms=Comms.local(), exact=False)
+
+
+NEXT = make_next_config(num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
+MOE = make_moe_config(num_hidden_layers=1, layer_types=("full_attention",), mlp_only_layers=())
+
+
+@pytest.mark.parametrize("config", [MOE, NEXT], ids=["moe", "next"])
+def test_padded_decode_steps_give_the_bits_of_steps_as_they_are_and_touch_nothing_else(
+    config: ModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths, decoded = (5, 9, 2), 2
+    batches = [StepBatch(rows_S=[0, 1, 2], first_S=[0] * 3, counts_S=list(lengths), samples_S=[0] * 3)]
+    for done in range(decoded):
+        live = [0, 1, 2][: 3 - done]
+        first = [lengths[row] + done for row in live]
+        batches.append(StepBatch(rows_S=live, first_S=first, counts_S=[1] * len(live), samples_S=[0] * len(live)))
+    rows = Rows(max_rows=3, max_model_len=16, block_size=4, device=CPU)
+    starts = tuple(
+        RowStart(
+            row=row,
+            token_ids=tuple(range(7 * row, 7 * row + length + decoded)),
+            prompt_len=length,
+            blocks=tuple(range(11 - 4 * row, 7 - 4 * row, -1)),
+            state_slot=3 - row,
+            sampling=RowSampling(),
+        )
+        for row, length in enumerate(lengths)
+    )
+    rows.update(StepBatch(starts=starts))
+    cos_LR, sin_LR = rotary_tables(config.rope, 16)
+    found: list[list[Tensor]] = []
+    for captured in (False, True):
+        model, cache, runtime = load_random(config)
+        run = partial(model.forward, runtime, cache=cache)
+        graphs = DecodeGraphs(run, Rerun())
+        results: list[Tensor] = []
+        for batch in batches:
+            step = rows.tensors(batch, cos_LR, sin_LR, (sum(batch.counts_S),))
+            results.append((graphs.forward if captured else run)(step).clone())
+        found.append([*results, cache.buffer.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert caplog.messages == [], "every capture was good"
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2, ep=2)], ids=str)
+def test_warming_up_changes_no_memory_but_the_first_state_slot(layout: Layout) -> None:
+    # The interpreter takes a millisecond for a program, of which a token has one for each head.
+    few_heads = {"num_attention_heads": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 1}
+    config = dataclasses.replace(NEXT, **few_heads).with_drafts(1)
+    weights = RandomWeights(CPU, zero_centred_norm=True)
+    cuts = make_cuts(config, Place(layout=layout, rank=0), deterministic=False)
+    loader = Loader(reader=weights, config=config, cuts=cuts, dtype=torch.float32, device=CPU, kernels=TRITON)
+    model = load_model(loader)
+    shape = cache_shape(config, layout.tp, 0, num_blocks=12, block_size=512, num_slots=2, dtype=torch.float32)
+    cache = KvCache(shape, CPU)
+    cache.buffer.fill_(7)
+    runtime = Runtime(kernels=TRITON, comms=Comms.local(), exact=False)
+    warm_up(model, runtime, cache, layout=layout, rotary_dim=config.rope.rotary_dim)
+    for pool in [*cache.k_pools, *cache.v_pools, *(s[1:] for s in (*cache.conv_states, *cache.delta_states))]:
+        assert bool((pool.contiguous().view(torch.uint8) == 7).all())
