@@ -145,7 +145,8 @@ class NixlLink:
             raise HandoffError("hand-off: a NIXL read failed; the source may be gone")
         self._agent.release_xfer_handle(read.handle)
         if read.payload.device.type == "cuda":
-            torch.cuda.synchronize(read.payload.device)
+            # Not for the whole device, which would spoil a graph that another thread captures.
+            torch.cuda.current_stream(read.payload.device).synchronize()
 
     def close(self) -> None:
         """Have a thread inside of `finish` give up."""
