@@ -18,8 +18,9 @@ constexpr int BLOCK = 16;
 // Rows of x that a call takes at most; less where the rows that are packed together do not divide it.
 constexpr int CALL_ROWS = 512;
 
-// Weights that a later call will read, fetched into the second-level cache on the way. Memory gives more to four streams
-// than to one or two, so they are fetched from `at`, `at + half` and, `second` bytes behind, from two places more.
+// Weights that a later call will read. AMX products fetch all of them into the second-level cache on the way, in four
+// streams, to which memory gives more than to one or two: from `at`, `at + half` and, `second` bytes behind, from two
+// places more. Products in strips fetch the beginnings of the two strips at `at` and `at + second`.
 struct Ahead {
     const char* at = nullptr;
     int64_t half = 0, second = 0;

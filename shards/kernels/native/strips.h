@@ -120,11 +120,12 @@ struct Fetch {
     int64_t left;  // lines until then
     int64_t offset[STRIPS], then[STRIPS];
 
-    template <class Kind>
+    // `ahead`: what is read after these strips, or null.
+    template <class Kind, int S>
     static FN Fetch of(const Operands<Kind>& at, int64_t K, const Ahead& ahead) {
         int64_t bytes = LANES * K * int64_t(sizeof(typename Kind::stored));
         Fetch fetch{bytes > LEAD ? (bytes - LEAD) / Ahead::LINE : 0, {LEAD, LEAD}, {LEAD, LEAD}};
-        for (int s = 0; s < STRIPS && ahead.at != nullptr; s++)
+        for (int s = 0; s < S && ahead.at != nullptr; s++)
             fetch.then[s] += ahead.at + s * ahead.second - ((const char*)at.strip[s] + bytes);
         return fetch;
     }
@@ -177,7 +178,7 @@ FN void tile(Operands<Kind> at, int64_t K, int groups, const Ahead& ahead, float
     constexpr int LEVELS = 16;
     float sums[LEVELS][R][S][LANES];
     int64_t width = K / groups;
-    Fetch fetch = Fetch::of(at, K, ahead);
+    Fetch fetch = Fetch::of<Kind, S>(at, K, ahead);
     for (int g = 0; g < groups; g++) {
         vec acc[R][S];
         for (int r = 0; r < R; r++)
