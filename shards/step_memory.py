@@ -8,6 +8,8 @@ from shards.mesh import Layout
 
 _FLOAT32 = 4
 _INT64 = 8
+_PACKED_BYTES = 32 << 20
+"""Of rows that a native matrix product packs at once, as float32 at most."""
 
 
 def working_bytes(
@@ -37,12 +39,20 @@ def working_bytes(
     tokens = max_step_tokens
     # The residual stream, its normed copy, a layer's result and their sum.
     hidden = 4 * tokens * model.hidden_size * itemsize
+    packed = min(tokens * _widest_input(model) * _FLOAT32, _PACKED_BYTES)
     layer = max(_mixer_bytes(model, layout, tokens, itemsize), _mlp_bytes(model, layout, tokens, itemsize))
     draws = max_rows * (1 + draft_tokens)
     # Logits, their penalised copy, and sums of a few rows in float64.
     logits = 3 * draws * model.vocab_size * _FLOAT32
     replayed = _replayed_bytes(model, layout, draws, itemsize) if draft_tokens else 0
-    return rows + rotary + hidden + layer + logits + replayed
+    return rows + rotary + hidden + packed + layer + logits + replayed
+
+
+def _widest_input(model: ModelConfig) -> int:
+    """Columns of the widest rows that a matrix is multiplied with; the drafting head takes two hidden states."""
+    heads = model.num_attention_heads * model.head_dim
+    values = model.linear_num_value_heads * model.linear_value_head_dim
+    return max(2 * model.hidden_size, heads, values, model.intermediate_size, model.shared_expert_intermediate_size)
 
 
 def _replayed_bytes(model: ModelConfig, layout: Layout, draws: int, itemsize: int) -> int:

@@ -13,6 +13,8 @@ constexpr int64_t CHUNK_BYTES = int64_t(1) << 20;
 // Weights of a task: enough to pay for its ticket, little enough to share out evenly.
 constexpr int64_t TASK_BYTES = int64_t(128) << 10;
 constexpr int64_t TASKS_A_THREAD = 8;
+// Most memory for packed rows of x: those beyond it go in another pass. shards/step_memory.py counts it.
+constexpr int64_t PASS_BYTES = int64_t(32) << 20;
 
 template <class T>
 struct Linear {
@@ -107,9 +109,14 @@ template <class T>
 void linear(int index, int threads, const void* x, const void* w, const void* bias, void* out, bool wide, int64_t rows,
             int64_t N, int64_t K, int groups) {
     const Path& path = *find_path(index);
-    Linear<T>{path, path.matmul((const T*)x), (const T*)x, (const T*)w, (const T*)bias, wide ? (float*)out : nullptr,
-              wide ? nullptr : (T*)out, rows, N, K, groups, 0, 0, nullptr}
-        .run(threads);
+    const Matmul<T>& matmul = path.matmul((const T*)x);
+    int64_t row_bytes = std::max<int64_t>(matmul.packed_width(K, groups) * int64_t(sizeof(T)), 1);
+    int64_t most = std::max<int64_t>(PASS_BYTES / row_bytes / CALL_ROWS, 1) * CALL_ROWS;
+    for (int64_t row = 0; row < rows; row += most)
+        Linear<T>{path, matmul, (const T*)x + row * K, (const T*)w, (const T*)bias,
+                  wide ? (float*)out + row * N : nullptr, wide ? nullptr : (T*)out + row * N,
+                  std::min(most, rows - row), N, K, groups, 0, 0, nullptr}
+            .run(threads);
 }
 
 }  // namespace
