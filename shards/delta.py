@@ -35,7 +35,7 @@ class Delta:
         value_heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
         values = as_slice(held, share)
         return Delta(
-            in_proj_NC=loader.kernels.lay_out(_load_in_proj(loader, prefix)),
+            in_proj_NC=loader.joined(_load_in_proj(loader, prefix)),
             weights=DeltaWeights(
                 conv1d_QW=_load_conv(loader, f"{prefix}.conv1d.weight"),
                 a_log_V=loader.tensor(f"{prefix}.A_log", (value_heads,), values, dtype=torch.float32),
@@ -83,7 +83,7 @@ class Delta:
         runtime.kernels.delta_net(kept_KN, self.weights, states.conv_MQW, states.delta_MVDD, *where)
 
 
-def _load_in_proj(loader: Loader, prefix: str) -> Tensor:
+def _load_in_proj(loader: Loader, prefix: str) -> list[Tensor]:
     """What makes q, k, v, z, b and a of the heads held here, one kind after the other."""
     if loader.config.linear_split_projections:
         return _load_split_in_proj(loader, prefix)
@@ -97,10 +97,10 @@ def _load_in_proj(loader: Loader, prefix: str) -> Tensor:
         shape = (config.linear_num_key_heads * sum(sizes), hidden)
         rows = loader.tensor(f"{prefix}.in_proj_{name}.weight", shape, as_slice(held, sum(sizes)))
         pieces += [piece.flatten(0, 1) for piece in rows.view(len(held), -1, hidden).split(sizes, dim=1)]
-    return torch.cat(pieces)
+    return pieces
 
 
-def _load_split_in_proj(loader: Loader, prefix: str) -> Tensor:
+def _load_split_in_proj(loader: Loader, prefix: str) -> list[Tensor]:
     """in_proj_qkv has [q | k | v] of all heads; z, b and a have tensors of their own."""
     config, held = loader.config, loader.cuts.key_heads
     value_heads, hidden = config.linear_num_value_heads, config.hidden_size
@@ -110,7 +110,7 @@ def _load_split_in_proj(loader: Loader, prefix: str) -> Tensor:
     for kind, width in {"z": config.linear_value_head_dim, "b": 1, "a": 1}.items():
         part = as_slice(held, share * width)
         pieces.append(loader.tensor(f"{prefix}.in_proj_{kind}.weight", (value_heads * width, hidden), part))
-    return torch.cat(pieces)
+    return pieces
 
 
 def _load_conv(loader: Loader, name: str) -> Tensor:

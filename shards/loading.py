@@ -87,6 +87,11 @@ class Loader:
         """`stacked` rows of matrices that take the hidden size, as `Kernels.linear` reads them."""
         return self.kernels.lay_out(self.stacked(parts, (self.config.hidden_size,)))
 
+    def joined(self, pieces: list[Tensor]) -> Tensor:
+        """Matrices under one another, as `Kernels.linear` reads them."""
+        out = empty_weights((sum(len(piece) for piece in pieces), *pieces[0].shape[1:]), self.dtype, self.device)
+        return self.kernels.lay_out(torch.cat(pieces, out=out))
+
     def row_linear(self, name: str, inputs: int, part: slice, groups: int, *, bias: str | None = None) -> RowLinear:
         """Columns `part` of the [hidden_size, inputs] matrix `name`."""
         hidden = self.config.hidden_size
