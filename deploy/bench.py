@@ -119,8 +119,10 @@ def _prompt_maker(scenario: Scenario, vocab_size: int) -> Callable[[], Prompts]:
 
 def _profile(engine: BenchEngine, profile: StepProfile, scenario: Scenario, prompts: Prompts) -> ProfileTable | None:
     profile.reset()
-    engine.generate(prompts, scenario.new_tokens)
-    return profile_table(profile, engine.stats, "prefill" if scenario.kind == "prefill" else "decode")
+    done = engine.generate(prompts, scenario.new_tokens)
+    if scenario.kind == "prefill":
+        return profile_table(profile, done.prefill, "prefill")
+    return profile_table(profile, done.decode, "decode")
 
 
 def _measure(

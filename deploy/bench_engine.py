@@ -1,7 +1,7 @@
 """An engine of this process that generates for lists of prompts at once, with the time that it takes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,6 +11,7 @@ from cluster.engine_stats import EngineStats
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
 from cluster.speculation import DraftPolicy
+from deploy.bench_profile import EngineSpan
 from deploy.local_engine import stream_all
 from router.errors import ConfigError
 from router.request import Request, RequestId, SamplingParams
@@ -57,6 +58,10 @@ class Generated:
     """From the first prompt handed in to the last token."""
     ttft_s: list[float]
     """Until each prompt's first token."""
+    prefill: EngineSpan
+    """What the engine's thread did until the last of the first tokens."""
+    decode: EngineSpan
+    """And from then on."""
 
 
 class BenchEngine:
@@ -76,8 +81,12 @@ class BenchEngine:
         self._engine = resolve_engine(config)
         self._replica = LocalReplica(self._engine, profile=profile)
         self._draft_policy = self._make_policy()
-        self.stats = EngineStats()
+        self._read_stats: Callable[[], EngineStats] = EngineStats
+
+    @property
+    def stats(self) -> EngineStats:
         """The engine's counters of the latest `generate`."""
+        return self._read_stats()
 
     def __enter__(self) -> "BenchEngine":
         return self
@@ -114,10 +123,11 @@ class BenchEngine:
             for index, prompt in enumerate(prompts)
         ]
         tokens: list[list[int]] = [[] for _ in prompts]
-        ttft_s = [0.0] * len(prompts)
+        ttft_s: list[float] = [0.0] * len(prompts)
+        waiting, middle = len(prompts), EngineStats()
         started = time.perf_counter()
         served = stream_all(
-            self._engine, self._replica.ranks, requests, draft_policy=self._draft_policy, on_end=self._keep_stats
+            self._engine, self._replica.ranks, requests, draft_policy=self._draft_policy, on_begin=self._watch
         )
         for events in served:
             now = time.perf_counter() - started
@@ -125,12 +135,21 @@ class BenchEngine:
                 index = int(event.request_id)
                 if event.index == 0:
                     ttft_s[index] = now
+                    waiting -= 1
+                    middle = self.stats if not waiting else middle
                 if event.token_id is not None:
                     tokens[index].append(event.token_id)
-        return Generated(tokens=tokens, wall_s=time.perf_counter() - started, ttft_s=ttft_s)
+        wall_s, last_s = time.perf_counter() - started, max(ttft_s, default=0.0)
+        return Generated(
+            tokens=tokens,
+            wall_s=wall_s,
+            ttft_s=ttft_s,
+            prefill=EngineSpan(begin=EngineStats(), end=middle, seconds=last_s),
+            decode=EngineSpan(begin=middle, end=self.stats, seconds=wall_s - last_s),
+        )
 
-    def _keep_stats(self, stats: EngineStats) -> None:
-        self.stats = stats
+    def _watch(self, read_stats: Callable[[], EngineStats]) -> None:
+        self._read_stats = read_stats
 
 
 def check_room(engine: ResolvedEngine, num_tokens: Sequence[int]) -> None:

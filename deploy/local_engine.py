@@ -25,13 +25,13 @@ def stream_all(
     requests: Sequence[Request],
     *,
     draft_policy: DraftPolicy | None = None,
-    on_end: Callable[[EngineStats], None] | None = None,
+    on_begin: Callable[[Callable[[], EngineStats]], None] | None = None,
 ) -> Iterator[list[TokenEvent]]:
     """Serve requests together, all there at the first step -> each step's events; the ranks stay up.
 
     Args:
         draft_policy: what was learnt of drafts on these ranks before; None: nothing.
-        on_end: gets the engine's counters when all is served.
+        on_begin: gets what reads the engine's counters, at any time from then on.
 
     Raises:
         MoefleetError: a request was rejected, or the ranks failed.
@@ -51,6 +51,8 @@ def stream_all(
         step_timeout_s=timeout_s,
         draft_policy=draft_policy,
     )
+    if on_begin is not None:
+        on_begin(runner.stats)
     for request in requests:
         runner.submit(request)
     runner.start()
@@ -60,8 +62,6 @@ def stream_all(
             yield [_token_event(event, open_requests) for event in arrived.get()]
     finally:
         runner.halt()
-        if on_end is not None:
-            on_end(runner.stats())
 
 
 def _token_event(event: EngineEvent, open_requests: set[RequestId]) -> TokenEvent:

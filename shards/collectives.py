@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.comm import Comm, CommError, Comms, LocalComm, tree_sum
+from shards.comm import Comm, CommError, Comms, LocalComm, mixed, tree_sum
 from shards.kernels.library import load_library
 from shards.mesh import Place, dp_groups, tp_groups
 from shards.shm import MAX_RANKS, ShmComm, check_counts
@@ -124,6 +124,8 @@ def _split(place: Place, world: Comm, make: Callable[[str, list[list[int]], int]
 class DistComm:
     """One rank's membership of a torch.distributed group."""
 
+    near = False
+
     def __init__(self, group: dist.ProcessGroup, *, deterministic: bool) -> None:
         self.size = group.size()
         self.rank = group.rank()
@@ -143,6 +145,21 @@ class DistComm:
         x = x.contiguous()
         self._run("all_reduce", lambda: dist.all_reduce(x, group=self._group, async_op=True))
         return x
+
+    def sum_to(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`all_reduce`, rounded."""
+        return self.all_reduce(x).to(dtype)
+
+    def mix_sums(
+        self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums everywhere, then the weighted sums."""
+        shared_TC = None if shared_TC is None else self.sum_to(shared_TC, dtype)
+        return mixed(self.sum_to(y_TKC, dtype), weights_TK), shared_TC
+
+    def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
+        """Adds the zeros of all ranks but one to each row, then the weighted sums."""
+        return mixed(self.all_reduce(y_TKC), weights_TK)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Each rank's x, concatenated along the first axis in rank order."""

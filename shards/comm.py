@@ -54,6 +54,39 @@ class Comm(Protocol):
         """Rows of x, cut by send_counts, one piece to each rank; returns the pieces received, in rank order."""
         ...
 
+    @property
+    def near(self) -> bool:
+        """Whether ranks read each other's memory, so that what a rank does not need costs it nothing."""
+        ...
+
+    def sum_to(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`all_reduce` of float32 x, rounded to dtype; may reuse x."""
+        ...
+
+    def mix_sums(
+        self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums of the ranks' parts, rounded to dtype, and of those of y_TKC the weighted sum over K, as `combine`.
+
+        Args:
+            y_TKC: float32 parts.
+            weights_TK: float32, equal on all ranks.
+            shared_TC: float32 parts of rows that are summed and rounded alone.
+
+        Returns:
+            [T, C] and, where there is a shared_TC, [T, C].
+        """
+        ...
+
+    def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
+        """`combine` of rows that lie on several ranks -> [T, C].
+
+        Args:
+            y_TKC: rank ids_TK // held has the row of each pair; what others have in its place is not looked at, but
+                has to be zero where ranks are not `near`.
+        """
+        ...
+
     def barrier(self) -> None:
         """Wait for every rank."""
         ...
@@ -68,6 +101,7 @@ class LocalComm:
 
     size = 1
     rank = 0
+    near = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """x itself."""
@@ -86,6 +120,20 @@ class LocalComm:
         """x itself."""
         assert send_counts == recv_counts == [x.shape[0]]
         return x
+
+    def sum_to(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x in dtype."""
+        return x.to(dtype)
+
+    def mix_sums(
+        self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weighted sum of what is here, and the rows that stand alone."""
+        return mixed(y_TKC.to(dtype), weights_TK), None if shared_TC is None else shared_TC.to(dtype)
+
+    def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
+        """The weighted sum."""
+        return mixed(y_TKC, weights_TK)
 
     def barrier(self) -> None:
         """Nothing to wait for."""
@@ -165,3 +213,11 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
         pairs = [torch.add(parts[i], parts[i + 1]) for i in range(0, len(parts) - 1, 2)]
         parts = pairs + ([parts[-1]] if len(parts) % 2 else [])
     return parts[0]
+
+
+def mixed(y_TKC: Tensor, weights_TK: Tensor) -> Tensor:
+    """The weighted sum over K, in order, in float32 -> [T, C] in y's dtype: the bits of the native `combine`."""
+    total_TC = y_TKC.new_zeros((y_TKC.shape[0], y_TKC.shape[2]), dtype=torch.float32)
+    for k in range(y_TKC.shape[1]):
+        total_TC = total_TC + y_TKC[:, k].float() * weights_TK[:, k : k + 1]
+    return total_TC.to(y_TKC.dtype)

@@ -42,7 +42,7 @@ class Drafter:
         """Write the layer's KV of the step's positions, then drafts behind the last tokens of the rows that want any.
 
         Args:
-            hidden_TC: the main model's, before the final norm.
+            hidden_TC: the main model's.
             kept: how many draws of each sampled row stay.
             lane_drafts: for each depth, how many rows of every lane draft that far. All ranks of all lanes take part.
             keeps: False leaves the layer's KV out; then no row of the lane drafts.
@@ -50,13 +50,11 @@ class Drafter:
         if not keeps and not any(map(any, lane_drafts)):
             return
         pools = self.cache.k_pools[-1], self.cache.v_pools[-1]
-        normed_TC = hidden_TC
         if keeps and hidden_TC.shape[0]:
-            normed_TC = self.model.normed(self.runtime, hidden_TC)
-            self.mtp.store_kv(self.runtime, self._embed_next(step), normed_TC, step, *pools)
+            self.mtp.store_kv(self.runtime, self._embed_next(step), hidden_TC, step, *pools)
         ends = [end - 1 for end in _ends_of_kept(draws, kept)]
         wanted = [i for i, drafts in enumerate(draws.drafts) if drafts]
-        hidden_NC = normed_TC[torch.tensor([draws.tokens_N[ends[i]] for i in wanted], dtype=torch.int64)]
+        hidden_NC = hidden_TC[torch.tensor([draws.tokens_N[ends[i]] for i in wanted], dtype=torch.int64)]
         for depth, lanes in enumerate(lane_drafts):
             if not any(lanes):
                 return

@@ -36,21 +36,35 @@ class VocabShard:
 
     def embed(self, runtime: Runtime, tokens_T: Tensor) -> Tensor:
         """Token ids -> [T, C] on every rank of the lane."""
-        if runtime.comms.tp.size == 1:
-            return self._rows(runtime, tokens_T)
-        local_T = tokens_T - self.first_id
-        foreign_T = (local_T < 0) | (local_T >= self.weight_VsC.shape[0])
-        rows_TC = self._rows(runtime, local_T.masked_fill(foreign_T, 0))
-        return runtime.comms.tp.all_reduce(rows_TC.masked_fill(foreign_T.unsqueeze(1), 0))
+        kernels = runtime.kernels
+        if self.makes_logits:
+            local_T = kernels.local_ids(tokens_T, self.first_id, self.weight_VsC.shape[0])
+            return runtime.comms.tp.all_reduce(kernels.take_rows(self.weight_VsC, local_T))
+        return runtime.comms.tp.all_reduce(kernels.embed(self.weight_VsC, tokens_T, self.first_id))
 
     def logits(self, runtime: Runtime, x_NC: Tensor) -> Tensor:
         """Normed hidden rows -> float32 [N, V] on every rank of the lane."""
+        return self.joined(runtime, self.part(runtime, x_NC))
+
+    def part(self, runtime: Runtime, x_NC: Tensor) -> Tensor:
+        """The logits of the ids held here -> float32 [N, Vs]."""
+        with runtime.part("head"):
+            return runtime.kernels.linear(x_NC, self.weight_VsC, wide=True)
+
+    def joined(self, runtime: Runtime, part_NVs: Tensor) -> Tensor:
+        """The parts of all ranks of the lane -> [N, V] on every one."""
         comm = runtime.comms.tp
-        part_NVs = runtime.kernels.linear(x_NC, self.weight_VsC, wide=True)
         if comm.size == 1:
             return part_NVs
-        parts = comm.all_gather(part_NVs).view(comm.size, x_NC.shape[0], -1)
-        return parts.transpose(0, 1).reshape(x_NC.shape[0], -1)[:, : self.vocab_size]
+        parts = comm.all_gather(part_NVs).view(comm.size, part_NVs.shape[0], -1)
+        return parts.transpose(0, 1).reshape(part_NVs.shape[0], -1)[:, : self.vocab_size]
 
-    def _rows(self, runtime: Runtime, ids_T: Tensor) -> Tensor:
-        return runtime.kernels.take_rows(self.weight_VsC, ids_T) if self.makes_logits else self.weight_VsC[ids_T]
+    def best(self, runtime: Runtime, x_NC: Tensor) -> Tensor:
+        """`Kernels.best_tokens` of these rows' logits, which need not meet -> int64 [N] on every rank of the lane."""
+        comm, kernels, part_NVs = runtime.comms.tp, runtime.kernels, self.part(runtime, x_NC)
+        with runtime.part("sampling"):
+            if comm.size == 1:
+                return kernels.best_tokens(part_NVs, self.vocab_size)
+            held = min(self.weight_VsC.shape[0], self.vocab_size - self.first_id)
+            pairs = comm.all_gather(kernels.best_of_part(part_NVs, held, self.first_id))
+            return kernels.best_of_pairs(pairs.view(comm.size, -1, 2))

@@ -55,7 +55,7 @@ class Model:
         self._zero_centred = zero_centred
 
     def forward(self, runtime: Runtime, step: StepTensors, cache: KvCache) -> Tensor:
-        """Run the step's tokens through all layers, advancing the cache -> hidden [T, C], before the final norm.
+        """Run the step's tokens through all layers, advancing the cache -> hidden [T, C], after the final norm.
 
         Every rank of every lane takes part; a lane without tokens (T = 0) only in what spans lanes.
         """
@@ -82,15 +82,9 @@ class Model:
                 y_TC = layer.mlp.forward(runtime, normed_TC, step.lane_tokens)
             else:
                 y_TC = layer.mlp.forward(runtime, normed_TC)
-        return x_TC if y_TC is None else x_TC + y_TC
-
-    def logits(self, runtime: Runtime, hidden_NC: Tensor) -> Tensor:
-        """Chosen rows of `forward`'s result -> float32 [N, V] on every rank of the lane."""
-        return self.lm_head.logits(runtime, self.normed(runtime, hidden_NC))
-
-    def normed(self, runtime: Runtime, hidden_TC: Tensor) -> Tensor:
-        """`forward`'s result after the final norm: what the multi-token prediction head takes."""
-        return self._norm(runtime, hidden_TC, self.norm_C)
+        if y_TC is None:
+            return self._norm(runtime, x_TC, self.norm_C)
+        return kernels.add_rms_norm(x_TC, y_TC, self.norm_C, eps, zero_centred=zero_centred)[1]
 
     def replay(self, runtime: Runtime, step: StepTensors, replay: Replay, cache: KvCache) -> None:
         """Advance the recurrent states of rows that verified drafts over the accepted tokens."""
@@ -106,9 +100,11 @@ def _mix(runtime: Runtime, layer: DecoderLayer, x_TC: Tensor, step: StepTensors,
     i = layer.mixer_index
     match layer.mixer:
         case Attention() as attention:
-            return attention.forward(runtime, x_TC, step, cache.k_pools[i], cache.v_pools[i])
+            with runtime.part("attention"):
+                return attention.forward(runtime, x_TC, step, cache.k_pools[i], cache.v_pools[i])
         case Delta() as delta:
-            return delta.forward(runtime, x_TC, step, cache.states[i])
+            with runtime.part("delta rule"):
+                return delta.forward(runtime, x_TC, step, cache.states[i])
         case _:
             assert_never(layer.mixer)
 

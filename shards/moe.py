@@ -72,12 +72,15 @@ class Moe:
             lane_tokens: T of every lane; not all zero.
         """
         if self.spread:
-            return self._forward_spread(runtime, x_TC)
+            comms = runtime.comms
+            here = comms.dp.size == 1 and comms.world.near
+            return self._forward_whole(runtime, x_TC) if here else self._forward_spread(runtime, x_TC)
         return self._forward_sliced(runtime, x_TC, lane_tokens)
 
     def _route(self, runtime: Runtime, x_TC: Tensor) -> tuple[Tensor, Tensor]:
-        logits_TE = runtime.kernels.linear(x_TC, self.gate_EC)
-        return runtime.kernels.route(logits_TE, self.top_k, renormalize=self.renormalize)
+        with runtime.part("gate"):
+            logits_TE = runtime.kernels.linear(x_TC, self.gate_EC)
+            return runtime.kernels.route(logits_TE, self.top_k, renormalize=self.renormalize)
 
     def _forward_sliced(self, runtime: Runtime, x_TC: Tensor, lane_tokens: tuple[int, ...]) -> Tensor:
         """Every rank computes its columns for the tokens of all lanes; sums over all ranks."""
@@ -86,25 +89,32 @@ class Moe:
         first = sum(lane_tokens[:lane])
         mine = slice(first, first + x_TC.shape[0])
         weights_AK, ids_AK = self._route(runtime, x_AC)
-        alone = comms.world.size == 1
-        if alone or not runtime.exact:
-            y_AC = runtime.kernels.weighted_experts(
-                x_AC, ids_AK, weights_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups
-            )
-            y_AC = self._add_shared(runtime, x_AC, y_AC)
-            # Summing K before the ranks moves K times less; the order of float sums differs from one rank's.
-            return y_AC if alone else comms.world.all_reduce(y_AC)[mine]
-        y_AKC = runtime.kernels.experts(x_AC, ids_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=True)
+        with runtime.part("experts"):
+            if comms.world.size == 1 or not runtime.exact:
+                y_AC = runtime.kernels.weighted_experts(
+                    x_AC, ids_AK, weights_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups
+                )
+                # Summing K before the ranks moves K times less; the order of float sums differs from one rank's.
+                return comms.world.all_reduce(self._add_shared(runtime, x_AC, y_AC))[mine]
+            return self._exact_sums(runtime, x_AC, weights_AK, ids_AK)[mine]
+
+    def _exact_sums(self, runtime: Runtime, x_AC: Tensor, weights_AK: Tensor, ids_AK: Tensor) -> Tensor:
+        """Each expert's result summed over the ranks, and rounded before the weighted sum, as whole experts' are."""
+        kernels, world = runtime.kernels, runtime.comms.world
+        y_AKC = kernels.experts(x_AC, ids_AK, self.gate_up_E2IC, self.down_ECI, groups=self.groups, wide=True)
         shared_AC = None if self.shared is None else self.shared.partial(runtime, x_AC, wide=True)
-        if shared_AC is not None:
-            y_AKC = torch.cat((y_AKC, shared_AC.unsqueeze(1)), dim=1)
-        # As where whole experts are at hand, each one's result is rounded before their weighted sum.
-        y_TKC = comms.world.all_reduce(y_AKC)[mine].to(x_TC.dtype)
-        if not x_TC.shape[0]:
-            return x_TC
-        shared_TC = None if shared_AC is None else y_TKC[:, self.top_k].contiguous()
-        y_TKC = y_TKC[:, : self.top_k].contiguous()
-        return self._finish(runtime, x_TC, y_TKC, weights_AK[mine].contiguous(), shared_TC)
+        out_AC, shared_AC = world.mix_sums(y_AKC, weights_AK, shared_AC, x_AC.dtype)
+        return out_AC if shared_AC is None else self._gated(runtime, x_AC, out_AC, shared_AC)
+
+    def _forward_whole(self, runtime: Runtime, x_TC: Tensor) -> Tensor:
+        """Each rank computes its experts for the lane's tokens, which are on all ranks already."""
+        kernels, world = runtime.kernels, runtime.comms.world
+        weights_TK, ids_TK = self._route(runtime, x_TC)
+        with runtime.part("experts"):
+            held = self.down_ECI.shape[0]
+            local_TK = kernels.local_ids(ids_TK, world.rank * held, held)
+            y_TKC = kernels.experts(x_TC, local_TK, self.gate_up_E2IC, self.down_ECI, groups=self.groups)
+            return self._add_shared(runtime, x_TC, world.mix_rows(y_TKC, ids_TK, held, weights_TK))
 
     def _forward_spread(self, runtime: Runtime, x_TC: Tensor) -> Tensor:
         """Each rank of the lane dispatches its part of the lane's tokens to the ranks of their experts."""
@@ -114,37 +124,30 @@ class Moe:
         weights_NK, ids_NK = x_NC.new_zeros(0, self.top_k), x_NC.new_zeros(0, self.top_k, dtype=torch.int64)
         if len(held):
             weights_NK, ids_NK = self._route(runtime, x_NC)
-        exchange = plan_exchange(comms.world, ids_NK, self.gate_EC.shape[0])
-        x_RC = dispatch(comms.world, exchange, x_NC)
-        y_RC = x_RC
-        if x_RC.shape[0]:
-            ids_R1 = exchange.local_experts_R.unsqueeze(1)
-            y_RC = kernels.experts(x_RC, ids_R1, self.gate_up_E2IC, self.down_ECI, groups=self.groups).squeeze(1)
-        y_NKC = collect(comms.world, exchange, y_RC)
-        if not T:
-            return x_TC
-        out_NC = x_NC
-        if len(held):
-            shared_NC = None if self.shared is None else self.shared.partial(runtime, x_NC, wide=False)
-            out_NC = self._finish(runtime, x_NC, y_NKC, weights_NK, shared_NC)
-        return gather_padded(comms.tp, out_NC, -(-T // comms.tp.size))[:T]
-
-    def _finish(
-        self, runtime: Runtime, x_TC: Tensor, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None
-    ) -> Tensor:
-        """Weighted sum over K in order, then the gated shared expert."""
-        out_TC = runtime.kernels.combine(y_TKC, weights_TK)
-        if self.shared is None or shared_TC is None:
-            return out_TC
-        gate_T1 = runtime.kernels.linear(x_TC, self.shared.gate_1C)
-        return runtime.kernels.add_gated(out_TC, shared_TC, gate_T1)
+        with runtime.part("experts"):
+            exchange = plan_exchange(comms.world, ids_NK, self.gate_EC.shape[0])
+            x_RC = dispatch(comms.world, exchange, x_NC)
+            y_RC = x_RC
+            if x_RC.shape[0]:
+                ids_R1 = exchange.local_experts_R.unsqueeze(1)
+                y_RC = kernels.experts(x_RC, ids_R1, self.gate_up_E2IC, self.down_ECI, groups=self.groups).squeeze(1)
+            y_NKC = collect(comms.world, exchange, y_RC)
+            if not T:
+                return x_TC
+            out_NC = self._add_shared(runtime, x_NC, kernels.combine(y_NKC, weights_NK)) if len(held) else x_NC
+            return gather_padded(comms.tp, out_NC, -(-T // comms.tp.size))[:T]
 
     def _add_shared(self, runtime: Runtime, x_TC: Tensor, y_TC: Tensor) -> Tensor:
         """The gated shared expert onto what the routed ones gave."""
         if self.shared is None:
             return y_TC
+        return self._gated(runtime, x_TC, y_TC, self.shared.partial(runtime, x_TC, wide=False))
+
+    def _gated(self, runtime: Runtime, x_TC: Tensor, y_TC: Tensor, shared_TC: Tensor) -> Tensor:
+        """y and the shared expert's result, scaled by its gate."""
+        assert self.shared is not None
         gate_T1 = runtime.kernels.linear(x_TC, self.shared.gate_1C)
-        return runtime.kernels.add_gated(y_TC, self.shared.partial(runtime, x_TC, wide=False), gate_T1)
+        return runtime.kernels.add_gated(y_TC, shared_TC, gate_T1)
 
 
 def gather_padded(comm: Comm, x_NC: Tensor, rows: int) -> Tensor:

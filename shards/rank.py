@@ -19,8 +19,10 @@ from shards.comm import Comms
 from shards.config import ModelConfig
 from shards.cuda_graphs import CudaRecorder, DecodeGraphs
 from shards.cuts import check_layout, make_cuts
+from shards.decode_tapes import DecodeTapes
 from shards.drafting import Drafter
 from shards.families import load_model_config
+from shards.kernels.native import NativeKernels
 from shards.kernels.select import select_kernels
 from shards.linear import Runtime
 from shards.loading import Loader, WeightSource
@@ -30,6 +32,7 @@ from shards.mtp import Mtp
 from shards.rope import rotary_tables
 from shards.rows import PromptSpan, Rows
 from shards.sampler import Sampler
+from shards.shm import ShmComm
 from shards.step_profile import StepProfile, part
 from shards.verify import Draws, Replay, pick
 from shards.warm_up import warm_up
@@ -115,11 +118,13 @@ class Rank:
         exact = resolve_deterministic(config.deterministic, config.kernels, config.device)
         check_layout(self.model_config, config.place.layout, deterministic=exact, groups=config.reduction_groups)
         kernels = select_kernels(config.kernels, config.device)
+        self._plain_runtime = Runtime(kernels=kernels, comms=comms, exact=exact, profile=profile)
         if profile is not None:
             kernels, comms = profile.timed_kernels(kernels), profile.timed_comms(comms)
-        self._runtime = Runtime(kernels=kernels, comms=comms, exact=exact)
+        self._runtime = Runtime(kernels=kernels, comms=comms, exact=exact, profile=profile)
         self._model: Model | None = None
         self._graphs: DecodeGraphs | None = None
+        self._tapes: DecodeTapes | None = None
         shape = cache_shape(
             self.model_config,
             config.place.layout.tp,
@@ -181,6 +186,7 @@ class Rank:
                 rotary_dim = self.model_config.rope.rotary_dim
                 warm_up(self._model, self._runtime, self.cache, layout=config.place.layout, rotary_dim=rotary_dim)
         self._graphs = self._make_graphs(self._model)
+        self._tapes = self._make_tapes(self._model)
         reader.finish(tuple(_tensors_without_use(self.model_config, reader.root)))
 
     def step(self, batch: StepBatch) -> LaneOutput | None:
@@ -194,7 +200,7 @@ class Rank:
         if self._profile is not None:
             self._profile.begin("prefill" if any(count > 1 for count in batch.counts_S) else "decode")
         with torch.inference_mode():
-            with part(self._profile, "rows"):
+            with part(self._profile, "inputs"):
                 self._rows.update(batch)
             with part(self._profile, "states"):
                 self.cache.restore_states(batch.restore_from, batch.restore_to)
@@ -208,7 +214,7 @@ class Rank:
 
     def close(self) -> None:
         """Let go of cache and weights."""
-        self._model = self._graphs = None
+        self._model = self._graphs = self._tapes = None
         self.cache.close()
 
     def _make_graphs(self, model: Model) -> DecodeGraphs | None:
@@ -217,6 +223,14 @@ class Rank:
         if not alone or self._device.type != "cuda" or self._runtime.kernels.name != "triton":
             return None
         return DecodeGraphs(lambda step: model.forward(self._runtime, step, self.cache), CudaRecorder())
+
+    def _make_tapes(self, model: Model) -> DecodeTapes | None:
+        """None where steps run as they are: other kernels, ranks that are not of one host and lane."""
+        comms, kernels = self._plain_runtime.comms, self._plain_runtime.kernels
+        near = comms.world.size == 1 or (comms.dp.size == 1 and isinstance(comms.tp, ShmComm))
+        if not near or not isinstance(kernels, NativeKernels):
+            return None
+        return DecodeTapes(model, self._plain_runtime, self.cache, self._rows, (self._cos_LR, self._sin_LR))
 
     def _keep_states(self, batch: StepBatch) -> None:
         """Copy the states that are kept behind the ends of rows; those before that are copied in the layers."""
@@ -240,7 +254,9 @@ class Rank:
     def _compute(
         self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...], lane_drafts: list[tuple[int, ...]]
     ) -> LaneOutput:
-        with part(self._profile, "rows"):
+        if self._tapes is not None and self._tapes.takes(batch) and not (model.mtp is not None and batch.keeps_mtp):
+            return self._decode(model, self._tapes, batch)
+        with part(self._profile, "inputs"):
             step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
         if self._graphs is None:
             hidden_TC = model.forward(self._runtime, step, self.cache)
@@ -259,14 +275,31 @@ class Rank:
                 self._drafter(model, model.mtp).run(step, hidden_TC, draws, kept, lane_drafts, keeps=batch.keeps_mtp)
         return dataclasses.replace(output, prompt_logprobs=prompt_logprobs) if prompt_logprobs else output
 
+    def _decode(self, model: Model, tapes: DecodeTapes, batch: StepBatch) -> LaneOutput:
+        """A step of one token a row."""
+        rows, logprobs = batch.rows_S, None
+        plain = self._rows.are_plain(rows)
+        result = tapes.run(batch, plain=plain)
+        with part(self._profile, "sampling"):
+            if not plain:
+                positions = [first + 1 for first in batch.first_S]
+                logits_SV = model.lm_head.joined(self._runtime, result)
+                result, logprobs = self._sample(logits_SV, rows, positions)
+                self._rows.store(rows, positions, result)
+            return LaneOutput(rows_N=rows, tokens_N=result.tolist(), logprobs=logprobs)
+
     def _draw(self, model: Model, hidden_TC: Tensor, draws: Draws) -> tuple[list[int], LaneOutput]:
         """Choose the sampled rows' tokens -> how many stay of each row's draws, and these as the lane's answer."""
         with part(self._profile, "head"):
             if len(draws.tokens_N) < hidden_TC.shape[0]:
                 hidden_TC = hidden_TC[torch.tensor(draws.tokens_N, device=self._device)]
-            logits_NV = model.logits(self._runtime, hidden_TC)
+        if self._rows.are_plain(draws.rows_N):
+            tokens_N, logprobs = model.lm_head.best(self._runtime, hidden_TC), None
+        else:
+            logits_NV = model.lm_head.logits(self._runtime, hidden_TC)
+            with part(self._profile, "sampling"):
+                tokens_N, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
         with part(self._profile, "sampling"):
-            tokens_N, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
             verifying = len(draws.rows_N) > len(draws.rows)
             drafted_N = self._rows.tokens_at(draws.rows_N, draws.positions_N).tolist() if verifying else []
             self._rows.store(draws.rows_N, draws.positions_N, tokens_N)
@@ -300,8 +333,6 @@ class Rank:
         tp, rows = self._runtime.comms.tp, self._rows
         if tp.rank:
             return tp.broadcast(torch.empty(len(rows_N), dtype=torch.int64, device=self._device), 0), None
-        if rows.are_plain(rows_N):
-            return tp.broadcast(self._sampler.best(logits_NV), 0), None
         histories = [
             (rows.tokens_RL[row, :position], rows.prompt_lens[row])
             for row, position in zip(rows_N, positions_N, strict=True)
@@ -316,7 +347,7 @@ class Rank:
         for done in range(0, span.count, PROMPT_LOGITS_ROWS):
             count = min(PROMPT_LOGITS_ROWS, span.count - done)
             first, position = span.first_token + done, span.first_position + done + 1
-            logits_NV = model.logits(self._runtime, hidden_TC[first : first + count])
+            logits_NV = model.lm_head.logits(self._runtime, hidden_TC[first : first + count])
             next_N = self._rows.tokens_RL[span.row, position : position + count]
             parts.append(self._sampler.prompt_logprob_columns(logits_NV, next_N, span.num_top))
         return LogprobColumns(

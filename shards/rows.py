@@ -73,10 +73,10 @@ class Rows:
         self.device = device
         # One place more than positions that are computed: the last sampled token is stored too.
         self.tokens_RL = torch.zeros(max_rows, max_model_len + 1, dtype=torch.int64, device=device)
-        self._tables_RB = np.zeros((max_rows, -(-max_model_len // block_size)), dtype=np.int32)
+        self.tables_RB = np.zeros((max_rows, -(-max_model_len // block_size)), dtype=np.int32)
         self._num_blocks_R = np.zeros(max_rows, dtype=np.int64)
-        self._num_stored_R = np.zeros(max_rows, dtype=np.int64)
-        self._state_slots_R = np.zeros(max_rows, dtype=np.int64)
+        self.num_stored_R = np.zeros(max_rows, dtype=np.int64)
+        self.state_slots_R = np.zeros(max_rows, dtype=np.int64)
         self.prompt_lens = [0] * max_rows
         self.samplings = [RowSampling()] * max_rows
         self._plain_R = np.zeros(max_rows, dtype=np.bool_)
@@ -86,16 +86,16 @@ class Rows:
         for start in batch.starts:
             self._start(start)
         for row, block in zip(batch.grown_rows, batch.grown_blocks, strict=True):
-            self._tables_RB[row, self._num_blocks_R[row]] = block
+            self.tables_RB[row, self._num_blocks_R[row]] = block
             self._num_blocks_R[row] += 1
 
     def _start(self, start: RowStart) -> None:
         row, num_blocks = start.row, len(start.blocks)
         self.tokens_RL[row, : len(start.token_ids)] = torch.tensor(start.token_ids, dtype=torch.int64)
-        self._tables_RB[row, :num_blocks] = start.blocks
+        self.tables_RB[row, :num_blocks] = start.blocks
         self._num_blocks_R[row] = num_blocks
-        self._num_stored_R[row] = start.num_stored
-        self._state_slots_R[row] = max(0, start.state_slot)
+        self.num_stored_R[row] = start.num_stored
+        self.state_slots_R[row] = max(0, start.state_slot)
         self.prompt_lens[row] = start.prompt_len
         self.samplings[row] = start.sampling
         self._plain_R[row] = start.sampling.is_plain
@@ -106,7 +106,7 @@ class Rows:
 
     def state_slots(self, rows: list[int]) -> list[int]:
         """The recurrent-state slots of these rows."""
-        return self._state_slots_R[rows].tolist()
+        return self.state_slots_R[rows].tolist()
 
     def tensors(self, batch: StepBatch, cos_LR: Tensor, sin_LR: Tensor, lane_tokens: tuple[int, ...]) -> StepTensors:
         """The step's tensors; `update` has been called with this batch."""
@@ -114,9 +114,9 @@ class Rows:
         starts_S1 = np.concatenate(([0], np.cumsum(counts_S)))
         rows_T = np.repeat(rows_S, counts_S)
         positions_T = np.arange(starts_S1[-1]) + np.repeat(first_S - starts_S1[:-1], counts_S)
-        blocks_T = self._tables_RB[rows_T, positions_T // self.block_size].astype(np.int64)
+        blocks_T = self.tables_RB[rows_T, positions_T // self.block_size].astype(np.int64)
         slots_T = blocks_T * self.block_size + positions_T % self.block_size
-        slots_T[positions_T < self._num_stored_R[rows_T]] = -1
+        slots_T[positions_T < self.num_stored_R[rows_T]] = -1
         context_S = first_S + counts_S
         width = -(-int(context_S.max(initial=0)) // self.block_size)
         rows, positions = self._send(rows_T), self._send(positions_T)
@@ -132,10 +132,10 @@ class Rows:
             cos_TR=cos_LR[positions],
             sin_TR=sin_LR[positions],
             slots_T=self._send(slots_T),
-            tables_SB=torch.from_numpy(self._tables_RB[rows_S, :width]).to(self.device),
+            tables_SB=torch.from_numpy(self.tables_RB[rows_S, :width]).to(self.device),
             query_start_S1=self._send(starts_S1),
             context_lens_S=self._send(context_S),
-            state_slots_S=self._send(self._state_slots_R[rows_S]),
+            state_slots_S=self._send(self.state_slots_R[rows_S]),
             fresh_S=self._send(first_S) == 0,
             lane_tokens=lane_tokens,
             advance_S=advance_S,

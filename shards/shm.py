@@ -10,12 +10,15 @@ import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed import Store
 
 from shards.comm import CommError, tree_sum
+from shards.kernels.check import check_tensor, dtype_code
+from shards.tape import Recorder, Tape
 
 MAX_RANKS = 64
 """kMaxRanks in shm.cpp."""
@@ -34,6 +37,8 @@ _REASONS = {
 
 class ShmComm:
     """One rank's membership of a shared-memory group; sums are those of `tree_sum`, bit for bit, at any size."""
+
+    near = True
 
     def __init__(
         self,
@@ -114,6 +119,52 @@ class ShmComm:
         self._call("all_reduce", getattr(self._library, _SUMS[x.dtype]), x.data_ptr(), x.numel())
         return x
 
+    def sum_to(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum in a new tensor, or for float32 in place."""
+        if x.dtype != torch.float32 or dtype != torch.bfloat16:
+            return self.all_reduce(x).to(dtype)
+        check_tensor("x", x, torch.float32, tuple(x.shape))
+        out = x.new_empty(x.shape, dtype=dtype)
+        self._call("all_reduce", self._library.shmcomm_sum_to_bfloat16, x.data_ptr(), out.data_ptr(), x.numel())
+        return out
+
+    def mix_sums(
+        self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each rank makes the sums of some columns; results cross once, and the sums once more."""
+        T, _, C = y_TKC.shape
+        check_tensor("y", y_TKC, torch.float32, tuple(y_TKC.shape))
+        if shared_TC is not None:
+            check_tensor("shared", shared_TC, torch.float32, (T, C))
+        return self._mix(y_TKC, weights_TK, None, 1, shared_TC, dtype)
+
+    def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
+        """As `mix_sums`; a rank passes on the rows that it has."""
+        T, K, _ = y_TKC.shape
+        check_tensor("y", y_TKC, y_TKC.dtype, tuple(y_TKC.shape))
+        check_tensor("ids", ids_TK, torch.int64, (T, K))
+        return self._mix(y_TKC, weights_TK, ids_TK, held, None, y_TKC.dtype)[0]
+
+    def _mix(
+        self,
+        y_TKC: Tensor,
+        weights_TK: Tensor,
+        ids_TK: Tensor | None,
+        held: int,
+        shared_TC: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        T, K, C = y_TKC.shape
+        check_tensor("weights", weights_TK, torch.float32, (T, K))
+        out_TC = y_TKC.new_empty((T, C), dtype=dtype)
+        shared_out_TC = None if shared_TC is None else torch.empty_like(out_TC)
+        ids, shared, shared_out = (None if x is None else x.data_ptr() for x in (ids_TK, shared_TC, shared_out_TC))
+        self._call(
+            "mix", self._library.shmcomm_mix, dtype_code("y", out_TC), y_TKC.data_ptr(), weights_TK.data_ptr(), ids,
+            held, shared, out_TC.data_ptr(), shared_out, T, K, C,
+        )  # fmt: skip
+        return out_TC, shared_out_TC
+
     def _sum_gathered(self, x: Tensor) -> Tensor:
         """all_reduce of the dtypes that the native half cannot add."""
         wide = x.float() if x.dtype == torch.float16 else x
@@ -161,18 +212,33 @@ class ShmComm:
                 self._library.shmcomm_detach(self._handle)
                 self._handle = None
 
+    def go_through(self, recorder: Recorder) -> None:
+        """Call the library through a recorder from now on, whose tapes `play` can then play."""
+        self._library = _declare(cast("ctypes.CDLL", recorder))
+
+    def play(self, tape: Tape, *, timed: bool) -> None:
+        """Play a tape with operations of this group."""
+        with self._busy:
+            if self._handle is None:
+                raise CommError("a step: the group was closed")
+            failed = tape.play(timed=timed)
+            if failed is not None:
+                raise self._failure(*failed)
+
     def _call(self, name: str, function: Callable[..., int], *arguments: object) -> None:
         """Run one operation; ctypes lets go of the GIL meanwhile, so that another thread can close."""
         with self._busy:
             if self._handle is None:
                 raise CommError(f"{name}: the group was closed")
             code = function(self._handle, *arguments, self._timeout_ns)
-            if code == 0:
-                return
-            missing = self._library.shmcomm_missing(self._handle)
+            if code:
+                raise self._failure(name, code)
+
+    def _failure(self, name: str, code: int) -> CommError:
+        missing = self._library.shmcomm_missing(self._handle)
         names = ", ".join(str(r) for r in range(self.size) if missing >> r & 1)
         reason = _REASONS[code].format(timeout_s=self._timeout_s, missing=names, size=self.size)
-        raise CommError(f"{name} on rank {self.rank} {reason}")
+        return CommError(f"{name} on rank {self.rank} {reason}")
 
 
 def check_counts(size: int, x: Tensor, send_counts: list[int], recv_counts: list[int]) -> None:
@@ -203,6 +269,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "shmcomm_missing": (ctypes.c_uint64, [pointer]),
         "shmcomm_sum_float32": (whole, [pointer, pointer, number, number]),
         "shmcomm_sum_bfloat16": (whole, [pointer, pointer, number, number]),
+        "shmcomm_sum_to_bfloat16": (whole, [pointer, pointer, pointer, number, number]),
+        "shmcomm_mix": (
+            whole,
+            [pointer, whole, pointer, pointer, pointer, number, pointer, pointer, pointer, *[number] * 4],
+        ),
         "shmcomm_all_gather": (whole, [pointer, pointer, pointer, number, number]),
         "shmcomm_broadcast": (whole, [pointer, pointer, number, whole, number]),
         "shmcomm_barrier": (whole, [pointer, number]),

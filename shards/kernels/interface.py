@@ -50,7 +50,10 @@ class Kernels(Protocol):
         ...
 
     def take_rows(self, weight_NC: Tensor, ids_T: Tensor) -> Tensor:
-        """Rows of a weight laid out in one group, as they were before -> [T, C]: a head that is an embedding too."""
+        """Rows of a weight laid out in one group, as they were before -> [T, C]: a head that is an embedding too.
+
+        Zeros for ids below zero.
+        """
         ...
 
     def linear(
@@ -181,6 +184,26 @@ class Kernels(Protocol):
 
         NO_TOKEN for a row of which one is NaN or infinite, or none above minus infinity.
         """
+        ...
+
+    def best_of_part(self, logits_NV: Tensor, size: int, first: int) -> Tensor:
+        """Each row's largest of its first `size` float32 logits and its place, counted from `first` -> float64 [N, 2].
+
+        For a vocabulary that is spread over ranks. The logit is NaN where one is NaN or the largest is infinite, and
+        minus infinity where all are.
+        """
+        ...
+
+    def best_of_pairs(self, pairs_PN2: Tensor) -> Tensor:
+        """What `best_tokens` gives of the whole vocabulary, from `best_of_part` of P consecutive parts -> int64 [N]."""
+        ...
+
+    def embed(self, table_VC: Tensor, ids_T: Tensor, first: int = 0) -> Tensor:
+        """Rows of a table whose first one is that of id `first` -> [T, C]; zeros for ids that are not in it."""
+        ...
+
+    def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
+        """int64 ids counted from `first`; -1 for those that are not among the `held` from there on."""
         ...
 
     def delta_net(

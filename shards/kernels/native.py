@@ -14,23 +14,29 @@ from shards.kernels.check import check_tensor, check_tensors, dtype_code
 from shards.kernels.interface import DeltaWeights
 from shards.kernels.library import declare
 from shards.kernels.native_matmul import MATMUL_SIGNATURES, NativeMatmul
+from shards.kernels.native_steps import STEP_SIGNATURES, NativeSteps
 
-PATHS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
+PathName = Literal["plain", "avx2", "avx512", "avx512bf16", "amx"]
+PATHS: tuple[PathName, ...] = ("plain", "avx2", "avx512", "avx512bf16", "amx")
 
 _int, _long, _float, _address = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_SIGNATURES: dict[str, list[type]] = MATMUL_SIGNATURES | {
-    "kernels_has_path": [_int],
-    "kernels_best_path": [],
-    "kernels_attention": [_int] * 3 + [_address] * 8 + [_long] * 8 + [_float],
-    "kernels_attention_inputs": [_int] * 3 + [_address] * 9 + [_long] * 7 + [_float, _int],
-    "kernels_delta_net": [_int] * 4 + [_address] * 12 + [_long] * 5 + [_int, _float],
-    "kernels_add_norm": [_int] * 3 + [_address] * 5 + [_long] * 2 + [_float, _int],
-    "kernels_silu_mul": [_int] * 3 + [_address] * 2 + [_long] * 3,
-    "kernels_route": [_int] * 3 + [_address] * 3 + [_long] * 4 + [_int],
-    "kernels_combine": [_int] * 3 + [_address] * 3 + [_long] * 3,
-    "kernels_best_tokens": [_int] * 2 + [_address] * 2 + [_long] * 3,
-    "kernels_add_gated": [_int] * 3 + [_address] * 4 + [_long] * 3,
-}
+_SIGNATURES: dict[str, list[type]] = (
+    MATMUL_SIGNATURES
+    | STEP_SIGNATURES
+    | {
+        "kernels_has_path": [_int],
+        "kernels_best_path": [],
+        "kernels_attention": [_int] * 3 + [_address] * 8 + [_long] * 8 + [_float],
+        "kernels_attention_inputs": [_int] * 3 + [_address] * 9 + [_long] * 7 + [_float, _int],
+        "kernels_delta_net": [_int] * 4 + [_address] * 12 + [_long] * 5 + [_int, _float],
+        "kernels_add_norm": [_int] * 3 + [_address] * 5 + [_long] * 2 + [_float, _int],
+        "kernels_silu_mul": [_int] * 3 + [_address] * 2 + [_long] * 3,
+        "kernels_route": [_int] * 3 + [_address] * 3 + [_long] * 4 + [_int],
+        "kernels_combine": [_int] * 3 + [_address] * 3 + [_long] * 3,
+        "kernels_best_tokens": [_int] * 2 + [_address] * 2 + [_long] * 3,
+        "kernels_add_gated": [_int] * 3 + [_address] * 4 + [_long] * 3,
+    }
+)
 
 
 class NativeKernels:
@@ -59,9 +65,19 @@ class NativeKernels:
         if not library.kernels_has_path(self._path):
             raise ValueError(f"path={path} cannot run on this processor; use path=auto")
         self._matmul = NativeMatmul(library=library, path=self._path)
+        self._steps = NativeSteps(library=library, path=self._path)
 
     @property
-    def path(self) -> str:
+    def library(self) -> ctypes.CDLL:
+        """The compiled library, or what stands for it."""
+        return self._library
+
+    def through(self, library: ctypes.CDLL) -> "NativeKernels":
+        """The same operators, called through something that stands for the library."""
+        return NativeKernels(library, self.path)
+
+    @property
+    def path(self) -> PathName:
         """The instruction set that runs."""
         return PATHS[self._path]
 
@@ -269,6 +285,23 @@ class NativeKernels:
             logits_NV.stride(0),
         )  # fmt: skip
         return tokens_N
+
+    def best_of_part(self, logits_NV: Tensor, size: int, first: int) -> Tensor:
+        """Each row's largest logit and its place."""
+        _check_rows("logits", logits_NV, torch.float32, tuple(logits_NV.shape))
+        return self._steps.best_of_part(logits_NV, size, first)
+
+    def best_of_pairs(self, pairs_PN2: Tensor) -> Tensor:
+        """The best of several parts, of equals the first."""
+        return self._steps.best_of_pairs(pairs_PN2)
+
+    def embed(self, table_VC: Tensor, ids_T: Tensor, first: int = 0) -> Tensor:
+        """Rows of a table; zeros for ids that are not in it."""
+        return self._steps.embed(table_VC, ids_T, first)
+
+    def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
+        """ids counted from `first`, or -1."""
+        return self._steps.local_ids(ids_TK, first, held)
 
     def delta_net(
         self,

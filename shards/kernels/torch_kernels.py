@@ -171,6 +171,32 @@ class TorchKernels:
         logits_NV = logits_NV[:, :vocab_size]
         return torch.where(logits_NV.amax(dim=-1).isfinite(), logits_NV.argmax(dim=-1), NO_TOKEN)
 
+    def best_of_part(self, logits_NV: Tensor, size: int, first: int) -> Tensor:
+        """Each row's largest logit and its place."""
+        if not size:
+            return logits_NV.new_tensor([-torch.inf, first - 1], dtype=torch.float64).expand(len(logits_NV), 2)
+        logits_NV = logits_NV[:, :size].double()
+        best_N, places_N = logits_NV.max(dim=1)
+        broken_N = logits_NV.isnan().any(dim=1) | best_N.isposinf()
+        return torch.stack((best_N.masked_fill(broken_N, torch.nan), places_N + float(first)), dim=1)
+
+    def best_of_pairs(self, pairs_PN2: Tensor) -> Tensor:
+        """The best of several parts, of equals the first."""
+        best_N, parts_N = pairs_PN2[:, :, 0].max(dim=0)
+        places_N = pairs_PN2[:, :, 1].gather(0, parts_N.unsqueeze(0)).squeeze(0).long()
+        return places_N.masked_fill(~best_N.isfinite(), NO_TOKEN)
+
+    def embed(self, table_VC: Tensor, ids_T: Tensor, first: int = 0) -> Tensor:
+        """Rows of a table; zeros for ids that are not in it."""
+        rows_T = ids_T - first
+        foreign_T = (rows_T < 0) | (rows_T >= table_VC.shape[0])
+        return table_VC[rows_T.masked_fill(foreign_T, 0)].masked_fill(foreign_T.unsqueeze(1), 0)
+
+    def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
+        """ids counted from `first`, or -1."""
+        local_TK = ids_TK - first
+        return local_TK.masked_fill((local_TK < 0) | (local_TK >= held), -1)
+
     def delta_net(
         self,
         projected_TN: Tensor,

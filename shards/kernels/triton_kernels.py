@@ -133,6 +133,22 @@ class TritonKernels:
         """torch's argmax, which takes the first of equals."""
         return self._torch.best_tokens(logits_NV, vocab_size)
 
+    def best_of_part(self, logits_NV: Tensor, size: int, first: int) -> Tensor:
+        """torch's."""
+        return self._torch.best_of_part(logits_NV, size, first)
+
+    def best_of_pairs(self, pairs_PN2: Tensor) -> Tensor:
+        """torch's."""
+        return self._torch.best_of_pairs(pairs_PN2)
+
+    def embed(self, table_VC: Tensor, ids_T: Tensor, first: int = 0) -> Tensor:
+        """torch's."""
+        return self._torch.embed(table_VC, ids_T, first)
+
+    def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
+        """torch's."""
+        return self._torch.local_ids(ids_TK, first, held)
+
     def delta_net(
         self,
         projected_TN: Tensor,

@@ -68,8 +68,10 @@ def test_a_profile_tells_where_a_step_s_time_goes(moe_checkpoint: Path) -> None:
     assert decode["steps"] == 127
     assert prefill["steps"] == 1
     for profile in (decode, prefill):
-        assert {"idle", "rows", "attention", "linear", "head", "sampling", "other"} <= profile["rank_us"].keys()
-        assert profile["engine_us"].keys() == {"scheduling", "plan", "commit", "waiting"}
+        assert {"idle", "inputs", "attention", "gate", "experts", "head", "sampling", "other"} <= profile[
+            "rank_us"
+        ].keys()
+        assert profile["engine_us"].keys() == {"scheduling", "plan", "commit", "waiting", "idle", "other"}
         assert profile["step_us"] == pytest.approx(sum(profile["rank_us"].values()), abs=2)
 
 

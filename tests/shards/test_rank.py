@@ -89,18 +89,38 @@ def everything_said(lanes: list[list[LaneOutput]], num_prompts: int) -> list[lis
 def test_native_ranks_give_the_same_bits_in_every_layout_and_chunking(
     architecture: str, layout: Layout, dtype: str, checkpoint: Callable[[str], Path]
 ) -> None:
+    check_bits(checkpoint(architecture), layout, dtype, shared_memory=False)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_native_ranks_in_shared_memory_give_the_same_bits(
+    architecture: str, layout: Layout, dtype: str, checkpoint: Callable[[str], Path]
+) -> None:
+    check_bits(checkpoint(architecture), layout, dtype, shared_memory=True)
+
+
+def check_bits(folder: Path, layout: Layout, dtype: str, *, shared_memory: bool) -> None:
+    """All numbers of three prompts in one batch are those of each prompt alone on one rank, whole."""
     sampling = RowSampling(temperature=0.8, seed=5, logprobs=4, prompt_logprobs=4)
     prompts = make_prompts((5, 40, 17))
-    folder = checkpoint(architecture)
     alone_said: list[list[object]] = []
     for prompt in prompts:
         work = Work(prompts=[prompt], new_tokens=8, samplings=[sampling])
         alone_said += everything_said(run(folder, work, kernels="native", dtype=dtype), 1)
 
     work = Work(prompts=prompts, new_tokens=8, chunk=9, samplings=[sampling] * 3)
-    together_said = everything_said(run(folder, work, layout, kernels="native", dtype=dtype), 3)
+    together_said = everything_said(
+        run(folder, work, layout, kernels="native", dtype=dtype, shared_memory=shared_memory), 3
+    )
 
     assert together_said == alone_said
+
+    greedy = tokens_of(run(folder, Work(prompts=prompts, new_tokens=8), kernels="native", dtype=dtype), 3)
+    work = Work(prompts=prompts, new_tokens=8, chunk=9)
+    assert tokens_of(run(folder, work, layout, kernels="native", dtype=dtype, shared_memory=shared_memory), 3) == greedy
 
 
 @pytest.mark.slow

@@ -114,8 +114,12 @@ def run(
     kernels: KernelsName = "torch",
     deterministic: DeterministicMode = "auto",
     dtype: str = "float32",
+    shared_memory: bool = False,
 ) -> list[list[LaneOutput]]:
-    """Carry out `work` with a thread for each rank -> for each lane, its first rank's answers, step by step."""
+    """Carry out `work` with a thread for each rank -> for each lane, its first rank's answers, step by step.
+
+    shared_memory: as in `on_every_rank`.
+    """
     layout = layout or Layout()
     lanes = [lane_batches(work, lane, layout.dp) for lane in range(layout.dp)]
     num_steps = max(len(batches) for batches in lanes)
@@ -136,7 +140,7 @@ def run(
         assert all((output is not None) == place.is_lane_leader for output in outputs)
         return [output for output in outputs if output is not None]
 
-    return [outputs for outputs in on_every_rank(layout, work_of) if outputs]
+    return [outputs for outputs in on_every_rank(layout, work_of, shared_memory=shared_memory) if outputs]
 
 
 def tokens_of(lanes: list[list[LaneOutput]], num_prompts: int) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """Ranks as threads of one process: the groups of a layout, exchanging tensors through shared lists."""
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +8,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
 
-from shards.comm import Comms, tree_sum
+from shards.collectives import make_comms
+from shards.comm import Comm, Comms, LocalComm, mixed, tree_sum
 from shards.mesh import Layout, Place, dp_groups, tp_groups
 
 Result = TypeVar("Result")
@@ -24,6 +27,8 @@ class _Board:
 
 class ThreadComm:
     """One thread's place in a group; sums as a balanced tree by rank."""
+
+    near = True
 
     def __init__(self, board: _Board, rank: int) -> None:
         self._board = board
@@ -52,6 +57,18 @@ class ThreadComm:
         assert [piece.shape[0] for piece in received] == recv_counts
         return torch.cat(received)
 
+    def sum_to(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.all_reduce(x).to(dtype)
+
+    def mix_sums(
+        self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        shared_TC = None if shared_TC is None else self.sum_to(shared_TC, dtype)
+        return mixed(self.sum_to(y_TKC, dtype), weights_TK), shared_TC
+
+    def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
+        return mixed(self.all_reduce(y_TKC), weights_TK)
+
     def barrier(self) -> None:
         self._board.barrier.wait()
 
@@ -62,10 +79,10 @@ class ThreadComm:
 def thread_comms(layout: Layout) -> list[Comms]:
     """The groups of every rank of a layout, by global rank."""
 
-    def comms_of(groups: list[list[int]]) -> dict[int, ThreadComm]:
+    def comms_of(groups: list[list[int]]) -> dict[int, Comm]:
         boards = [_Board(len(group)) for group in groups]
         return {
-            rank: ThreadComm(board, i)
+            rank: ThreadComm(board, i) if len(group) > 1 else LocalComm()
             for group, board in zip(groups, boards, strict=True)
             for i, rank in enumerate(group)
         }
@@ -75,16 +92,29 @@ def thread_comms(layout: Layout) -> list[Comms]:
     return [Comms(tp=tp[r], dp=dp[r], world=world[r]) for r in range(layout.world)]
 
 
-def on_every_rank(layout: Layout, work: Callable[[Place, Comms], Result]) -> list[Result]:
-    """Run `work` on a thread for each rank; a rank that fails frees the others, and its error is raised."""
-    comms = thread_comms(layout)
+def on_every_rank(
+    layout: Layout, work: Callable[[Place, Comms], Result], *, shared_memory: bool = False
+) -> list[Result]:
+    """Run `work` on a thread for each rank; a rank that fails frees the others, and its error is raised.
+
+    With `shared_memory` the groups are those of ranks that are processes of one host.
+    """
+    comms, store = thread_comms(layout), HashStore()
+
+    def groups_of(place: Place) -> Comms:
+        if not shared_memory:
+            return comms[place.rank]
+        return make_comms(store, place, generation=0, device="cpu", deterministic=True, one_host=True)
 
     def run(rank: int) -> Result:
+        place = Place(layout=layout, rank=rank)
+        groups = groups_of(place)
         try:
-            return work(Place(layout=layout, rank=rank), comms[rank])
-        except BaseException:
-            comms[rank].close()
-            raise
+            return work(place, groups)
+        finally:
+            # All ranks are done with a group before one leaves it, or one of them failed.
+            if sys.exc_info()[0] is not None or shared_memory:
+                groups.close()
 
     with ThreadPoolExecutor(layout.world) as pool:
         futures = [pool.submit(run, rank) for rank in range(layout.world)]

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "replay.h"
 
 namespace kernels {
 namespace {
@@ -322,3 +323,6 @@ KERNELS_EXPORT void kernels_attention_inputs(int path, int threads, int dtype, c
     run(path, threads, qkv, q_norm, k_norm, cos, sin, k_pool, v_pool, slots, out, rows, H, Hkv, D, R, P, head_stride,
         eps, zero_centred);
 }
+
+KERNELS_REPLAY(kernels_attention)
+KERNELS_REPLAY(kernels_attention_inputs)

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "replay.h"
 
 namespace kernels {
 namespace {
@@ -192,3 +193,5 @@ KERNELS_EXPORT void kernels_delta_net(int path, int threads, int dtype, int stat
     run(path, threads, x, weight, conv_state, a_log, dt_bias, norm, state, slots, query_start, fresh, advance, out, S,
         K, V, Dk, Dv, W, eps);
 }
+
+KERNELS_REPLAY(kernels_delta_net)

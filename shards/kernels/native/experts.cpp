@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "replay.h"
 
 namespace kernels {
 namespace {
@@ -332,3 +333,5 @@ KERNELS_EXPORT int kernels_experts(int path, int threads, int dtype, const void*
     run(path, threads, x, ids, mix, gate_up, down, out, wide != 0, tokens, top_k, E, C, I, groups);
     return 0;
 }
+
+KERNELS_REPLAY(kernels_experts)

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "matmul.h"
+#include "replay.h"
 
 namespace kernels {
 namespace {
@@ -61,6 +62,10 @@ template <class T>
 void take_rows(const T* weights, int threads, bool strips, const int64_t* ids, int64_t count, int64_t N, int64_t K, T* out) {
 #pragma omp parallel for num_threads(threads_for(count * K, threads))
     for (int64_t i = 0; i < count; i++) {
+        if (ids[i] < 0) {
+            std::fill_n(out + i * K, K, T(0));
+            continue;
+        }
         if (!strips) {
             std::copy_n(weights + ids[i] * K, K, out + i * K);
             continue;
@@ -91,16 +96,19 @@ KERNELS_EXPORT void kernels_lay_out(int path, int threads, int dtype, void* weig
     if (dtype == FLOAT32 && in_strips<float>(path)) lay_out((float*)weights, threads, matrices, N, K, groups);
 }
 
-// Rows ids [count] of a matrix [N, K] that was laid out in one group, as they were before. Returns 0, or 1 when an id is
-// not a row.
+// Rows ids [count] of a matrix [N, K] that was laid out in one group, as they were before; zeros for an id below zero.
+// Returns 0, or 1 when an id is too large.
 KERNELS_EXPORT int kernels_take_rows(int path, int threads, int dtype, const void* weights, const int64_t* ids,
                                      int64_t count, int64_t N, int64_t K, void* out) {
     using namespace kernels;
     for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= N) return 1;
+        if (ids[i] >= N) return 1;
     if (dtype == BFLOAT16)
         take_rows((const bf16*)weights, threads, in_strips<bf16>(path), ids, count, N, K, (bf16*)out);
     else
         take_rows((const float*)weights, threads, in_strips<float>(path), ids, count, N, K, (float*)out);
     return 0;
 }
+
+KERNELS_REPLAY(kernels_lay_out)
+KERNELS_REPLAY(kernels_take_rows)

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "matmul.h"
+#include "replay.h"
 
 namespace kernels {
 namespace {
@@ -127,3 +128,5 @@ KERNELS_EXPORT void kernels_linear(int path, int threads, int dtype, const void*
     auto run = dtype == kernels::BFLOAT16 ? kernels::linear<kernels::bf16> : kernels::linear<float>;
     run(path, threads, x, w, bias, out, wide != 0, rows, N, K, groups);
 }
+
+KERNELS_REPLAY(kernels_linear)

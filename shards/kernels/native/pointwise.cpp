@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "replay.h"
 
 namespace kernels {
 namespace {
@@ -128,3 +129,10 @@ KERNELS_EXPORT void kernels_best_tokens(int path, int threads, const float* logi
     const Path& loops = *find_path(path);
     for_rows(rows, V, threads, [=, &loops](int64_t r) { tokens[r] = loops.best(logits + r * stride, V); });
 }
+
+KERNELS_REPLAY(kernels_add_norm)
+KERNELS_REPLAY(kernels_silu_mul)
+KERNELS_REPLAY(kernels_route)
+KERNELS_REPLAY(kernels_combine)
+KERNELS_REPLAY(kernels_add_gated)
+KERNELS_REPLAY(kernels_best_tokens)

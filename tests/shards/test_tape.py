@@ -1,0 +1,133 @@
+"""Calls that are written down and made again, on small chains of native operators."""
+
+import ctypes
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from shards.kernels.library import load_library
+from shards.kernels.native import NativeKernels
+from shards.tape import PITCH, Recorder, Workspace
+
+LIBRARY = load_library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library needs a C++ compiler")
+
+
+def make_recorder() -> tuple[Recorder, NativeKernels]:
+    assert LIBRARY is not None
+    recorder = Recorder(LIBRARY, lambda: ("part",))
+    return recorder, NativeKernels(LIBRARY).through(cast("ctypes.CDLL", recorder))
+
+
+def chain(kernels: NativeKernels, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """Norms with a float argument, a projection without bias (null), and views between them."""
+
+    def run() -> Tensor:
+        normed = kernels.rms_norm(x, weight[0], 1e-3, zero_centred=False)
+        for _ in range(3):
+            normed = kernels.add_rms_norm(normed, x, weight[1], 0.25, zero_centred=True)[1]
+        return kernels.linear(normed.view(2, 2, -1).flatten(0, 1), weight)
+
+    return run
+
+
+def test_a_tape_makes_the_same_calls_again_on_what_its_inputs_hold_by_then() -> None:
+    recorder, kernels = make_recorder()
+    x, weight = torch.randn(4, 32), torch.randn(48, 32)
+    run = chain(kernels, x, weight)
+    with torch.inference_mode():
+        result, tape, problem = recorder.record(run, Workspace())
+        assert (tape is not None, problem) == (True, "")
+        assert tape is not None
+        assert tape.names == ("kernels_add_norm",) * 4 + ("kernels_linear",)
+        assert tape.labels == (("part",),) * 5
+        for seed in range(3):
+            x.copy_(torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)))
+            assert tape.play(timed=seed == 1) is None
+            assert torch.equal(result, run())
+    assert all(tape.ns > 0)
+
+
+def test_what_a_chain_computes_on_the_way_shares_memory_but_never_with_a_result() -> None:
+    recorder, kernels = make_recorder()
+    workspace, weight = Workspace(), torch.randn(48, 32)
+    inputs = [torch.randn(4, 32) for _ in range(3)]
+    kept = []
+    with torch.inference_mode():
+        for x in inputs:
+            result, tape, _ = recorder.record(chain(kernels, x, weight), workspace)
+            assert tape is not None
+            kept.append((result, tape, x))
+        for _, tape, _ in kept:
+            tape.play(timed=False)
+        for result, _, x in kept:
+            assert torch.equal(result, chain(kernels, x, weight)())
+    # Four norms and sums of 512 bytes at once at most, and three results of 768 bytes.
+    assert workspace.num_bytes <= 4 * 512 + 3 * 768
+
+
+COMPUTING: list[tuple[Callable[[Tensor], Tensor], str]] = [
+    (lambda x: x + x, "aten::add"),
+    (lambda x: x.index_select(0, torch.arange(2)), "aten::"),
+    (lambda x: x.t().contiguous(), "aten::"),
+    (lambda x: x.mul_(2), "aten::mul_"),
+    (lambda x: x.to(torch.float64), "aten::"),
+]
+
+
+@pytest.mark.parametrize(("compute", "named"), COMPUTING)
+def test_what_torch_computes_cannot_be_recorded(compute: Callable[[Tensor], Tensor], named: str) -> None:
+    recorder, kernels = make_recorder()
+    x, weight = torch.randn(4, 32), torch.randn(48, 32)
+
+    def run() -> Tensor:
+        return kernels.rms_norm(compute(x).float().reshape(-1, 32).contiguous(), weight[0], 1e-3, zero_centred=False)
+
+    with torch.inference_mode():
+        result, tape, problem = recorder.record(run, Workspace())
+        assert tape is None
+        assert named in problem
+        assert result.shape[1] == 32
+
+
+def test_a_call_that_cannot_be_made_from_numbers_is_not_recorded() -> None:
+    assert LIBRARY is not None
+    recorder, _ = make_recorder()
+
+    def run() -> Tensor:
+        recorder.kernels_best_path()
+        return torch.empty(1)
+
+    _, tape, problem = recorder.record(run, Workspace())
+    assert tape is None
+    assert "kernels_best_path cannot be called from numbers" in problem
+
+
+def test_the_first_call_that_fails_is_told_and_ends_the_tape() -> None:
+    recorder, kernels = make_recorder()
+    ids, x = torch.zeros(2, 1, dtype=torch.int64), torch.randn(2, 32)
+    gate_up, down = torch.randn(2, 32, 32), torch.randn(2, 32, 16)
+    with torch.inference_mode():
+        result, tape, _ = recorder.record(
+            lambda: kernels.silu_mul(kernels.experts(x, ids, gate_up, down).flatten(1)), Workspace()
+        )
+        assert tape is not None
+        before = result.clone()
+        ids.fill_(2)
+        x.zero_()
+        assert tape.play(timed=False) == ("kernels_experts", 1)
+        assert torch.equal(result, before)
+
+
+def test_every_operator_of_the_library_has_a_form_that_takes_numbers() -> None:
+    from shards.kernels.native import _SIGNATURES
+
+    assert LIBRARY is not None
+    computing = {name: kinds for name, kinds in _SIGNATURES.items() if not name.endswith("_path")}
+    assert computing
+    for name, kinds in computing.items():
+        assert hasattr(LIBRARY, f"{name}_replay")
+        assert len(kinds) < PITCH
