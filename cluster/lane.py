@@ -88,16 +88,19 @@ class Lane:
         Args:
             drafts: how many to verify and to draft a decoding row, at most.
         """
-        draft = LaneDraft(budget=self._config.max_step_tokens)
+        draft, size = LaneDraft(budget=self._config.max_step_tokens), self._config.block_size
         decoding = [seq for seq in self.active if seq.decodes]
+        # None of these begins to decode by what follows, but any may be preempted.
+        longer = [seq for seq in self.active if seq.remaining > 1] if len(decoding) < len(self.active) else []
         spare = draft.budget - len(decoding)
         for seq in decoding:
-            if seq.decodes and self._grow(seq, draft):
-                verifies, ahead = self._speculate(seq, draft, drafts, spare)
+            roomy = seq.computed < len(seq.blocks) * size
+            if seq.phase == "running" and (roomy or self._grow(seq, draft)):
+                verifies, ahead = self._speculate(seq, draft, drafts, spare) if drafts else (0, 0)
                 spare -= verifies
                 self._compute(seq, 1 + verifies, draft, verifies=verifies, drafts=ahead)
-        for seq in self.active:
-            if seq.phase == "running" and seq.remaining > 1:
+        for seq in longer:
+            if seq.phase == "running":
                 self._add_chunk(seq, draft)
         # Whoever was preempted now is back in the next step at the earliest, when all its earlier work is committed.
         if not draft.preempted:
@@ -116,8 +119,6 @@ class Lane:
         Not beyond its last token, nor beyond blocks that are free. Where states are kept not beyond the next block's
         end either: the state there could not be kept.
         """
-        if not drafts:
-            return 0, 0
         size, left = self._config.block_size, seq.tokens_left
         verifies = min(seq.drafts_ready, drafts, left - 1, spare)
         if self._keeps_states:
@@ -148,6 +149,9 @@ class Lane:
 
         While a sequence decodes that is every block boundary, and the state kept last is given up for the new one.
         """
+        if not self._keeps_states and not seq.checkpoint_ends:
+            draft.add(seq, count, (), verifies=verifies, drafts=drafts)
+            return
         end = seq.computed + count
         wanted = [position for position in seq.checkpoint_ends if position <= end]
         del seq.checkpoint_ends[: len(wanted)]
@@ -157,12 +161,10 @@ class Lane:
             wanted.append(end)
         slots = ((position, self.states.take()) for position in reversed(wanted))
         saves = [(position, slot) for position, slot in slots if slot is not None][::-1]
-        draft.add(seq, count, saves, verifies=verifies, drafts=drafts)
+        draft.add(seq, count, tuple(saves), verifies=verifies, drafts=drafts)
 
     def _grow(self, seq: Sequence, draft: LaneDraft) -> bool:
-        """Have a block for the next position, by preempting later sequences if need be; False: wait a step."""
-        if seq.computed < len(seq.blocks) * self._config.block_size:
-            return True
+        """Add a block for the next position, by preempting later sequences if need be; False: wait a step."""
         while (grown := self.blocks.allocate(1)) is None:
             victim = self._victim(seq)
             if victim is None:
@@ -289,8 +291,13 @@ class Lane:
 
         If the sequence still has that room. Tokens behind `work.end` must be known by now.
         """
-        if work.seq.phase == "running":
-            self._settle_to(work.seq, work.end + accepted)
+        seq, end = work.seq, work.end + accepted
+        if seq.phase != "running":
+            return
+        if end // self._config.block_size > seq.registered:
+            self._settle_to(seq, end)
+        else:
+            seq.settled = end
 
     def settle_state(self, work: Work, *, sound: bool) -> None:
         """Keep the states that a committed plan saved, or give up their slots; after `settle`.

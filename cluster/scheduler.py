@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -23,6 +23,7 @@ from router.load import MemberLoad
 from router.request import MemberId, Request, RequestId, Role, TokenEvent
 from shards.batch import NO_TOKEN, LaneOutput
 
+Events = list[TokenEvent | HandoffReady]
 _RETRY_AFTER_S = 1.0
 _DESCRIBED = 8
 """Sequences that `describe` names."""
@@ -210,9 +211,10 @@ class Scheduler:
         alone would split the batch in two for good.
         """
         assert len(self._uncommitted) <= 1, "schedule() with two plans uncommitted"
-        if any(lane.is_uncertain for lane in self._lanes):
+        drafting = self.config.draft_tokens > 0
+        if drafting and any(lane.is_uncertain for lane in self._lanes):
             return None
-        tokens = self._drafting.choose([lane.num_decoding for lane in self._lanes])
+        tokens = self._drafting.choose([lane.num_decoding for lane in self._lanes]) if drafting else 0
         drafts = [lane.plan(now, self._pull_ids, tokens) for lane in self._lanes]
         # Behind them: who is here goes before who may come.
         orders = self._early.orders(now, self._pull_ids)
@@ -233,10 +235,10 @@ class Scheduler:
 
     def commit(self, output: StepOutput, now: float) -> list[TokenEvent | HandoffReady]:
         """Take in the results of the oldest uncommitted plan. Outputs of plans without rows change nothing."""
-        events: list[TokenEvent | HandoffReady] = []
+        events: Events = []
         if self._uncommitted and self._uncommitted[0].step == output.step:
             for works, lane_output in zip(self._uncommitted.popleft().works, output.lanes, strict=True):
-                events += self._commit_lane(works, lane_output, now)
+                self._commit_lane(works, lane_output, now, events)
             busy = bool(self._sequences)
             self._drafting.committed(output, now, busy=busy)
             self._calibration.committed(now, busy=busy)
@@ -244,9 +246,7 @@ class Scheduler:
             assert not any(lane.rows_N for lane in output.lanes), f"results of step {output.step} out of order"
         return [*events, *self.expire(now)]
 
-    def _commit_lane(
-        self, works: Iterable[Work], output: LaneOutput, now: float
-    ) -> Iterator[TokenEvent | HandoffReady]:
+    def _commit_lane(self, works: Iterable[Work], output: LaneOutput, now: float, events: Events) -> None:
         sampled = [work.row for work in works if work.samples]
         assert sampled == output.rows_N, f"ranks sampled rows {output.rows_N}, the plan rows {sampled}"
         counts = iter(output.counts_N or [1] * len(sampled))
@@ -255,13 +255,11 @@ class Scheduler:
             begin, end = end, end + (next(counts) if work.samples else 0)
             if work.verifies:
                 self._drafting.verified(work, end - begin - 1)
-            yield from self._commit_work(work, output, range(begin, end), now)
+            self._commit_work(work, output, range(begin, end), now, events)
             if not work.samples and (offer := self._leases.offer(work.seq, now)) is not None:
-                yield offer
+                events.append(offer)
 
-    def _commit_work(
-        self, work: Work, output: LaneOutput, indices: range, now: float
-    ) -> Iterator[TokenEvent | HandoffReady]:
+    def _commit_work(self, work: Work, output: LaneOutput, indices: range, now: float, events: Events) -> None:
         """One sequence's part: `indices` are its tokens in the output, accepted drafts first."""
         seq, lane = work.seq, self._lanes[work.seq.lane]
         if seq.phase == "ended":
@@ -278,12 +276,12 @@ class Scheduler:
             if output.tokens_N[index] == NO_TOKEN:
                 # Before its blocks can be found by others.
                 lane.settle_state(work, sound=False)
-                yield self._unsound(seq)
+                events.append(self._unsound(seq))
                 return
             lane.settle(work, accepted)
-            if index == indices[-1]:
+            if work.saves and index == indices[-1]:
                 lane.settle_state(work, sound=accepted == work.verifies)
-            yield from self._take(seq, output, index, now)
+            self._take(seq, output, index, now, events)
             if seq.phase == "ended":
                 # Tokens behind the end are nobody's.
                 if index != indices[-1]:
@@ -299,19 +297,18 @@ class Scheduler:
             "serve it with dtype float32",
         )
 
-    def _take(self, seq: Sequence, output: LaneOutput, index: int, now: float) -> Iterator[TokenEvent | HandoffReady]:
+    def _take(self, seq: Sequence, output: LaneOutput, index: int, now: float, events: Events) -> None:
         """One sampled token: its event, and what ends with it."""
-        wanted = seq.request.sampling.logprobs
         logprob = None
-        if wanted is not None and output.logprobs is not None:
-            logprob = token_logprob(output.logprobs, index, wanted)
+        if output.logprobs is not None and seq.request.sampling.logprobs is not None:
+            logprob = token_logprob(output.logprobs, index, seq.request.sampling.logprobs)
         event = seq.take(output.tokens_N[index], logprob)
-        yield event
+        events.append(event)
         if event.finish is not None:
             self._drop(seq)
         elif seq.mode == "prefill":
             del self._sequences[seq.request.id]
-            yield self._leases.hand_over(seq, now)
+            events.append(self._leases.hand_over(seq, now))
 
     def pull_done(self, done: PullDone, now: float) -> None:
         """A pull ended. Failed, or ended after the ticket's expiry: the sequence computes its tokens itself."""

@@ -91,7 +91,9 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """True when its next step computes its last token (and drafts behind it) and samples."""
-        return self.phase == "running" and self.remaining == 1 and not self.all_sampled
+        # Asked of every row in every step, so what `remaining` and `all_sampled` say stands here once more.
+        known = len(self.tokens) + self.pending
+        return known - self.computed == 1 and known < self._last_len and self.phase == "running"
 
     @property
     def all_sampled(self) -> bool:
@@ -159,27 +161,25 @@ class Sequence:
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Commit one sampled token and tell it."""
-        first = self.num_emitted == 0
+        request, first = self.request, self.num_emitted == 0
         wanted = first and self.wants_prompt_logprobs
         prompt_logprobs = (None, *self._prompt_logprobs[: self.prompt_len - 1]) if wanted else ()
         self.tokens.append(token_id)
         self.pending -= 1
         self.num_emitted += 1
+        num_output, sampling = len(self.tokens) - self.prompt_len, request.sampling
+        finish: FinishReason | None = "length" if num_output >= sampling.max_tokens else None
+        if token_id in sampling.stop_token_ids and num_output > sampling.min_tokens:
+            finish = "stop"
         return TokenEvent(
-            request_id=self.request.id,
-            index=self.num_output - 1,
+            request_id=request.id,
+            index=num_output - 1,
             token_id=token_id,
-            finish=self._finish(token_id),
+            finish=finish,
             logprob=logprob,
             cached_tokens=self.cached_tokens if first else 0,
             prompt_logprobs=prompt_logprobs,
         )
-
-    def _finish(self, token_id: int) -> FinishReason | None:
-        sampling = self.request.sampling
-        if token_id in sampling.stop_token_ids and self.num_output > sampling.min_tokens:
-            return "stop"
-        return "length" if self.num_output >= sampling.max_tokens else None
 
     def end(self, finish: FinishReason, error: str = "") -> TokenEvent:
         """Tell an end that brings no token."""

@@ -6,9 +6,6 @@ from typing import Annotated
 import typer
 
 from deploy.cli_errors import told_errors
-from deploy.simulation_plot import check_plotting, plot_comparisons
-from router.choosers import POLICIES, policy_names
-from router.simulate import SimulateOptions, as_json, compare, table
 
 
 def simulate(
@@ -46,6 +43,11 @@ def simulate(
     json: Annotated[bool, typer.Option("--json", help="One JSON line a fleet size instead of a table.")] = False,
 ) -> None:
     """Replay a recorded trace on simulated members, routed as a gateway would and by simpler policies."""
+    # The router and what draws: other commands start without them.
+    from deploy.simulation_plot import check_plotting, plot_comparisons
+    from router.choosers import POLICIES, policy_names
+    from router.simulate import SimulateOptions, as_json, compare, table
+
     with told_errors():
         options = SimulateOptions(
             trace=trace,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch  # noqa: F401
 
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI = 5
+ABI = 6
 
 
 def load_library() -> ctypes.CDLL | None:

@@ -257,3 +257,45 @@ def test_experts_agree_where_some_are_empty_and_some_not_here(
 def test_combine_gives_the_reference_bits(kernels: NativeKernels, dtype: torch.dtype) -> None:
     y, weights = random(9, 5, 70, dtype=dtype), random(9, 5)
     assert torch.equal(kernels.combine(y, weights), REFERENCE.combine(y, weights))
+
+
+@every_path
+def test_the_best_of_a_spread_vocabulary_is_that_of_the_whole(kernels: NativeKernels) -> None:
+    logits = random(9, 61)
+    logits[1, 5] = logits[1, 50] = 9.0
+    logits[2] = -torch.inf
+    logits[3, :30] = -torch.inf
+    logits[4, 40], logits[5, 3], logits[6, 60] = torch.nan, torch.inf, -torch.inf
+    logits[7, 31:] = -torch.inf
+    whole = kernels.best_tokens(logits, 61)
+    assert whole[2] == whole[4] == whole[5] == NO_TOKEN
+    for size in (61, 31, 16, 20):
+        for chosen in (kernels, REFERENCE):
+            pairs = [
+                chosen.best_of_part(logits[:, first : first + size].contiguous(), min(size, 61 - first), first)
+                for first in range(0, 61, size)
+            ]
+            # A rank beyond the end of the vocabulary has none of it.
+            pairs.append(chosen.best_of_part(torch.zeros(9, size), 0, 61))
+            assert torch.equal(chosen.best_of_pairs(torch.stack(pairs)), whole)
+    with pytest.raises(ValueError, match=r"size=62 must lie in 0..61"):
+        kernels.best_of_part(logits, 62, 0)
+
+
+@every_path
+@every_dtype
+def test_embeddings_of_ids_that_are_held_elsewhere_are_zeros(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    table, ids = random(5, 7, dtype=dtype), torch.tensor([0, 3, 7, 8, 4])
+    found = kernels.embed(table, ids, 3)
+    assert torch.equal(found, REFERENCE.embed(table, ids, 3))
+    assert torch.equal(found[[1, 2, 4]], table[[0, 4, 1]])
+    assert not found[[0, 3]].any()
+    assert torch.equal(kernels.embed(table, ids[:0], 3), table[:0])
+
+
+@every_path
+def test_ids_of_experts_that_are_held_elsewhere_are_below_zero(kernels: NativeKernels) -> None:
+    ids = torch.tensor([[0, 4], [5, 7], [8, 6]])
+    expected = torch.tensor([[-1, 0], [1, 3], [-1, 2]])
+    assert torch.equal(kernels.local_ids(ids, 4, 4), expected)
+    assert torch.equal(REFERENCE.local_ids(ids, 4, 4), expected)

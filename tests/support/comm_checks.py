@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import FileStore, Store
 
 from shards.collectives import make_comms
-from shards.comm import Comm, CommError, Comms, tree_sum
+from shards.comm import Comm, CommError, Comms, mixed, tree_sum
 from shards.mesh import Layout, Place
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
@@ -67,6 +67,8 @@ def check_operations(comm: Comm, *, tree: bool) -> None:
                 check_sum(comm, parts, tree=tree)
         check_exchange(comm, dtype)
     check_strided(comm)
+    if tree:
+        check_mixes(comm)
     comm.barrier()
 
 
@@ -79,6 +81,28 @@ def check_sum(comm: Comm, parts: list[Tensor], *, tree: bool) -> None:
         assert torch.equal(total, expected)
     else:
         torch.testing.assert_close(total, expected, rtol=0.05, atol=1.0)
+
+
+def check_mixes(comm: Comm) -> None:
+    """Weighted sums of experts' results: parts of sums, with and without a row beside them, and whole rows."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for T, K, C in ((0, 2, 8), (1, 1, 3), (9, 3, 21)):
+            weights = make_part(50, (T, K), torch.float32)
+            parts = [make_part(r, (T, K, C), torch.float32) for r in range(comm.size)]
+            shared = [make_part(60 + r, (T, C), torch.float32) for r in range(comm.size)]
+            total, alone = tree_sum(parts).to(dtype), tree_sum(shared).to(dtype)
+            out, none = comm.mix_sums(parts[comm.rank].clone(), weights, None, dtype)
+            assert torch.equal(out, mixed(total, weights))
+            assert none is None
+            out, beside = comm.mix_sums(parts[comm.rank].clone(), weights, shared[comm.rank].clone(), dtype)
+            assert beside is not None
+            assert torch.equal(out, mixed(total, weights))
+            assert torch.equal(beside, alone)
+            ids = torch.randint(0, 3 * comm.size, (T, K), generator=torch.Generator().manual_seed(T))
+            rows = make_part(70, (T, K, C), dtype)
+            mine = rows.masked_fill((ids // 3 != comm.rank).unsqueeze(2), 0)
+            assert torch.equal(comm.mix_rows(mine, ids, 3, weights), mixed(rows, weights))
+            assert torch.equal(comm.sum_to(parts[comm.rank].clone(), dtype), total)
 
 
 def check_exchange(comm: Comm, dtype: torch.dtype) -> None:

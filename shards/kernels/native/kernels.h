@@ -12,7 +12,7 @@
 
 namespace kernels {
 
-constexpr int ABI = 5;
+constexpr int ABI = 6;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
