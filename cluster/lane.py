@@ -94,8 +94,7 @@ class Lane:
         longer = [seq for seq in self.active if seq.remaining > 1] if len(decoding) < len(self.active) else []
         spare = draft.budget - len(decoding)
         for seq in decoding:
-            roomy = seq.computed < len(seq.blocks) * size
-            if seq.phase == "running" and (roomy or self._grow(seq, draft)):
+            if seq.phase == "running" and (seq.computed < len(seq.blocks) * size or self._grow(seq, draft)):
                 verifies, ahead = self._speculate(seq, draft, drafts, spare) if drafts else (0, 0)
                 spare -= verifies
                 self._compute(seq, 1 + verifies, draft, verifies=verifies, drafts=ahead)
@@ -130,11 +129,7 @@ class Lane:
         return verifies, max(0, min(drafts, left - 2, room - verifies, self._config.max_model_len - end))
 
     def _room_without_preempting(self, seq: Sequence, draft: LaneDraft, positions: int) -> int:
-        """Grow a sequence's blocks for its next `positions`, if they are free and nobody else is short then.
-
-        Returns:
-            the positions there is room for.
-        """
+        """Grow a sequence's blocks for its next `positions`, if they are free and nobody is short then -> its room."""
         size = self._config.block_size
         need = self._config.blocks_for(seq.computed + positions) - len(seq.blocks)
         grown = self.blocks.allocate(need, keep=len(self.active)) if need > 0 else None
@@ -291,13 +286,11 @@ class Lane:
 
         If the sequence still has that room. Tokens behind `work.end` must be known by now.
         """
-        seq, end = work.seq, work.end + accepted
-        if seq.phase != "running":
-            return
-        if end // self._config.block_size > seq.registered:
-            self._settle_to(seq, end)
-        else:
-            seq.settled = end
+        seq = work.seq
+        if seq.phase == "running":
+            seq.settled = work.end + accepted
+            if seq.settled // self._config.block_size > seq.registered:
+                self._settle_to(seq, seq.settled)
 
     def settle_state(self, work: Work, *, sound: bool) -> None:
         """Keep the states that a committed plan saved, or give up their slots; after `settle`.
