@@ -85,7 +85,8 @@ class DecodeTapes:
             return found.result
         result, tape, problem = self._recorder.record(lambda: self._compute(*key), self._workspace)
         if tape is not None:
-            self._recorded[key] = _Recorded(tape=tape, result=result)
+            # Valid until the next call, so that all tapes can share the memory of their results.
+            self._recorded[key] = _Recorded(tape=tape, result=Workspace.borrowed(result))
         else:
             logger.info("decode steps are not recorded: %s", problem)
             self._refused = problem

@@ -45,7 +45,8 @@ def working_bytes(
     # Logits, their penalised copy, and sums of a few rows in float64.
     logits = 3 * draws * model.vocab_size * _FLOAT32
     replayed = _replayed_bytes(model, layout, draws, itemsize) if draft_tokens else 0
-    return rows + rotary + hidden + packed + layer + logits + replayed
+    taped = max_rows * (tables + _taped_bytes(model))
+    return rows + rotary + hidden + packed + layer + logits + replayed + taped
 
 
 def _widest_input(model: ModelConfig) -> int:
@@ -53,6 +54,14 @@ def _widest_input(model: ModelConfig) -> int:
     heads = model.num_attention_heads * model.head_dim
     values = model.linear_num_value_heads * model.linear_value_head_dim
     return max(2 * model.hidden_size, heads, values, model.intermediate_size, model.shared_expert_intermediate_size)
+
+
+def _taped_bytes(model: ModelConfig) -> int:
+    """What decode steps on a CPU keep from one to the next, a row: logits in pieces of powers of two, and calls.
+
+    Two tapes for each number of rows, of at most 16 calls a layer with 32 numbers each.
+    """
+    return 4 * model.vocab_size * _FLOAT32 + 2 * model.num_hidden_layers * 16 * 32 * _INT64
 
 
 def _replayed_bytes(model: ModelConfig, layout: Layout, draws: int, itemsize: int) -> int:

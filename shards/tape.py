@@ -67,11 +67,21 @@ class Workspace:
         if fitting:
             piece = self._pieces[min(fitting, key=lambda i: self._pieces[i].nbytes)]
         else:
-            room = np.empty(max(num_bytes, 1) + _ALIGNED, dtype=np.uint8)
+            # Powers of two, so that steps of ever more rows do not leave a piece of each size behind.
+            size = 1 << max(num_bytes - 1, _ALIGNED - 1).bit_length()
+            room = np.empty(size + _ALIGNED, dtype=np.uint8)
             begin = -room.ctypes.data % _ALIGNED
-            piece = room[begin : begin + max(num_bytes, 1)]
+            piece = room[begin : begin + size]
             self._pieces.append(piece)
         return torch.from_numpy(piece)[:num_bytes].view(dtype).view(*shape)
+
+    @staticmethod
+    def borrowed(x: Tensor) -> Tensor:
+        """A contiguous tensor of `empty` once more, which does not keep its memory from being used again."""
+        if not x.numel():
+            return x
+        room = (ctypes.c_uint8 * x.nbytes).from_address(x.data_ptr())
+        return torch.frombuffer(room, dtype=x.dtype).view(x.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
