@@ -32,6 +32,10 @@ class BenchOptions:
     draft_tokens: int = 0
     device: Device = "cpu"
 
+    def __post_init__(self) -> None:
+        if self.max_step_tokens < 1:
+            raise ConfigError(f"--max-step-tokens must be at least 1, got {self.max_step_tokens}")
+
     def engine_config(self, model: Path, *, dtype: Dtype, max_len: int, max_seqs: int) -> EngineConfig:
         """The engine of these options for one model, without prefix cache."""
         return EngineConfig(

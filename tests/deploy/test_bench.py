@@ -110,3 +110,8 @@ def test_the_engine_drafts_as_many_tokens_as_the_command_asks_for(moe_checkpoint
     options = BenchOptions(layout=Layout(), threads=1, kv_memory_bytes=8 << 20, max_step_tokens=64, draft_tokens=2)
     config = options.engine_config(moe_checkpoint, dtype="float32", max_len=64, max_seqs=1)
     assert config.draft_tokens == 2
+
+
+def test_a_step_of_no_tokens_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="--max-step-tokens must be at least 1, got 0"):
+        BenchOptions(layout=Layout(), threads=1, kv_memory_bytes=8 << 20, max_step_tokens=0)
