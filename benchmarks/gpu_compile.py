@@ -107,7 +107,7 @@ def compile_shape(name: str, args: argparse.Namespace, device: NoDevice) -> int:
         for rows, count, blocks in STEPS:
             step = padding_step(rows, blocks, rotary_dim=rotary_dim, device=meta, count=count)
             for each in (step, dataclasses.replace(step, advance_S=None)):
-                model.logits(runtime, model.forward(runtime, each, cache)[:rows])
+                model.lm_head.logits(runtime, model.forward(runtime, each, cache)[:rows])
     left = [kernel.name for kernel in device.compiled[first:]]
     print(
         f"{name} {args.dtype} sm_{args.arch}: {first - before} kernels in {seconds:.1f} s, shared memory up to "

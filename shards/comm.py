@@ -150,6 +150,7 @@ class EchoComm:
     """
 
     rank = 0
+    near = False
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -170,6 +171,21 @@ class EchoComm:
         """Each piece back."""
         assert send_counts == recv_counts
         return x
+
+    def sum_to(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x of every rank."""
+        return self.all_reduce(x).to(dtype)
+
+    def mix_sums(
+        self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """The parts of every rank are those here."""
+        shared_TC = None if shared_TC is None else self.sum_to(shared_TC, dtype)
+        return mixed(self.sum_to(y_TKC, dtype), weights_TK), shared_TC
+
+    def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
+        """Rows of every rank are those here."""
+        return mixed(self.all_reduce(y_TKC), weights_TK)
 
     def barrier(self) -> None:
         """Nobody to wait for."""

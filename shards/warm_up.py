@@ -47,8 +47,8 @@ def _run(model: Model, runtime: Runtime, cache: KvCache, step: StepTensors) -> N
     hidden_TC = model.forward(runtime, step, cache)
     if model.mtp is not None:
         embedded_TC = model.embed_tokens.embed(runtime, step.tokens_T)
-        inputs = (runtime, embedded_TC, model.normed(runtime, hidden_TC), step, cache.k_pools[-1], cache.v_pools[-1])
+        inputs = (runtime, embedded_TC, hidden_TC, step, cache.k_pools[-1], cache.v_pools[-1])
         model.mtp.store_kv(*inputs)
         hidden_TC = model.mtp.forward(*inputs)
         model.lm_head.logits(runtime, hidden_TC)
-    model.logits(runtime, hidden_TC)
+    model.lm_head.logits(runtime, hidden_TC)
