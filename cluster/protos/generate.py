@@ -8,8 +8,11 @@ ROOT = Path(__file__).parents[2]
 PROTO = "cluster/protos/member.proto"
 
 
-def generate(out: Path) -> list[Path]:
-    """Write messages, stubs and services below `out` (the repository root for the committed files).
+def compile_proto(proto: str, out: Path) -> list[Path]:
+    """Write messages, stubs and services of a file below `out` (the repository root for the committed files).
+
+    Args:
+        proto: its path in the repository.
 
     Returns:
         The files written.
@@ -17,12 +20,14 @@ def generate(out: Path) -> list[Path]:
     Raises:
         ValueError: protoc refused the file; the message is its own.
     """
+    # In a process of its own: the compiler brings a C++ library that others, NIXL's among them, abort beside.
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}"]
     command += [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-    done = subprocess.run([*command, PROTO], cwd=ROOT, capture_output=True, text=True, env={"PATH": _tool_path()})
+    done = subprocess.run([*command, proto], cwd=ROOT, capture_output=True, text=True, env={"PATH": _tool_path()})
     if done.returncode:
-        raise ValueError(f"{PROTO}: {done.stderr.strip()}")
-    return sorted((out / PROTO).parent.glob("member_pb2*"))
+        raise ValueError(f"{proto}: {done.stderr.strip()}")
+    source = Path(proto)
+    return sorted((out / source.parent).glob(f"{source.stem}_pb2*"))
 
 
 def _tool_path() -> str:
@@ -31,4 +36,4 @@ def _tool_path() -> str:
 
 
 if __name__ == "__main__":
-    generate(ROOT)
+    compile_proto(PROTO, ROOT)

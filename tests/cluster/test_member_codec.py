@@ -18,7 +18,7 @@ from cluster.member_codec import (
 )
 from cluster.plan import KvLayout, KvTicket, SourceRank
 from cluster.protos import member_pb2 as pb
-from cluster.protos.generate import ROOT, generate
+from cluster.protos.generate import PROTO, ROOT, compile_proto
 from router.errors import (
     CorruptDataError,
     HandoffError,
@@ -201,5 +201,5 @@ def test_a_refusal_arrives_as_the_exception_that_was_raised(error: MoefleetError
 
 
 def test_the_committed_generated_code_is_what_the_proto_file_gives(tmp_path: Path) -> None:
-    for path in generate(tmp_path):
-        assert path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text(), f"run {generate.__module__}"
+    for path in compile_proto(PROTO, tmp_path):
+        assert path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text(), f"run {compile_proto.__module__}"

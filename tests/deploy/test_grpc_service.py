@@ -13,12 +13,13 @@ from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.protos.generate import ROOT, compile_proto
 from deploy.generation import Backend
 from deploy.grpc_service import SERVICE_NAME, GrpcConfig, TlsFiles, bind_grpc_server, create_grpc_server
 from deploy.http_guard import ApiKey
 from deploy.protos import moefleet_v1_pb2 as pb
 from deploy.protos import moefleet_v1_pb2_grpc as pb_grpc
-from deploy.protos.generate import generate
+from deploy.protos.generate import PROTO
 from router.errors import ConfigError, CorruptDataError, MemberLostError, MoefleetError, NoMemberError, OverloadedError
 from tests.support.scripted_backend import Script
 from tests.support.serving import make_backend, make_service, make_tokenizer, text_script
@@ -354,6 +355,5 @@ async def test_a_missing_tls_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_the_committed_protobuf_code_is_what_the_compiler_makes(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    for file in generate(tmp_path):
-        assert file.read_text() == (root / file.relative_to(tmp_path)).read_text(), file.name
+    for file in compile_proto(PROTO, tmp_path):
+        assert file.read_text() == (ROOT / file.relative_to(tmp_path)).read_text(), file.name
