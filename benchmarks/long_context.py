@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from deploy.process_use import peak_rss_mb
 from shards.config import ModelConfig
 from shards.config_fields import Json
 
-NEW_TOKENS = 65
+NEW_TOKENS = 129
 """The first comes with the prefill; the others are decoded."""
 
 _SHAPE: dict[str, Json] = {
@@ -72,7 +73,7 @@ class Point:
     """Until the first token."""
     prefill_tokens_per_s: float
     decode_ms: float
-    """Of one token, the mean behind the first."""
+    """Of one token, the median behind the first."""
     decode_tokens_per_s: float
     peak_rss_mb: float
     """Of the processes that serve the model, up to now."""
@@ -87,12 +88,12 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def measure(name: str, engine: BenchEngine, context: int, times: int) -> Point:
-    """Serve a prompt of `context` tokens some times; prefill and decode are each the median."""
+    """Serve a prompt of `context` tokens some times; the median prefill, and the median of all decoded tokens."""
     vocab = int(str(_SHAPE["vocab_size"]))
     prompt = torch.randint(0, vocab, (context,), generator=torch.Generator().manual_seed(context)).tolist()
     served = [engine.generate([prompt], NEW_TOKENS) for _ in range(times)]
     prefill_s = statistics.median(done.ttft_s[0] for done in served)
-    decode_s = statistics.median((done.wall_s - done.ttft_s[0]) / (NEW_TOKENS - 1) for done in served)
+    decode_s = statistics.median(end - begin for done in served for begin, end in pairwise(done.arrivals_s))
     return Point(
         model=name,
         context=context,

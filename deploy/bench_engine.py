@@ -66,6 +66,8 @@ class Generated:
     """What the engine's thread did until the last of the first tokens."""
     decode: EngineSpan
     """And from then on."""
+    arrivals_s: list[float]
+    """When tokens came, step by step."""
 
 
 class BenchEngine:
@@ -133,8 +135,10 @@ class BenchEngine:
         served = stream_all(
             self._engine, self._replica.ranks, requests, draft_policy=self._draft_policy, on_begin=self._watch
         )
+        arrivals_s: list[float] = []
         for events in served:
             now = time.perf_counter() - started
+            arrivals_s.append(now)
             for event in events:
                 index = int(event.request_id)
                 if event.index == 0:
@@ -150,6 +154,7 @@ class BenchEngine:
             ttft_s=ttft_s,
             prefill=EngineSpan(begin=EngineStats(), end=middle, seconds=last_s),
             decode=EngineSpan(begin=middle, end=self.stats, seconds=wall_s - last_s),
+            arrivals_s=arrivals_s,
         )
 
     def _watch(self, read_stats: Callable[[], EngineStats]) -> None:

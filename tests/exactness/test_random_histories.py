@@ -10,7 +10,7 @@ from tests.support.mtp import make_mtp_reference
 from tests.support.random_histories import open_world
 from tests.support.stepping import needs_native
 
-FAST, SLOW, SLOW_GROUPS = 15, 150, 10
+FAST, SLOW, SLOW_GROUPS = 15, 150, 6
 """`python -m benchmarks.random_histories` runs thousands."""
 
 
