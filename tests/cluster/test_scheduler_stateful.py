@@ -105,6 +105,7 @@ def configs(draw: st.DrawFn) -> tuple[SchedulerConfig, SchedulerConfig]:
             prefix_cache=prefix_cache,
             draft_tokens=draw(st.integers(1, 3)) if drafting else 0,
             draft_adaptive=draw(st.sampled_from((False, False, True))),
+            early_tokens=draw(st.sampled_from((1, 8, 1000))),
         )
 
     return member(), member()
@@ -128,4 +129,5 @@ def test_whatever_happens_each_request_gets_the_tokens_of_a_cold_run_and_all_roo
     run_histories(world, 60, actions=40)
 
     assert world.counts.histories >= 60
-    assert min(world.counts.hits, world.counts.handoffs, world.counts.drafted, world.counts.preemptions) > 0
+    counts = world.counts
+    assert min(counts.hits, counts.handoffs, counts.early_pulls, counts.drafted, counts.preemptions) > 0, counts

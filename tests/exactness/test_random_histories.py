@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from shards.mesh import Layout
-from tests.support.history_machine import Counts, run_histories
+from tests.support.history_counts import Counts
+from tests.support.history_machine import run_histories
 from tests.support.mtp import make_mtp_reference
 from tests.support.random_histories import open_world
 from tests.support.stepping import needs_native

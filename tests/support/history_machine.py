@@ -7,7 +7,7 @@ drafts, nothing cached, and all room must be accounted for after every step.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from hypothesis import HealthCheck, settings
@@ -26,38 +26,15 @@ from cluster.plan import HandoffReady, KvLayout, KvTicket, PullDone, PullOrder, 
 from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import OverloadedError
+from router.prefix import block_hashes
 from router.request import MemberId, Request, RequestId, TokenEvent
+from tests.support.history_counts import Counts
 from tests.support.history_members import MemberRanks
 from tests.support.history_plan import GREEDY, LEASE_S, LONGEST_ANSWER, SAMPLED
 
 _STEPS_TO_END: Final = 3000
 _PACES: Final = st.sampled_from((0.001, 0.002, 0.004))
 _MEMBERS: Final = st.integers(0, 1)
-
-
-@dataclass(slots=True, kw_only=True)
-class Counts:
-    """What happened, over all histories."""
-
-    histories: int = 0
-    actions: int = 0
-    steps: int = 0
-    requests: int = 0
-    tokens: int = 0
-    hits: int = 0
-    """Requests that found a part of their prompt cached."""
-    cached_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    preemptions: int = 0
-    evicted_states: int = 0
-    aborts: int = 0
-    handoffs: int = 0
-    """Sequences that went on from another member's KV and state."""
-    failed_pulls: int = 0
-
-    def __str__(self) -> str:
-        return ", ".join(f"{getattr(self, field.name)} {field.name}" for field in fields(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +108,8 @@ class HistoryMachine(RuleBasedStateMachine):
         """Tokens that each request has got."""
         self.running: set[RequestId] = set()
         self.tickets: list[tuple[Member, HandoffReady]] = []
+        self.offers: dict[RequestId, tuple[Member, str]] = {}
+        """Tickets of prompts that are still computed, as far as the other member knows of them."""
         self.now = 0.0
 
     @initialize(data=st.data())
@@ -210,6 +189,7 @@ class HistoryMachine(RuleBasedStateMachine):
             event = member.scheduler.abort(name, self.now)
             assert event is None or event.finish == "abort"
         self.tickets = [(source, ready) for source, ready in self.tickets if ready.request_id != name]
+        self._let_go(name)
         self.running.discard(name)
         self.world.counts.aborts += 1
 
@@ -262,7 +242,33 @@ class HistoryMachine(RuleBasedStateMachine):
     def _use_ticket(self, index: int) -> None:
         source, ready = self.tickets.pop(index)
         request = self.requests[ready.request_id]
-        target = self.members[1 - self.members.index(source)]
+        answer = self.world.answer(request)[: self.told[request.id]]
+        self.offers.pop(request.id, None)
+        try:
+            ticket = self._ticket(source, ready)
+            self._other(source).scheduler.add_handoff(replace(request, output_ids=answer), ticket, self.now)
+        except OverloadedError:
+            self.tickets.append((source, ready))
+
+    def _other(self, member: Member) -> Member:
+        return self.members[1 - self.members.index(member)]
+
+    def _expect(self, source: Member, offer: HandoffReady) -> None:
+        """Tell the other member what is computed of a prompt so far, if it is of use to anybody."""
+        if offer.request_id in self.running:
+            prompt, size = self.requests[offer.request_id].prompt_ids, self._other(source).config.block_size
+            hashes = block_hashes(prompt[: offer.num_tokens], size)
+            self._other(source).scheduler.expect(offer.request_id, hashes, self._ticket(source, offer))
+            self.offers[offer.request_id] = source, offer.ticket_id
+
+    def _let_go(self, name: RequestId) -> None:
+        """A request ended where its prompt was computed: what was offered is released when the other member knows."""
+        if name in self.offers:
+            source, ticket_id = self.offers.pop(name)
+            self._other(source).scheduler.abort(name, self.now)
+            source.scheduler.release_ticket(ticket_id)
+
+    def _ticket(self, source: Member, ready: HandoffReady) -> KvTicket:
         config = source.config
         layout = KvLayout(
             fingerprint="",
@@ -272,7 +278,7 @@ class HistoryMachine(RuleBasedStateMachine):
             num_slots=config.num_slots,
             dtype="float32",
         )
-        ticket = KvTicket(
+        return KvTicket(
             id=f"{ready.lane}:{ready.ticket_id}",
             member_id=source.name,
             layout=layout,
@@ -281,22 +287,26 @@ class HistoryMachine(RuleBasedStateMachine):
             state_slot=ready.state_slot,
             num_tokens=ready.num_tokens,
             expires_unix_s=ready.expires_unix_s,
+            partial=ready.partial,
         )
-        answer = self.world.answer(request)[: self.told[request.id]]
-        try:
-            target.scheduler.add_handoff(replace(request, output_ids=answer), ticket, self.now)
-        except OverloadedError:
-            self.tickets.append((source, ready))
 
     def _pull(self, member: int, index: int, *, torn: bool, releases: bool) -> None:
+        ticket = self.members[member].orders[index].ticket
+        name = RequestId(ticket.id.split(":")[1].split("/")[0])
+        early = ticket.num_tokens < len(self.requests[name].prompt_ids)
+        releases = releases and not early
         self.members[member].pull(index, self.members[1 - member], self.now, torn=torn, releases=releases)
-        self.world.counts.handoffs += not torn
+        self.world.counts.early_pulls += early and not torn
+        self.world.counts.handoffs += not (early or torn)
         self.world.counts.failed_pulls += torn
 
     def _take(self, member: Member, event: TokenEvent | HandoffReady) -> None:
         name, counts = event.request_id, self.world.counts
         if isinstance(event, HandoffReady):
-            self.tickets.append((member, event))
+            if event.partial:
+                self._expect(member, event)
+            else:
+                self.tickets.append((member, event))
             return
         request = self.requests[name]
         answer, index = self.world.answer(request), self.told[name]
@@ -310,6 +320,7 @@ class HistoryMachine(RuleBasedStateMachine):
         counts.cached_tokens += event.cached_tokens
         if event.finish is not None:
             assert self.told[name] == len(answer), f"{name} ends after {index + 1} of {len(answer)} tokens"
+            self._let_go(name)
             self.running.discard(name)
 
     @invariant()

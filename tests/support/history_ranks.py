@@ -99,14 +99,14 @@ def open_rank(model: Path, *, drafts: int, place: Place | None = None, comms: Co
 
 
 def fill(rank: Rank, blocks: tuple[int, ...], slot: int | None) -> None:
-    """Leave numbers in blocks and a state slot (None: in all) that nothing good can come of."""
+    """Leave numbers in blocks and a state slot (None: in all; -1: in none) that nothing good can come of."""
     generator = torch.Generator().manual_seed(5)
     slots = slice(None) if slot is None else slot
     pools, states = _pools(rank)
     for pool in pools:
         shape = (len(blocks), *pool.shape[1:])
         pool[list(blocks)] = 9 * torch.randn(shape, generator=generator)
-    for pool in states:
+    for pool in states if slot is None or slot >= 0 else ():
         pool[slots] = 9 * torch.randn(pool[slots].shape, generator=generator)
 
 
@@ -121,7 +121,7 @@ def write_room(rank: Rank, blocks: list[int], slot: int, content: list[Tensor]) 
     pools, states = _pools(rank)
     for pool, piece in zip(pools, content[: len(pools)], strict=True):
         pool[blocks] = piece
-    for pool, piece in zip(states, content[len(pools) :], strict=True):
+    for pool, piece in zip(states, content[len(pools) :], strict=True) if slot >= 0 else ():
         pool[slot] = piece
 
 

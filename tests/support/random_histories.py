@@ -29,6 +29,7 @@ def configs(vocab_size: int, lanes: int) -> st.SearchStrategy[SchedulerConfig]:
         prefix_cache=st.sampled_from((True, True, True, False)),
         draft_tokens=st.integers(0, MOST_DRAFTS),
         draft_adaptive=st.sampled_from((False, False, True)),
+        early_tokens=st.sampled_from((4, 8, 1000)),
     )
 
 
