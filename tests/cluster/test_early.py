@@ -1,5 +1,6 @@
 """What is computed of a long prompt is fetched while the rest is: it is found later, or it is as if it never came."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -261,3 +262,18 @@ def test_a_limit_that_offers_nothing_new_is_refused() -> None:
 def test_a_ticket_lasts_until_its_expiry() -> None:
     ticket: KvTicket = make_ticket(make_request("a", 4), expires=5.0)
     assert (ticket.lasts(4.9), ticket.lasts(5.0)) == (True, False)
+
+
+def test_pulls_under_way_are_to_end_with_the_first_of_their_leases() -> None:
+    bench = Bench()
+    assert bench.scheduler.first_lease_end() == math.inf
+    expected(bench, expires=9.0)
+    order = order_of(bench)
+    assert bench.scheduler.first_lease_end() == 9.0
+    other = make_request("b", PROMPT[:20], output=(77,))
+    bench.scheduler.add_handoff(other, make_ticket(other, expires=7.0), 0.0)
+    order_of(bench)
+    assert bench.scheduler.first_lease_end() == 7.0
+    bench.scheduler.pull_done(PullDone(pull_id=1), 1.0)
+    bench.scheduler.pull_done(PullDone(pull_id=order.pull_id), 1.0)
+    assert bench.scheduler.first_lease_end() == math.inf
