@@ -3,7 +3,8 @@
     python -m benchmarks.handoff [--tokens 4096] [--repeats 7]
 
 The geometry is Qwen3-Next-80B's (12 attention layers of 2 KV heads of 256, 36 delta layers), bfloat16, blocks of 16.
-The source is another process; each number is the best of the repeats after one warm-up.
+The source is another process; each number is the best of the repeats after one warm-up. `reader_cpu_ms` and
+`source_cpu_ms` are what each of the two processes computed a pull, which a busy machine changes least.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 import numpy as np
+import psutil
 import torch
 
 from cluster.config import KvTransport
@@ -115,6 +117,12 @@ def best_s(work: Callable[[], None], repeats: int) -> float:
     return min(times)
 
 
+def cpu_s(process: psutil.Process) -> float:
+    """Seconds that a process has computed, itself and in the kernel."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 def measure_pull(
     ranks: list[SourceRank], tp: int, num_blocks: int, *, scattered: bool, way: KvTransport, repeats: int
 ) -> dict[str, object]:
@@ -152,10 +160,20 @@ def measure_pull(
             raise RuntimeError(done.error)
         num_bytes = done.num_bytes
 
+    processes = [psutil.Process(), psutil.Process(ranks[0].pid)]
+    before = [cpu_s(process) for process in processes]
     seconds = best_s(pull, repeats)
+    reader_s, source_s = (cpu_s(process) - was for process, was in zip(processes, before, strict=True))
     puller.close()
     name = f"pull {'shm' if way == 'auto' else way} tp{tp}->tp1 {'scattered' if scattered else 'in order'}"
-    return {"what": name, "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
+    return {
+        "what": name,
+        "bytes": num_bytes,
+        "ms": seconds * 1e3,
+        "gb_s": num_bytes / seconds / 1e9,
+        "reader_cpu_ms": reader_s * 1e3 / (repeats + 1),
+        "source_cpu_ms": source_s * 1e3 / (repeats + 1),
+    }
 
 
 def measure_copy(num_bytes: int, repeats: int) -> dict[str, object]:

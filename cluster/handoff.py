@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 from cluster.kv_server import KvServer
 from cluster.kv_wire import MAX_PAYLOAD_BYTES
@@ -40,14 +42,6 @@ class _Cuts:
     shapes: Sequence[CacheShape]
     """Of the source's ranks."""
     recut: Recut
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Moved:
-    """What one pull brought."""
-
-    num_bytes: int = 0
-    refetches: int = 0
 
 
 class Puller:
@@ -107,9 +101,9 @@ class Puller:
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
             began = time.monotonic()
-            error, moved = "", _Moved()
+            error, num_bytes, refetches = "", 0, count()
             try:
-                moved = self._pull(order)
+                num_bytes = self._pull(order, partial(next, refetches))
             except (HandoffError, CorruptDataError, OSError) as problem:
                 error = str(problem)
                 logger.warning("ticket %s: pull failed: %s", order.ticket.id, error)
@@ -121,13 +115,15 @@ class Puller:
                 PullDone(
                     pull_id=order.pull_id,
                     error=error,
-                    num_bytes=moved.num_bytes,
+                    num_bytes=num_bytes,
                     seconds=time.monotonic() - began,
-                    refetches=moved.refetches,
+                    # Also those of a pull that failed.
+                    refetches=next(refetches),
                 )
             )
 
-    def _pull(self, order: PullOrder) -> "_Moved":
+    def _pull(self, order: PullOrder, on_refetch: Callable[[], object]) -> int:
+        """Carry out an order -> its bytes."""
         ticket = order.ticket
         check_expiry(ticket, self._now())
         check_pair(ticket.layout, self._layout)
@@ -141,11 +137,11 @@ class Puller:
         for piece in pieces:
             by_source.setdefault(piece.source, []).append(piece)
         ranks = {rank.tp_rank: rank for rank in ticket.ranks}
-        refetches = 0
         for source, part in by_source.items():
-            refetches += self._read_source(ticket, ranks[source], cuts.shapes[source], part)
+            way = self._way(ticket, ranks[source])
+            way.read(ticket, ranks[source], cuts.shapes[source], part, on_refetch)
         check_expiry(ticket, self._now())
-        return _Moved(num_bytes=sum(piece.dst.total_bytes for piece in pieces), refetches=refetches)
+        return sum(piece.dst.total_bytes for piece in pieces)
 
     def _make_cuts(self, layout: KvLayout) -> _Cuts:
         shapes = self._source_shapes(layout)
@@ -176,9 +172,8 @@ class Puller:
         slots = (order.ticket.state_slot, order.dst_slot) if order.dst_slot >= 0 else None
         return fragments(cuts, move, slots, max_bytes=MAX_PAYLOAD_BYTES)
 
-    def _read_source(self, ticket: KvTicket, rank: SourceRank, shape: CacheShape, pieces: Sequence[Fragment]) -> int:
-        """Read what one source rank holds; returns how many frames were asked for again."""
+    def _way(self, ticket: KvTicket, rank: SourceRank) -> Transport:
         way = next((transport for transport in self._transports if transport.reaches(rank)), None)
         if way is None:
             raise HandoffError(f"ticket {ticket.id}: no transport leads to rank {rank.tp_rank}; check kv_transport")
-        return way.read(ticket, rank, shape, pieces)
+        return way

@@ -125,7 +125,7 @@ class KvConnection:
         """Read by NIXL from now on.
 
         Raises:
-            HandoffError: the source refuses or is gone, or NIXL does not reach it.
+            HandoffError: the source refuses or is gone.
             CorruptDataError: as `receive`.
         """
         self._ask(OPEN, "", 0.0, ())

@@ -24,7 +24,7 @@ from cluster.pair import check_backend
 from cluster.plan import KvTicket, SourceRank
 from cluster.rank_memory import RankMemory
 from cluster.recut import MAX_ROWS, Fragment, Rows
-from router.errors import CorruptDataError, HandoffError
+from router.errors import HandoffError
 from shards.cache import CacheShape
 from shards.row_copy import ByteArray
 
@@ -50,13 +50,21 @@ class Transport(Protocol):
         """Whether this way leads to a source rank."""
         ...
 
-    def read(self, ticket: KvTicket, rank: SourceRank, shape: CacheShape, pieces: Sequence[Fragment]) -> int:
-        """Write one source rank's fragments into this rank's cache -> how many frames were asked for again.
+    def read(
+        self,
+        ticket: KvTicket,
+        rank: SourceRank,
+        shape: CacheShape,
+        pieces: Sequence[Fragment],
+        on_refetch: Callable[[], object],
+    ) -> None:
+        """Write one source rank's fragments into this rank's cache.
 
         All that was written was read before the ticket's expiry if it has not passed when this returns.
 
         Args:
             shape: the source rank's cache.
+            on_refetch: called for each frame that came damaged and is asked for again.
 
         Raises:
             HandoffError: the ticket expired, or the source is gone or refuses.
@@ -139,8 +147,17 @@ class ShmTransport:
             return True
         return True
 
-    def read(self, ticket: KvTicket, rank: SourceRank, shape: CacheShape, pieces: Sequence[Fragment]) -> int:
+    def read(
+        self,
+        ticket: KvTicket,
+        rank: SourceRank,
+        shape: CacheShape,
+        pieces: Sequence[Fragment],
+        on_refetch: Callable[[], object],
+    ) -> None:
         """As `Transport.read`."""
+        # No wire, no frames.
+        del on_refetch
         source, copied = self._map(rank, shape), 0
         for piece in pieces:
             self._memory.copy_from(source, piece.src, piece.dst)
@@ -149,7 +166,6 @@ class ShmTransport:
                 check_expiry(ticket, self._now())
                 copied = 0
         check_expiry(ticket, self._now())
-        return 0
 
     def close(self) -> None:
         """Let go of the maps."""
@@ -247,38 +263,46 @@ class SocketTransport:
         """As `Transport.reaches`: every rank has a KV server."""
         return bool(rank.address)
 
-    def read(self, ticket: KvTicket, rank: SourceRank, shape: CacheShape, pieces: Sequence[Fragment]) -> int:
+    def read(
+        self,
+        ticket: KvTicket,
+        rank: SourceRank,
+        shape: CacheShape,
+        pieces: Sequence[Fragment],
+        on_refetch: Callable[[], object],
+    ) -> None:
         """As `Transport.read`."""
         del shape
         timeout_s = min(_IO_TIMEOUT_S, max(ticket.expires_unix_s - self._now(), 1e-3))
         connection = self._connect(rank.address, timeout_s)
         kept = False
         try:
-            refetches = self._stream(ticket, connection, pieces)
+            self._stream(ticket, connection, pieces, on_refetch)
             kept = True
-            return refetches
         finally:
             self._put_back(connection, usable=kept)
 
-    def _stream(self, ticket: KvTicket, connection: KvConnection, pieces: Sequence[Fragment]) -> int:
+    def _stream(
+        self, ticket: KvTicket, connection: KvConnection, pieces: Sequence[Fragment], on_refetch: Callable[[], object]
+    ) -> None:
         """Requests go a little ahead of the answers, so that the source never waits for us."""
         waiting: deque[_Batch] = deque()
-        refetches = 0
         for batch in _batches(pieces):
             self._request(ticket, connection, batch)
             waiting.append(batch)
             if len(waiting) >= _PIPELINED:
-                refetches += self._take(ticket, connection, waiting)
+                self._take(ticket, connection, waiting, on_refetch)
         while waiting:
-            refetches += self._take(ticket, connection, waiting)
-        return refetches
+            self._take(ticket, connection, waiting, on_refetch)
 
     def _request(self, ticket: KvTicket, connection: KvConnection, batch: _Batch) -> None:
         connection.set_timeout(min(_IO_TIMEOUT_S, ticket.expires_unix_s - self._now()))
         connection.request(ticket.id, ticket.expires_unix_s, [piece.src for piece in batch.fragments])
 
-    def _take(self, ticket: KvTicket, connection: KvConnection, waiting: "deque[_Batch]") -> int:
-        """Take the oldest batch's bytes, or put it last when they came damaged; returns how many are asked again."""
+    def _take(
+        self, ticket: KvTicket, connection: KvConnection, waiting: "deque[_Batch]", on_refetch: Callable[[], object]
+    ) -> None:
+        """Take the oldest batch's bytes, or put it last when they came damaged."""
         batch = waiting.popleft()
         try:
             connection.receive(batch.dst)
@@ -289,8 +313,7 @@ class SocketTransport:
             again = replace(batch, tries=batch.tries + 1)
             self._request(ticket, connection, again)
             waiting.append(again)
-            return 1
-        return 0
+            on_refetch()
 
     def _connect(self, address: str, timeout_s: float) -> KvConnection:
         """An idle connection to `address`, or a new one.
@@ -311,15 +334,16 @@ class SocketTransport:
         if found is not None:
             return found
         made = KvConnection(address, self._token, self._memory, timeout_s=timeout_s)
-        if self._over != "tcp":
-            try:
-                if self._over == "p2p":
-                    made.form_pair()
-                else:
-                    made.open_nixl()
-            except (HandoffError, CorruptDataError):
+        formed = False
+        try:
+            if self._over == "p2p":
+                made.form_pair()
+            elif self._over == "nixl":
+                made.open_nixl()
+            formed = True
+        finally:
+            if not formed:
                 made.close()
-                raise
         with self._lock:
             self._used.add(made)
         return made

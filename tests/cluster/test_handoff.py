@@ -339,6 +339,7 @@ def test_bytes_that_are_damaged_every_time_fail_the_pull() -> None:
     size = payload_bytes()
     done, _ = pull_through((size // 2, size + size // 2, 2 * size + size // 2))
     assert "checksum" in done.error
+    assert done.refetches == 2
 
 
 @pytest.mark.parametrize("way", WAYS)

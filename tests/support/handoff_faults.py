@@ -164,7 +164,8 @@ class Pair:
             case "queued at decode":
                 return decode.waiting_requests == 1
             case "pull":
-                return len(running.tokens) == 1 and decode.running_requests == 1
+                # It waits for its early pull, or pulls.
+                return len(running.tokens) == 1 and decode.running_requests + decode.waiting_requests == 1
             case "decode":
                 return len(running.tokens) >= 3
 
