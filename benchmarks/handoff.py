@@ -123,6 +123,20 @@ def cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
+def make_ticket(ranks: list[SourceRank], layout: KvLayout, blocks: tuple[int, ...]) -> KvTicket:
+    """All of the source's blocks in some order, and a state."""
+    return KvTicket(
+        id="t",
+        member_id="p",
+        layout=layout,
+        ranks=tuple(ranks),
+        blocks=blocks,
+        state_slot=0,
+        num_tokens=len(blocks) * BLOCK_SIZE,
+        expires_unix_s=time.time() + 60,
+    )
+
+
 def measure_pull(
     ranks: list[SourceRank], tp: int, num_blocks: int, *, scattered: bool, way: KvTransport, repeats: int
 ) -> dict[str, object]:
@@ -144,16 +158,7 @@ def measure_pull(
 
     def pull() -> None:
         nonlocal num_bytes
-        ticket = KvTicket(
-            id="t",
-            member_id="p",
-            layout=layout,
-            ranks=tuple(ranks),
-            blocks=order,
-            state_slot=0,
-            num_tokens=num_blocks * BLOCK_SIZE,
-            expires_unix_s=time.time() + 60,
-        )
+        ticket = make_ticket(ranks, layout, order)
         puller.start(PullOrder(pull_id=0, ticket=ticket, lane=0, first=0, dst_blocks=blocks, dst_slot=1))
         done = ended.get()
         if done.error:

@@ -28,7 +28,7 @@ from shards.weights import CheckpointReader
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"reduction_groups": 3}, "reduction_groups must be a power of two, such as 4, got 3"),
         ({"max_step_tokens": 8}, "max_step_tokens=8 must be at least max_rows=64"),
-        ({"kv_transport": "shm"}, "kv_transport must be one of auto, tcp, p2p, got 'shm'"),
+        ({"kv_transport": "shm"}, "kv_transport must be one of auto, tcp, p2p, nixl, got 'shm'"),
         ({"lease_s": 0.0}, "lease_s must be positive"),
         ({"state_cache_share": 1.0}, "state_cache_share must be between 0 and 1, got 1.0"),
         ({"state_checkpoints": "int4"}, "state_checkpoints must be one of exact, int8, got 'int4'"),
