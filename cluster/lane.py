@@ -98,9 +98,8 @@ class Lane:
                 verifies, ahead = self._speculate(seq, draft, drafts, spare) if drafts else (0, 0)
                 spare -= verifies
                 self._compute(seq, 1 + verifies, draft, verifies=verifies, drafts=ahead)
-        for seq in longer:
-            if seq.phase == "running":
-                self._add_chunk(seq, draft)
+        for seq in [seq for seq in longer if seq.phase == "running"]:
+            self._add_chunk(seq, draft)
         # Whoever was preempted now is back in the next step at the earliest, when all its earlier work is committed.
         if not draft.preempted:
             self._admit(draft, now, pull_ids)
