@@ -120,14 +120,7 @@ class BenchEngine:
             MoefleetError: a prompt is not valid, or the ranks failed.
         """
         check_room(self._engine, [len(prompt) + max_new for prompt in prompts])
-        requests = [
-            Request(
-                id=RequestId(str(index)),
-                prompt_ids=tuple(prompt),
-                sampling=SamplingParams(max_tokens=max_new, temperature=0.0),
-            )
-            for index, prompt in enumerate(prompts)
-        ]
+        requests = _greedy(prompts, max_new)
         tokens: list[list[int]] = [[] for _ in prompts]
         ttft_s: list[float] = [0.0] * len(prompts)
         waiting, middle = len(prompts), EngineStats()
@@ -159,6 +152,15 @@ class BenchEngine:
 
     def _watch(self, read_stats: Callable[[], EngineStats]) -> None:
         self._read_stats = read_stats
+
+
+def _greedy(prompts: Sequence[Sequence[int]], max_new: int) -> list[Request]:
+    """Requests by number, to be continued greedily."""
+    sampling = SamplingParams(max_tokens=max_new, temperature=0.0)
+    return [
+        Request(id=RequestId(str(index)), prompt_ids=tuple(prompt), sampling=sampling)
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def check_room(engine: ResolvedEngine, num_tokens: Sequence[int]) -> None:
