@@ -12,6 +12,7 @@ Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 KernelChoice = Literal["auto", "native", "torch", "triton"]
 DeterministicChoice = Literal["auto", "on", "off"]
+ExpertWeights = Literal["checkpoint", "int8", "int4"]
 StateCheckpoints = Literal["exact", "int8"]
 DraftPolicyChoice = Literal["adaptive", "always"]
 KvTransport = Literal["auto", "tcp", "p2p", "nixl"]
@@ -34,6 +35,9 @@ class EngineConfig:
     """Of weights, activations and KV; sums are float32."""
     state_dtype: Dtype = "float32"
     """Of recurrent states between tokens; they are computed with in float32. bfloat16: half the memory, less exact."""
+    expert_weights: ExpertWeights = "checkpoint"
+    """Of experts: as the checkpoint holds them (integers, or else dtype), or plain ones rounded to int8 or int4 when
+    they are loaded: half or a quarter of the memory, and less exact."""
     device: Device = "cpu"
     kernels: KernelChoice = "auto"
     deterministic: DeterministicChoice = "auto"
@@ -78,6 +82,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, get_args(Dtype))
         _one_of("state_dtype", self.state_dtype, get_args(Dtype))
+        _one_of("expert_weights", self.expert_weights, get_args(ExpertWeights))
         _one_of("device", self.device, get_args(Device))
         _one_of("kernels", self.kernels, get_args(KernelChoice))
         _one_of("deterministic", self.deterministic, get_args(DeterministicChoice))
@@ -98,9 +103,17 @@ class EngineConfig:
                 "sequence needs a token a step; raise max_step_tokens or lower max_rows"
             )
         self._check_states()
+        self._check_kernels()
         for name in ("lease_s", "step_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive seconds, got {getattr(self, name)}")
+
+    def _check_kernels(self) -> None:
+        if self.expert_weights != "checkpoint" and (self.device == "cuda" or self.kernels == "triton"):
+            raise ConfigError(
+                f"expert_weights={self.expert_weights} runs on device=cpu with native or torch kernels, got "
+                f"device={self.device} kernels={self.kernels}; use those, or expert_weights=checkpoint"
+            )
         if self.deterministic == "on" and (self.kernels == "torch" or self.device == "cuda"):
             raise ConfigError(
                 f"deterministic=on needs the native kernels, got kernels={self.kernels} device={self.device}; "

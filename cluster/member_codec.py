@@ -146,6 +146,7 @@ def layout_message(layout: KvLayout) -> pb.KvLayout:
         num_slots=layout.num_slots,
         dtype=layout.dtype,
         state_dtype=layout.state_dtype,
+        expert_weights=layout.expert_weights,
         version=layout.version,
     )
 
@@ -160,6 +161,7 @@ def read_layout(message: pb.KvLayout) -> KvLayout:
         num_slots=message.num_slots,
         dtype=message.dtype,
         state_dtype=message.state_dtype,
+        expert_weights=message.expert_weights,
         version=message.version,
     )
 

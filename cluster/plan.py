@@ -36,6 +36,8 @@ class KvLayout:
     dtype: str
     state_dtype: str = "float32"
     """Of recurrent states; without meaning for models that have none."""
+    expert_weights: str = "checkpoint"
+    """int8 or int4 where experts are integers: the KV behind them is not that of plain ones."""
     version: int = KV_FORMAT
 
 

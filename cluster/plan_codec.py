@@ -217,6 +217,7 @@ def encode_ticket(ticket: KvTicket) -> list[object]:
             layout.num_slots,
             layout.dtype,
             layout.state_dtype,
+            layout.expert_weights,
             layout.version,
         ],
         [encode_source_rank(source) for source in ticket.ranks],
@@ -234,7 +235,7 @@ def decode_ticket(value: object) -> KvTicket:
         CorruptDataError: the value is no KvTicket.
     """
     ticket_id, member_id, layout, ranks, blocks, state_slot, num_tokens, expires = as_list(value, 8)
-    fingerprint, tp, block_size, num_blocks, num_slots, dtype, state_dtype, version = as_list(layout, 8)
+    fingerprint, tp, block_size, num_blocks, num_slots, dtype, state_dtype, experts, version = as_list(layout, 9)
     return KvTicket(
         id=as_typed(ticket_id, str),
         member_id=as_typed(member_id, str),
@@ -246,6 +247,7 @@ def decode_ticket(value: object) -> KvTicket:
             num_slots=as_typed(num_slots, int),
             dtype=as_typed(dtype, str),
             state_dtype=as_typed(state_dtype, str),
+            expert_weights=as_typed(experts, str),
             version=as_typed(version, int),
         ),
         ranks=_many(ranks, decode_source_rank),

@@ -22,6 +22,7 @@ _MUST_AGREE = {
     "fingerprint": "serve both pools from one checkpoint",
     "dtype": "serve both pools with one dtype",
     "state_dtype": "serve both pools with one state_dtype",
+    "expert_weights": "serve both pools with one expert_weights",
 }
 
 

@@ -15,6 +15,8 @@ from shards.config import ModelConfig
 from shards.cuts import check_layout
 from shards.families import load_model_config
 from shards.host_memory import available_memory
+from shards.int_experts import check_int_experts, expert_bits, is_int_expert
+from shards.int_weights import int_bytes
 from shards.kernels.select import select_kernels
 from shards.mesh import Place
 from shards.rank import RankConfig, resolve_deterministic, torch_dtype
@@ -75,6 +77,7 @@ class ResolvedEngine:
             place=Place(layout=config.layout, rank=rank),
             dtype=config.dtype,
             state_dtype=config.state_dtype,
+            expert_weights=config.expert_weights,
             device=device,
             kernels=self.kernels,
             deterministic="on" if self.deterministic else "off",
@@ -91,6 +94,7 @@ class ResolvedEngine:
 
     def kv_layout(self) -> KvLayout:
         """Geometry of the cache, for tickets."""
+        bits = expert_bits(self.model, self.config.expert_weights)
         return KvLayout(
             fingerprint=self.model.fingerprint(),
             tp=self.config.layout.tp,
@@ -99,6 +103,7 @@ class ResolvedEngine:
             num_slots=self.num_slots,
             dtype=self.config.dtype,
             state_dtype=self.config.state_dtype,
+            expert_weights="checkpoint" if bits is None else f"int{bits}",
         )
 
 
@@ -115,15 +120,15 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
     ranks = ranks_here or config.layout.world
     try:
         model = load_model_config(config.model)
-        weights = weight_bytes(config)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    weights = _weights(config, model)
     try:
         model = model.with_drafts(config.draft_tokens)
-        _check_head(config)
+        _check_head(config, model)
         kernels = select_kernels(config.kernels, config.device)
         deterministic = resolve_deterministic(config.deterministic, config.kernels, config.device)
-        check_layout(model, config.layout, deterministic=deterministic, groups=config.reduction_groups)
+        _check_shares(config, model, kernels.name, deterministic=deterministic)
         _check_states(config, model)
         room = _room(config, model)
     except ValueError as error:
@@ -144,13 +149,43 @@ def resolve_engine(config: EngineConfig, *, ranks_here: int | None = None) -> Re
     )
 
 
-def _check_head(config: EngineConfig) -> None:
+def _weights(config: EngineConfig, model: ModelConfig) -> int:
+    """`weight_bytes`, with its errors told apart."""
+    try:
+        expert_bits(model, config.expert_weights)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        return weight_bytes(config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_shares(config: EngineConfig, model: ModelConfig, kernels: str, *, deterministic: bool) -> None:
+    """Refuse a layout that the model's shapes, or its experts' integers, do not allow."""
+    check_layout(model, config.layout, deterministic=deterministic, groups=config.reduction_groups)
+    check_int_experts(
+        model,
+        config.layout,
+        config.expert_weights,
+        device=config.device,
+        kernels=kernels,
+        deterministic=deterministic,
+        groups=config.reduction_groups,
+    )
+
+
+def _check_head(config: EngineConfig, model: ModelConfig) -> None:
     """Refuse drafts where a checkpoint of a family with heads was saved without one, as transformers does."""
-    if config.draft_tokens and f"{MTP_PREFIX}fc.weight" not in CheckpointReader(config.model).names():
+    if config.draft_tokens and f"{MTP_PREFIX}fc.weight" not in _names(config, model):
         raise ConfigError(
             f"draft_tokens={config.draft_tokens} needs a multi-token prediction head, and {config.model} holds no "
             f"weights of one ({MTP_PREFIX}*); use draft_tokens=0, or the checkpoint as released"
         )
+
+
+def _names(config: EngineConfig, model: ModelConfig) -> set[str]:
+    return CheckpointReader(config.model, config=model).names()
 
 
 def _check_states(config: EngineConfig, model: ModelConfig) -> None:
@@ -221,12 +256,16 @@ def _check_memory(
 
 
 def weight_bytes(config: EngineConfig) -> int:
-    """Weights of the whole model in the engine's dtype, from the headers of the files' tensors that are loaded."""
-    reader = CheckpointReader(config.model)
+    """Weights of the whole model as they are held, from the headers of the files' tensors that are loaded."""
+    model = load_model_config(config.model)
+    reader, bits = CheckpointReader(config.model, config=model), expert_bits(model, config.expert_weights)
     itemsize = torch_dtype(config.dtype).itemsize
-    unused = load_model_config(config.model).unused_tensors + (() if config.draft_tokens else (MTP_PREFIX,))
-    loaded = (name for name in reader.names() if not name.startswith(unused))
-    return sum(math.prod(reader.shape(name)) * itemsize for name in loaded)
+    unused = model.unused_tensors + (() if config.draft_tokens else (MTP_PREFIX,))
+    loaded = {name: math.prod(reader.shape(name)) for name in reader.names() if not name.startswith(unused)}
+    return sum(
+        count * itemsize if bits is None or not is_int_expert(reader, name, model) else int_bytes(count, bits)
+        for name, count in loaded.items()
+    )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int) -> int:

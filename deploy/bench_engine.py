@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cluster.config import Device, Dtype, EngineConfig
+from cluster.config import Device, Dtype, EngineConfig, ExpertWeights
 from cluster.engine_stats import EngineStats
 from cluster.resolve import ResolvedEngine, resolve_engine
 from cluster.spawn import LocalReplica
@@ -31,6 +31,7 @@ class BenchOptions:
     max_step_tokens: int
     draft_tokens: int = 0
     device: Device = "cpu"
+    expert_weights: ExpertWeights = "checkpoint"
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < 1:
@@ -50,6 +51,7 @@ class BenchOptions:
             max_model_len=max_len,
             prefix_cache=False,
             draft_tokens=self.draft_tokens,
+            expert_weights=self.expert_weights,
         )
 
 

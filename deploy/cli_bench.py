@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from cluster.config import ExpertWeights
 from deploy.bench_scenarios import DEFAULT_SCENARIOS, parse_scenarios
 from deploy.cli_errors import told_errors
 from deploy.sizes import parse_bytes
@@ -43,6 +44,14 @@ DraftTokens = Annotated[
 ]
 DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks compute.", rich_help_panel=_ENGINE)]
 
+ExpertsAs = Annotated[
+    ExpertWeights,
+    typer.Option(
+        help="Of experts: as the checkpoint holds them, or rounded to int8 or int4 when loaded.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+
 
 @bench.callback()
 def bench_group() -> None:
@@ -72,6 +81,7 @@ def engine(
     max_step_tokens: MaxStepTokens = 2048,
     draft_tokens: DraftTokens = 0,
     device: DeviceName = "cpu",
+    expert_weights: ExpertsAs = "checkpoint",
 ) -> None:
     """Time prompts of random tokens: decode and prefill rates, peak memory, start to first token.
 
@@ -89,10 +99,13 @@ def engine(
         f"--max-step-tokens={max_step_tokens}",
         f"--draft-tokens={draft_tokens}",
         f"--device={device}",
+        f"--expert-weights={expert_weights}",
     ]
     with told_errors():
         run = BenchRun(
-            options=_options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens, device),
+            options=_options(
+                Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens, device, expert_weights
+            ),
             model=model,
             dtype=dtype,
             scenarios=parse_scenarios(scenario),
@@ -114,6 +127,7 @@ def worker(
     max_step_tokens: MaxStepTokens = 2048,
     draft_tokens: DraftTokens = 0,
     device: DeviceName = "cpu",
+    expert_weights: ExpertsAs = "checkpoint",
 ) -> None:
     """Carry out JSON lines from standard input: load, generate, quit. Answers begin with "@@".
 
@@ -126,7 +140,9 @@ def worker(
     from deploy.bench_worker import run_worker
 
     with told_errors():
-        options = _options(Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens, device)
+        options = _options(
+            Layout(tp=tp, dp=dp, ep=ep), threads, kv_memory, max_step_tokens, draft_tokens, device, expert_weights
+        )
         # What a library prints must not come between the answers.
         with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -140,6 +156,7 @@ def _options(
     max_step_tokens: int,
     draft_tokens: int,
     device: Literal["cpu", "cuda"],
+    expert_weights: ExpertWeights,
 ) -> "BenchOptions":
     # Imports torch, as above.
     from deploy.bench_engine import BenchOptions
@@ -151,4 +168,5 @@ def _options(
         max_step_tokens=max_step_tokens,
         draft_tokens=draft_tokens,
         device=device,
+        expert_weights=expert_weights,
     )

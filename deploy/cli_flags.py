@@ -21,6 +21,7 @@ FLAG_KEYS: Final[Mapping[str, str]] = {
     "chunk_tokens": "pools.*.chunk_tokens",
     "dtype": "engine.dtype",
     "state_dtype": "engine.state_dtype",
+    "expert_weights": "engine.expert_weights",
     "device": "engine.device",
     "kernels": "engine.kernels",
     "deterministic": "engine.deterministic",

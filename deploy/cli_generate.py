@@ -6,7 +6,15 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from cluster.config import DeterministicChoice, Device, Dtype, EngineConfig, KernelChoice, StateCheckpoints
+from cluster.config import (
+    DeterministicChoice,
+    Device,
+    Dtype,
+    EngineConfig,
+    ExpertWeights,
+    KernelChoice,
+    StateCheckpoints,
+)
 from deploy.cli_errors import told_errors
 from deploy.sizes import parse_bytes
 from shards.mesh import Layout
@@ -50,6 +58,13 @@ def generate(
             help="Of recurrent states between tokens; bfloat16: half the memory, less exact.", rich_help_panel=_ENGINE
         ),
     ] = "float32",
+    expert_weights: Annotated[
+        ExpertWeights,
+        typer.Option(
+            help="Of experts: as the checkpoint holds them, or rounded to int8 or int4 when loaded.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "checkpoint",
     device: Annotated[Device, typer.Option(help="Where ranks compute.", rich_help_panel=_ENGINE)] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of weights, activations and KV.", rich_help_panel=_ENGINE)] = "bfloat16",
     kernels: Annotated[
@@ -144,6 +159,7 @@ def generate(
                 layout=Layout(tp=tp, dp=dp, ep=ep),
                 dtype=dtype,
                 state_dtype=state_dtype,
+                expert_weights=expert_weights,
                 device=device,
                 kernels=kernels,
                 deterministic=deterministic,

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 from typer.models import OptionInfo
 
-from cluster.config import DeterministicChoice, Device, Dtype, KernelChoice, StateCheckpoints
+from cluster.config import DeterministicChoice, Device, Dtype, ExpertWeights, KernelChoice, StateCheckpoints
 from deploy.cli_flags import FLAG_KEYS, overlay
 from deploy.config import config_keys, load_config_file, parse_config
 from deploy.render import render_document
@@ -96,6 +96,14 @@ def serve(
     state_dtype: Annotated[
         Dtype | None,
         _flag("state_dtype", _ENGINE, "Of recurrent states between tokens; bfloat16: half the memory, less exact."),
+    ] = None,
+    expert_weights: Annotated[
+        ExpertWeights | None,
+        _flag(
+            "expert_weights",
+            _ENGINE,
+            "Of experts: as the checkpoint holds them, or rounded to int8 or int4 when loaded: faster, less exact.",
+        ),
     ] = None,
     device: Annotated[Device | None, _flag("device", _ENGINE, "Where ranks compute.")] = None,
     kernels: Annotated[

@@ -18,6 +18,7 @@ from cluster.config import (
     DraftPolicyChoice,
     Dtype,
     EngineConfig,
+    ExpertWeights,
     KernelChoice,
     KvTransport,
     StateCheckpoints,
@@ -51,6 +52,8 @@ class EngineOptions:
     """Of weights, activations and KV."""
     state_dtype: Dtype = "float32"
     """Of recurrent states between tokens. bfloat16: half the memory, less exact."""
+    expert_weights: ExpertWeights = "checkpoint"
+    """Of experts: as the checkpoint holds them, or rounded to int8 or int4 when loaded: less memory, less exact."""
     device: Device = "cpu"
     kernels: KernelChoice = "auto"
     """native: C++ for CPUs; torch: plain; auto: the best that runs here."""
@@ -313,6 +316,7 @@ def engine_config(config: ServeConfig, role: Role) -> EngineConfig:
             layout=pool.layout,
             dtype=options.dtype,
             state_dtype=options.state_dtype,
+            expert_weights=options.expert_weights,
             device=options.device,
             kernels=options.kernels,
             deterministic=options.deterministic,

@@ -158,6 +158,7 @@ def _check_layout(engine: EngineConfig) -> None:
     # As above.
     from shards.cuts import check_layout
     from shards.families import load_model_config
+    from shards.int_experts import check_int_experts
     from shards.rank import resolve_deterministic
 
     try:
@@ -168,5 +169,14 @@ def _check_layout(engine: EngineConfig) -> None:
         deterministic = resolve_deterministic(engine.deterministic, engine.kernels, engine.device)
         model.with_drafts(engine.draft_tokens)
         check_layout(model, engine.layout, deterministic=deterministic, groups=engine.reduction_groups)
+        check_int_experts(
+            model,
+            engine.layout,
+            engine.expert_weights,
+            device=engine.device,
+            kernels=engine.kernels,
+            deterministic=deterministic,
+            groups=engine.reduction_groups,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -9,8 +9,21 @@ from typing import Literal
 from shards.rope_config import RopeConfig
 
 LayerType = Literal["full_attention", "linear_attention"]
+PackedForm = Literal["gptq", "pack-quantized"]
+Bits = Literal[4, 8]
+"""Of an integer weight."""
 MTP_FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
 """Families whose checkpoints may hold a multi-token prediction head, under `mtp.`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeights:
+    """How a checkpoint of integer weights holds them; see `shards.packed`."""
+
+    form: PackedForm
+    bits: Bits
+    group_size: int
+    """Columns that share a scale; 0: whole rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +76,9 @@ class ModelConfig:
     num_nextn_predict_layers: int = 0
     """Multi-token prediction layers: in a checkpoint's config those it says to hold, in a served model's those used."""
     weight_block_size: tuple[int, int] | None = None
-    """Rows and columns of a weight that share a scale in a block-FP8 checkpoint; None: weights are not quantised."""
+    """Rows and columns of a weight that share a scale in a block-FP8 checkpoint; None: it holds no such weights."""
+    packed_weights: PackedWeights | None = None
+    """Of a checkpoint with integer weights; None: it holds none."""
     unused_tensors: tuple[str, ...] = ()
     """Prefixes of tensors that the checkpoint may hold and text needs none of."""
 

@@ -54,6 +54,12 @@ class _RowCut:
     ranks: int
 
 
+def expert_parts(model: ModelConfig, layout: Layout, *, deterministic: bool, groups: int = 4) -> tuple[int, int]:
+    """Ranks that share each expert's columns, and parts of one rank's sum over them."""
+    ranks = layout.world if layout.ep == 1 else 1
+    return ranks, max(1, largest_groups(model.moe_intermediate_size, groups) // ranks) if deterministic else 1
+
+
 def _row_cuts(model: ModelConfig, layout: Layout) -> list[_RowCut]:
     """Every kind of row-parallel matrix the model has."""
     expert_ranks = layout.world if layout.ep == 1 else 1
@@ -173,6 +179,6 @@ def make_cuts(model: ModelConfig, place: Place, *, deterministic: bool, groups: 
         head_groups=share(model.num_attention_heads, tp),
         key_head_groups=share(model.linear_num_key_heads, tp),
         dense_groups=share(model.intermediate_size, tp),
-        expert_groups=share(model.moe_intermediate_size, expert_ranks),
+        expert_groups=expert_parts(model, layout, deterministic=deterministic, groups=groups)[1],
         shared_groups=share(shared, expert_ranks) if shared else 1,
     )

@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from shards.config import LayerType, ModelConfig
 from shards.config_fields import Fields, Json
+from shards.quantisation import with_quantisation
 from shards.rope_config import read_rope
 
 Part = Literal["experts", "shared_expert", "delta"]
@@ -84,7 +85,7 @@ def read_block(
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     head_dim = _head_dim(fields, hidden, heads, default_head_dim)
     layers, positions = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
-    return ModelConfig(
+    config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
@@ -106,24 +107,8 @@ def read_block(
         bos_token_id=_token_id(fields, "bos_token_id"),
         eos_token_ids=fields.integers("eos_token_id"),
         pad_token_id=_token_id(fields, "pad_token_id"),
-        weight_block_size=read_weight_block(fields),
     )
-
-
-def read_weight_block(fields: Fields) -> tuple[int, int] | None:
-    """quantization_config: block-FP8 is the only form of quantised checkpoints that is read; None where there is none.
-
-    Activations stay in the engine's dtype, so what the config says of them is not looked at.
-    """
-    quantised = fields.section("quantization_config")
-    if quantised is None:
-        return None
-    if quantised.text("quant_method", "") != "fp8" or quantised.text("fmt", "e4m3") != "e4m3":
-        raise fields.error("quantization_config", "only block-FP8 (quant_method fp8, fmt e4m3) is supported")
-    block = quantised.integers("weight_block_size")
-    if len(block) != 2 or not all(block):
-        raise quantised.error("weight_block_size", "it must be two positive integers, such as [128, 128]")
-    return block[0], block[1]
+    return with_quantisation(fields, config)
 
 
 def with_attention_bias(fields: Fields, config: ModelConfig) -> ModelConfig:

@@ -7,11 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shards.config import ModelConfig
+from shards.config import Bits, ModelConfig
 from shards.cuts import Cuts
+from shards.int_experts import holds_ints, load_int_experts
+from shards.int_weights import ExpertWeights
 from shards.kernels.interface import Kernels
 from shards.linear import DenseMlp, RowLinear
 from shards.weight_memory import empty_weights
+from shards.weights import CheckpointReader
 
 
 def as_slice(part: range, scale: int = 1) -> slice:
@@ -67,6 +70,8 @@ class Loader:
     device: torch.device
     kernels: Kernels
     """They lay out what they multiply with."""
+    expert_bits: Bits | None = None
+    """Of experts held as integers; None: they are of `dtype`, as are those that a checkpoint of integers leaves out."""
 
     def tensor(self, name: str, shape: tuple[int, ...], *slices: slice, dtype: torch.dtype | None = None) -> Tensor:
         """The given slices of tensor `name`, which has `shape` in the checkpoint."""
@@ -110,9 +115,14 @@ class Loader:
             down_proj=self.row_linear(f"{prefix}.down_proj.weight", width, part, groups),
         )
 
-    def experts(self, prefix: str) -> tuple[Tensor, Tensor]:
+    def experts(self, prefix: str) -> tuple[ExpertWeights, ExpertWeights]:
         """Gate and up [E, 2I, C], down [E, C, I] of the experts and columns held here, as its kernels read them."""
         config, columns = self.config, as_slice(self.cuts.expert_columns)
+        if self.expert_bits is not None:
+            # Who makes weights up makes plain ones, and asks for them.
+            assert isinstance(self.reader, CheckpointReader)
+            if holds_ints(self.reader, prefix, config):
+                return load_int_experts(self.reader, prefix, config, self.cuts, self.expert_bits)
         sizes = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
         gate_up, down = self.reader.read_experts(prefix, self.cuts.experts, columns, expect=sizes, dtype=self.dtype)
         groups = self.cuts.expert_groups

@@ -12,6 +12,7 @@ from torch import Tensor
 from shards.comm import Comm
 from shards.cuts import token_range
 from shards.dispatch import collect, dispatch, plan_exchange
+from shards.int_weights import ExpertWeights
 from shards.linear import DenseMlp, Runtime
 from shards.loading import Loader
 
@@ -35,8 +36,8 @@ class Moe:
     """One layer's experts, as far as this rank holds them."""
 
     gate_EC: Tensor
-    gate_up_E2IC: Tensor
-    down_ECI: Tensor
+    gate_up_E2IC: ExpertWeights
+    down_ECI: ExpertWeights
     shared: SharedExpert | None
     top_k: int
     renormalize: bool
@@ -111,7 +112,7 @@ class Moe:
         kernels, world = runtime.kernels, runtime.comms.world
         weights_TK, ids_TK = self._route(runtime, x_TC)
         with runtime.part("experts"):
-            held = self.down_ECI.shape[0]
+            held = len(self.down_ECI)
             local_TK = kernels.local_ids(ids_TK, world.rank * held, held)
             y_TKC = kernels.experts(x_TC, local_TK, self.gate_up_E2IC, self.down_ECI, groups=self.groups)
             return self._add_shared(runtime, x_TC, world.mix_rows(y_TKC, ids_TK, held, weights_TK))

@@ -11,11 +11,11 @@ from shards.family import (
     HARMLESS,
     Family,
     read_block,
-    read_weight_block,
     with_attention_bias,
     with_delta_layers,
     with_experts,
 )
+from shards.quantisation import with_quantisation
 
 _NAME = "qwen3_5_moe_text"
 _HARMLESS_TEXT = HARMLESS | {"intermediate_size"}
@@ -68,12 +68,8 @@ def _read_multimodal(fields: Fields) -> ModelConfig:
     config = _read_text(text)
     text.refuse_unread(_HARMLESS_TEXT)
     tied = config.tie_word_embeddings or fields.flag("tie_word_embeddings", False)
-    return dataclasses.replace(
-        config,
-        tie_word_embeddings=tied,
-        weight_block_size=config.weight_block_size or read_weight_block(fields),
-        unused_tensors=("model.visual.",),
-    )
+    config = dataclasses.replace(config, tie_word_embeddings=tied, unused_tensors=("model.visual.",))
+    return with_quantisation(fields, config)
 
 
 TEXT_FAMILY = Family(

@@ -22,6 +22,7 @@ from shards.cuts import check_layout, make_cuts
 from shards.decode_tapes import DecodeTapes
 from shards.drafting import Drafter
 from shards.families import load_model_config
+from shards.int_experts import ExpertChoice, check_int_experts, expert_bits
 from shards.kernels.native import NativeKernels
 from shards.kernels.select import select_kernels
 from shards.linear import Runtime
@@ -54,6 +55,7 @@ class RankConfig:
     place: Place
     dtype: Literal["float32", "bfloat16"] = "float32"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
+    expert_weights: ExpertChoice = "checkpoint"
     device: str = "cpu"
     kernels: KernelsName = "auto"
     deterministic: DeterministicMode = "auto"
@@ -116,8 +118,8 @@ class Rank:
         self.model_config = load_model_config(config.model).with_drafts(config.draft_tokens)
         self._device = torch.device(config.device)
         exact = resolve_deterministic(config.deterministic, config.kernels, config.device)
-        check_layout(self.model_config, config.place.layout, deterministic=exact, groups=config.reduction_groups)
         kernels = select_kernels(config.kernels, config.device)
+        self._check_shares(kernels.name, exact)
         self._plain_runtime = Runtime(kernels=kernels, comms=comms, exact=exact, profile=profile)
         if profile is not None:
             kernels, comms = profile.timed_kernels(kernels), profile.timed_comms(comms)
@@ -147,6 +149,19 @@ class Rank:
         self._cos_LR, self._sin_LR = cos_LR.to(self._device), sin_LR.to(self._device)
         self._sampler = Sampler(self.model_config.vocab_size, self._device, kernels)
 
+    def _check_shares(self, kernels: str, exact: bool) -> None:
+        config, layout = self.config, self.config.place.layout
+        check_layout(self.model_config, layout, deterministic=exact, groups=config.reduction_groups)
+        check_int_experts(
+            self.model_config,
+            layout,
+            config.expert_weights,
+            device=config.device,
+            kernels=kernels,
+            deterministic=exact,
+            groups=config.reduction_groups,
+        )
+
     def load(self, progress: Callable[[int, int], None] | None = None, *, weights: WeightSource | None = None) -> None:
         """Read this rank's share of the checkpoint; `progress` gets (bytes done, bytes in all).
 
@@ -171,7 +186,7 @@ class Rank:
         cuts = make_cuts(
             self.model_config, config.place, deterministic=self._runtime.exact, groups=config.reduction_groups
         )
-        reader = weights or CheckpointReader(config.model, progress, weight_block=self.model_config.weight_block_size)
+        reader = weights or CheckpointReader(config.model, progress, config=self.model_config)
         loader = Loader(
             reader=reader,
             config=self.model_config,
@@ -179,6 +194,7 @@ class Rank:
             dtype=dtype,
             device=self._device,
             kernels=self._runtime.kernels,
+            expert_bits=expert_bits(self.model_config, config.expert_weights),
         )
         with torch.inference_mode():
             self._model = load_model(loader)

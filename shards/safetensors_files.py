@@ -17,7 +17,15 @@ _SINGLE_NAME = "model.safetensors"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts too
 _FETCH = "fetch the file again"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": fp8.DTYPE}
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": fp8.DTYPE,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Integers are packed weights and what comes with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,8 +191,8 @@ def _parse_entry(file: Path, name: str, entry: Json) -> tuple[torch.dtype, tuple
     dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         raise ValueError(
-            f"{file}: tensor {name} has dtype {dtype_name}, expected one of {', '.join(_DTYPES)}; other quantised "
-            "weights are not supported, use the bf16 or the FP8 release"
+            f"{file}: tensor {name} has dtype {dtype_name}, expected one of {', '.join(_DTYPES)}; other "
+            "quantised weights are not supported, use the bf16, the FP8 or a GPTQ release"
         )
     return dtype, shape, offsets[0], offsets[1]
 

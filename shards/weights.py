@@ -4,13 +4,17 @@ E experts, I expert width, C hidden size.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shards import fp8
+from shards import fp8, packed
+from shards.config import ModelConfig
+from shards.int_weights import IntRows
+from shards.packed import PackedTensor, gather_packed
 from shards.safetensors_files import StoredTensor, find_tensors
 from shards.tensor_files import Part, TensorFiles, halves, waits_well, whole_pages
 from shards.weight_memory import empty_weights
@@ -23,6 +27,8 @@ MTP_PREFIX = "mtp."
 """Multi-token prediction: read only where drafts are asked for."""
 _REPORTS = 200
 _CPU = torch.device("cpu")
+_UNPACKED = 1 << 20
+"""Weights that wait in float32 between packed integers and the dtype they are held in."""
 _NAMES_SHOWN = 8
 
 
@@ -33,21 +39,21 @@ class CheckpointReader:
         ValueError: a file is missing, truncated or corrupt; names file, tensor, expected, found and remedy.
     """
 
-    def __init__(
-        self, path: Path, progress: Progress | None = None, *, weight_block: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, path: Path, progress: Progress | None = None, *, config: ModelConfig | None = None) -> None:
         """Read index and headers.
 
         Args:
             path: the checkpoint's folder.
             progress: told (bytes read, bytes to read) now and then. A rank does not know its share beforehand: the
                 second number is estimated from what it took of the tensors so far, and exact at the end.
-            weight_block: rows and columns that share a scale in a block-FP8 checkpoint, as its config.json says.
+            config: what config.json says of quantised weights; None: there are none.
         """
         self._path = path
-        self._tensors = find_tensors(path)
+        stored = find_tensors(path)
+        packed_weights = gather_packed(stored, config.packed_weights if config else None)
+        self._tensors: dict[str, StoredTensor | PackedTensor] = {**stored, **packed_weights}
         self._progress = progress
-        self._weight_block = weight_block
+        self._weight_block = config.weight_block_size if config else None
         self._files = TensorFiles()
         self._used: set[str] = set()
         self._stored_bytes = sum(t.num_bytes for name, t in self._tensors.items() if not name.startswith(MTP_PREFIX))
@@ -56,7 +62,7 @@ class CheckpointReader:
         self._told_bytes = 0
 
     def names(self) -> set[str]:
-        """Every tensor's name; scales of block-FP8 weights are part of their weight."""
+        """Every tensor's name; the parts of a quantised weight are its own."""
         return {name for name in self._tensors if not self._is_scale(name)}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -64,7 +70,7 @@ class CheckpointReader:
         return self._stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype it is read in: as stored, or what block-FP8 stands for; ValueError when it is missing."""
+        """The dtype it is read in: as stored, or what quantised weights stand for; ValueError when it is missing."""
         stored = self._stored(name).dtype
         return fp8.READ_AS if stored == fp8.DTYPE else stored
 
@@ -109,7 +115,7 @@ class CheckpointReader:
         assert tuple(out.shape) == shape, f"{name}: out has shape {tuple(out.shape)}, the slices {shape}"
         if out.numel():
             self._read_part(name, part, out)
-        self._count(name, out.numel() * stored.dtype.itemsize)
+        self._count(name, stored.num_bytes * out.numel() // max(math.prod(stored.shape), 1))
         return out
 
     def read_experts(
@@ -136,6 +142,28 @@ class CheckpointReader:
         if f"{prefix}.gate_up_proj" in self._tensors:
             return self._read_fused(prefix, experts, columns, expect, dtype)
         return self._read_one_by_one(prefix, experts, columns, expect, dtype)
+
+    def packed_scales(self, name: str) -> torch.dtype | None:
+        """The dtype of a tensor's scales where there is one that is stored in packed integers, else None."""
+        stored = self._tensors.get(name)
+        return stored.scales.dtype if isinstance(stored, PackedTensor) else None
+
+    def read_ints(self, name: str, rows: slice, columns: slice, group: int) -> IntRows:
+        """Rows and columns of a tensor stored in packed integers, as they are.
+
+        Args:
+            group: columns that share a scale in the result: divides the stored group and where `columns` begin and end.
+        """
+        stored = self._stored(name)
+        assert isinstance(stored, PackedTensor)
+        row_part, column_part = _part_of(stored.shape, (rows, columns))
+        ints = packed.read_rows(self._files, name, stored, row_part, column_part, group)
+        self._count(name, ints.values_NK.numel() * stored.config.bits // 8)
+        return ints
+
+    def skip(self, name: str) -> None:
+        """Other ranks read this tensor."""
+        self._count(name, 0)
 
     def finish(self, ignored_prefixes: tuple[str, ...] = (MTP_PREFIX,)) -> None:
         """Close the files; raise ValueError when a tensor was never used, but for the ignored prefixes."""
@@ -201,7 +229,7 @@ class CheckpointReader:
             self.read(f"{prefix}.{expert}.down_proj.weight", slice(None), columns, out=down[place])
         for expert in set(range(num_experts)) - set(experts):  # other ranks read those
             for kind in ("gate_proj", "up_proj", "down_proj"):
-                self._count(f"{prefix}.{expert}.{kind}.weight", 0)
+                self.skip(f"{prefix}.{expert}.{kind}.weight")
         return gate_up, down
 
     def _fused_sizes(self, gate_up_name: str) -> tuple[int, int, int]:
@@ -226,7 +254,7 @@ class CheckpointReader:
             num_experts += 1
         return num_experts, shape[0], shape[1]
 
-    def _stored(self, name: str) -> StoredTensor:
+    def _stored(self, name: str) -> StoredTensor | PackedTensor:
         try:
             return self._tensors[name]
         except KeyError:
@@ -238,6 +266,9 @@ class CheckpointReader:
     def _read_part(self, name: str, part: Part, out: Tensor) -> None:
         """Into its place where it can be, else in pieces that are converted."""
         stored = self._tensors[name]
+        if isinstance(stored, PackedTensor):
+            self._read_packed(name, stored, part, out)
+            return
         plain = out.dtype == stored.dtype and out.device.type == "cpu" and whole_pages(stored, part)
         if plain and out.is_contiguous():
             self._files.read(stored, part, out)
@@ -247,6 +278,14 @@ class CheckpointReader:
         else:
             for half, place, axis in halves(part):
                 self._read_part(name, half, out.narrow(axis, place.start or 0, len(half[axis])))
+
+    def _read_packed(self, name: str, stored: PackedTensor, part: Part, out: Tensor) -> None:
+        """What packed integers stand for, some rows at a time."""
+        rows, columns = part
+        step = max(_UNPACKED // max(len(columns), 1), 1)
+        for first in range(0, len(rows), step):
+            some = rows[first : first + step]
+            out[first : first + len(some)] = packed.dequantise(self._files, name, stored, some, columns)
 
     def _is_scale(self, name: str) -> bool:
         weight = self._tensors.get(name.removesuffix(fp8.SCALE_SUFFIX))

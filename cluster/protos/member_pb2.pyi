@@ -353,6 +353,7 @@ class KvLayout(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     STATE_DTYPE_FIELD_NUMBER: _builtins.int
+    EXPERT_WEIGHTS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     tp: _builtins.int
     block_size: _builtins.int
@@ -361,6 +362,7 @@ class KvLayout(_message.Message):
     dtype: _builtins.str
     version: _builtins.int
     state_dtype: _builtins.str
+    expert_weights: _builtins.str
     def __init__(
         self,
         *,
@@ -372,10 +374,11 @@ class KvLayout(_message.Message):
         dtype: _builtins.str = ...,
         version: _builtins.int = ...,
         state_dtype: _builtins.str = ...,
+        expert_weights: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "fingerprint", b"fingerprint", "num_blocks", b"num_blocks", "num_slots", b"num_slots", "state_dtype", b"state_dtype", "tp", b"tp", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "expert_weights", b"expert_weights", "fingerprint", b"fingerprint", "num_blocks", b"num_blocks", "num_slots", b"num_slots", "state_dtype", b"state_dtype", "tp", b"tp", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from shards.int_weights import ExpertWeights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaWeights:
@@ -143,15 +145,16 @@ class Kernels(Protocol):
         self,
         x_TC: Tensor,
         ids_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
         wide: bool = False,
     ) -> Tensor:
         """Each token through each of its experts, unweighted -> [T, K, C]. ids (int64) < 0: not held here, gives zeros.
 
-        Weights are as `lay_out_experts` gives them; `groups` and `wide` act on the down projection as in `linear`.
+        Weights are as `lay_out_experts` gives them, or (not in the triton set) both are integers, whose groups of
+        columns lie within the parts of the sum; `groups` and `wide` act on the down projection as in `linear`.
         """
         ...
 
@@ -160,8 +163,8 @@ class Kernels(Protocol):
         x_TC: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
     ) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from shards.int_weights import ExpertWeights
 from shards.kernels.check import check_tensor, check_tensors, dtype_code
 from shards.kernels.interface import DeltaWeights
 from shards.kernels.library import declare
@@ -227,8 +228,8 @@ class NativeKernels:
         self,
         x_TC: Tensor,
         ids_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
         wide: bool = False,
@@ -241,8 +242,8 @@ class NativeKernels:
         x_TC: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
     ) -> Tensor:

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from shards.batch import NO_TOKEN
 from shards.comm import tree_sum
+from shards.int_weights import ExpertWeights, strips_of
 from shards.kernels.interface import DeltaWeights
 from shards.kernels.torch_delta import causal_conv, delta_gates, delta_rule, gated_rms_norm, normalise, one_token_each
 
@@ -123,8 +124,8 @@ class TorchKernels:
         self,
         x_TC: Tensor,
         ids_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
         wide: bool = False,
@@ -132,23 +133,26 @@ class TorchKernels:
         """Each token through each of its experts, one hit expert after the other."""
         T, K = ids_TK.shape
         dtype = torch.float32 if wide else x_TC.dtype
-        y_TKC = torch.zeros(T * K, down_ECI.shape[1], dtype=dtype, device=x_TC.device)
+        y_TKC = torch.zeros(T * K, x_TC.shape[1], dtype=dtype, device=x_TC.device)
         order = torch.argsort(ids_TK.flatten(), stable=True)
         ids, counts = torch.unique_consecutive(ids_TK.flatten()[order], return_counts=True)
         for expert, pairs in zip(ids.tolist(), order.split(counts.tolist()), strict=True):
             if expert < 0:
                 continue
-            inner = self.silu_mul(functional.linear(x_TC[pairs // K], gate_up_E2IC[expert]))
-            y_TKC[pairs] = self.linear(inner, down_ECI[expert], groups=groups, wide=wide)
-        return y_TKC.view(T, K, down_ECI.shape[1])
+            gate_up_2IC, down_CI = _expert(gate_up_E2IC, down_ECI, expert, x_TC.shape[1])
+            # Integers times scales are float32, and so are then the products; results are rounded as ever.
+            inner = functional.linear(x_TC[pairs // K].to(gate_up_2IC.dtype), gate_up_2IC).to(x_TC.dtype)
+            inner = self.silu_mul(inner).to(down_CI.dtype)
+            y_TKC[pairs] = self.linear(inner, down_CI, groups=groups, wide=wide).to(dtype)
+        return y_TKC.view(T, K, x_TC.shape[1])
 
     def weighted_experts(
         self,
         x_TC: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
     ) -> Tensor:
@@ -218,6 +222,16 @@ class TorchKernels:
         q_TKD, k_TKD, v_TVD = q_TN.unflatten(1, (-1, Dk)), k_TN.unflatten(1, (-1, Dk)), v_TN.unflatten(1, (-1, Dv))
         out_TVD = delta_rule(q_TKD, k_TKD, v_TVD, beta_TV, g_TV, state_MVDD, *where)
         return gated_rms_norm(out_TVD, z_TN.unflatten(1, (-1, Dv)), weights.norm_D, weights.eps).flatten(1)
+
+
+def _expert(gate_up: ExpertWeights, down: ExpertWeights, expert: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """gate_up [2I, C] and down [C, I] of one expert."""
+    if isinstance(gate_up, Tensor) or isinstance(down, Tensor):
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        return gate_up[expert], down[expert]
+    halves = [gate_up.widened(expert, down.columns, first) for first in (0, strips_of(down.columns))]
+    return torch.cat(halves), down.widened(expert, hidden)
 
 
 def rotary(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

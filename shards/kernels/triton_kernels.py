@@ -7,6 +7,7 @@ not claimed. Nothing here waits for the device, so that a decode step can be cap
 
 from torch import Tensor
 
+from shards.int_weights import ExpertWeights
 from shards.kernels import triton_attention, triton_delta, triton_matmul, triton_pointwise
 from shards.kernels.interface import DeltaWeights
 from shards.kernels.torch_kernels import TorchKernels
@@ -97,13 +98,16 @@ class TritonKernels:
         self,
         x_TC: Tensor,
         ids_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
         wide: bool = False,
     ) -> Tensor:
         """Grouped matmuls over the hit experts; sums are float32 whatever `groups`, their order is the tiles'."""
+        # Experts in integers are refused before a rank starts.
+        assert isinstance(gate_up_E2IC, Tensor)
+        assert isinstance(down_ECI, Tensor)
         if groups < 1 or down_ECI.shape[2] % groups:
             raise ValueError(f"groups={groups} must be at least 1 and divide I={down_ECI.shape[2]}")
         return triton_matmul.experts(x_TC, ids_TK, gate_up_E2IC, down_ECI, wide=wide)
@@ -113,8 +117,8 @@ class TritonKernels:
         x_TC: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
-        gate_up_E2IC: Tensor,
-        down_ECI: Tensor,
+        gate_up_E2IC: ExpertWeights,
+        down_ECI: ExpertWeights,
         *,
         groups: int = 1,
     ) -> Tensor:

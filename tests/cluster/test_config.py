@@ -11,6 +11,7 @@ from cluster.torchrun import check_world, torchrun_place
 from router.errors import CheckpointError, ConfigError
 from shards.mesh import Layout
 from shards.weights import CheckpointReader
+from tests.support.int_checkpoint import IntForm, write_ints_and_twin
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,12 @@ from shards.weights import CheckpointReader
     [
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
         ({"state_dtype": "int8"}, "state_dtype must be one of float32, bfloat16, got 'int8'"),
+        ({"expert_weights": "int2"}, "expert_weights must be one of checkpoint, int8, int4, got 'int2'"),
+        ({"expert_weights": "int8", "device": "cuda"}, "expert_weights=int8 runs on device=cpu with native or torch"),
+        (
+            {"expert_weights": "int4", "kernels": "triton"},
+            "got device=cpu kernels=triton; use those, or expert_weights",
+        ),
         ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
         ({"kernels": "fast"}, "kernels must be one of auto, native, torch, triton, got 'fast'"),
         ({"deterministic": "maybe"}, "deterministic must be one of auto, on, off, got 'maybe'"),
@@ -50,6 +57,7 @@ def test_engine_options_are_these_and_no_others() -> None:
         "layout",
         "dtype",
         "state_dtype",
+        "expert_weights",
         "device",
         "kernels",
         "deterministic",
@@ -109,6 +117,30 @@ def test_states_in_bfloat16_take_half_the_memory(next_checkpoint: Path) -> None:
     assert narrow.rank_config(0, "cpu").state_dtype == narrow.kv_layout().state_dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(("choice", "share"), [("int8", 8.5 / 16), ("int4", 4.5 / 16)])
+def test_experts_in_integers_are_planned_with_what_they_take(moe_checkpoint: Path, choice: str, share: float) -> None:
+    config = EngineConfig(model=moe_checkpoint)
+    rounded = replace(config, expert_weights=choice)  # pyrefly: ignore[bad-argument-type]
+    reader = CheckpointReader(moe_checkpoint)
+    experts = sum(math.prod(reader.shape(name)) for name in reader.names() if ".experts." in name)
+    assert weight_bytes(config) - weight_bytes(rounded) == 2 * experts * (1 - share)
+    plain, engine = resolve_engine(config), resolve_engine(rounded)
+    assert engine.rank_config(0, "cpu").expert_weights == engine.kv_layout().expert_weights == choice
+    assert plain.kv_layout().expert_weights == "checkpoint"
+
+
+def test_a_checkpoint_of_integers_pairs_by_what_it_holds_and_is_not_rounded_again(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    form = IntForm(form="gptq", bits=4, group=32)
+    folder = write_ints_and_twin(make_checkpoint("qwen3_moe"), tmp_path, form)[0]
+    config = EngineConfig(model=folder)
+    assert resolve_engine(config).kv_layout().expert_weights == "int4"
+    assert weight_bytes(config) == weight_bytes(replace(config, expert_weights="int4"))
+    with pytest.raises(ConfigError, match="holds integers of 4 bits, which are not rounded again"):
+        resolve_engine(replace(config, expert_weights="int8"))
+
+
 def test_memory_for_no_state_to_keep_is_refused_with_both_remedies(next_checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"give at least \d+, or turn prefix_cache off"):
         resolve_engine(EngineConfig(model=next_checkpoint, kv_memory_bytes=1 << 10))
@@ -124,6 +156,10 @@ def test_memory_for_no_state_to_keep_is_refused_with_both_remedies(next_checkpoi
         (
             {"state_dtype": "bfloat16"},
             "state_dtype=bfloat16 needs a model with recurrent state, which qwen3_moe has not",
+        ),
+        (
+            {"expert_weights": "int4", "layout": Layout(tp=4)},
+            r"expert_weights=int4: moe_intermediate_size=64 over 4 rank\(s\) gives 16 columns",
         ),
         ({"state_checkpoints": "int8"}, "int8 needs a model with recurrent state, which qwen3_moe has not; use state_"),
         ({"kv_memory_bytes": 1 << 19, "max_model_len": 4096}, "max_model_len=4096 does not fit in kv_memory_bytes"),

@@ -32,7 +32,14 @@ from router.request import MemberId, Request, RequestId, SamplingParams, TokenEv
 from router.step_time import StepTime
 
 LAYOUT = KvLayout(
-    fingerprint="f00d", tp=2, block_size=16, num_blocks=64, num_slots=4, dtype="float32", state_dtype="bfloat16"
+    fingerprint="f00d",
+    tp=2,
+    block_size=16,
+    num_blocks=64,
+    num_slots=4,
+    dtype="float32",
+    state_dtype="bfloat16",
+    expert_weights="int8",
 )
 
 

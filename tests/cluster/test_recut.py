@@ -131,7 +131,14 @@ def test_positions_without_blocks_are_refused(wanted: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("fingerprint", "other"), ("dtype", "bfloat16"), ("state_dtype", "bfloat16"), ("version", 1)]
+    ("name", "value"),
+    [
+        ("fingerprint", "other"),
+        ("dtype", "bfloat16"),
+        ("state_dtype", "bfloat16"),
+        ("expert_weights", "int4"),
+        ("version", 1),
+    ],
 )
 def test_members_that_do_not_fit_are_refused_naming_both_sides(name: str, value: object) -> None:
     ours = Geometry(tp=1).layout(make_moe_config())

@@ -48,7 +48,7 @@ def test_plain_values_of_a_config_give_the_same_config_back() -> None:
 def test_a_pool_s_options_reach_its_engines() -> None:
     config = make_config(
         pools={"prefill": {"tp": 2, "kv_memory": "1MiB", "threads": 3}, "decode": {"dp": 2, "chunk_tokens": 7}},
-        engine={"dtype": "float32", "max_model_len": 50, "prefix_cache": False},
+        engine={"dtype": "float32", "max_model_len": 50, "prefix_cache": False, "expert_weights": "int4"},
     )
 
     prefill, decode = engine_config(config, "prefill"), engine_config(config, "decode")
@@ -56,6 +56,7 @@ def test_a_pool_s_options_reach_its_engines() -> None:
     assert (prefill.layout, prefill.kv_memory_bytes, prefill.threads) == (Layout(tp=2), 1 << 20, 3)
     assert (decode.layout, decode.chunk_tokens) == (Layout(dp=2), 7)
     assert (decode.dtype, decode.max_model_len, decode.prefix_cache) == ("float32", 50, False)
+    assert decode.expert_weights == "int4"
 
 
 def test_a_pool_that_is_not_configured_has_no_engine() -> None:
@@ -86,6 +87,10 @@ def test_a_pool_that_is_not_configured_has_no_engine() -> None:
         ({"model": "m", "pools": {"prefill": {}}}, r"pools: got prefill; give prefill and decode, or mixed alone"),
         ({"model": "m", "pools": {}}, r"pools: got no pool; give"),
         ({"model": "m", "engine": {"dtype": "fp8"}}, r"engine\.dtype: must be 'float32' or 'bfloat16', got 'fp8'"),
+        (
+            {"model": "m", "engine": {"expert_weights": "fp4"}},
+            r"engine\.expert_weights: must be 'checkpoint', 'int8' or 'int4', got 'fp4'",
+        ),
         ({"model": "m", "engine": 3}, r"engine: must be a dictionary .*, got 3"),
         ({"model": "m", "http": {"port": 70000}}, r"http\.port: must be less than or equal to 65535, got 70000"),
         ({"model": "m", "grpc": {"tls_key": "k"}}, r"grpc: tls_certificate and tls_key go together"),
@@ -160,6 +165,14 @@ def test_a_fleet_that_fits_this_machine_passes_the_check(next_checkpoint: Path) 
     [
         ({"pools": {"mixed": {"tp": 3}}}, r"pools\.mixed: tp=3 .* choose a tp"),
         ({"pools": {"mixed": {"tp": 3}}, "ray": {"address": "auto"}}, r"pools\.mixed: tp=3 .* choose a tp"),
+        (
+            {"engine": {"expert_weights": "int4"}, "pools": {"mixed": {"tp": 4}}},
+            r"pools\.mixed: expert_weights=int4: moe_intermediate_size=\d+ over 4 rank",
+        ),
+        (
+            {"engine": {"expert_weights": "int4"}, "pools": {"mixed": {"tp": 4}}, "ray": {"address": "auto"}},
+            r"pools\.mixed: expert_weights=int4: moe_intermediate_size=\d+ over 4 rank",
+        ),
         ({"pools": {"mixed": {"max_rows": 4000}}}, r"pools\.mixed: max_step_tokens=2048 must be at least max_rows"),
         ({"pools": {"mixed": {"kv_memory": "900TiB"}}}, r"pools\.mixed: kv_memory_bytes=.*lower kv_memory_bytes"),
         ({"pools": {"mixed": {"members": 10**7}}}, r"pools: KV memory and weights of all members .*; lower kv_memory"),

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import logging
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, ExpertWeights
 from deploy.generate import GenerateOptions, run_generate
 from deploy.prompts_file import parse_bias, parse_ids, read_prompts_file
 from deploy.sizes import parse_bytes
@@ -66,6 +67,16 @@ def test_two_ranks_say_what_one_says(moe_checkpoint: Path) -> None:
         return generate(GenerateOptions(engine=config, sampling=GREEDY, prompts=("Hello there",), json=True))
 
     assert rows(Layout(tp=2)) == rows(Layout())
+
+
+@pytest.mark.parametrize("choice", ["int8", "int4"])
+def test_experts_in_integers_say_the_same_on_one_rank_and_on_two(moe_checkpoint: Path, choice: ExpertWeights) -> None:
+    def rows(layout: Layout, weights: ExpertWeights) -> list[dict[str, object]]:
+        engine = dataclasses.replace(make_config(moe_checkpoint, layout), expert_weights=weights)
+        return generate(GenerateOptions(engine=engine, sampling=GREEDY, prompt_ids=("1,2,3", "7"), json=True))
+
+    assert rows(Layout(), choice) == rows(Layout(tp=2), choice)
+    assert len(rows(Layout(), choice)) == len(rows(Layout(), "checkpoint"))
 
 
 def test_end_token_stops_unless_ignored_and_is_not_in_the_text(moe_checkpoint: Path) -> None:

@@ -1,16 +1,34 @@
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from shards.config import ModelConfig
+from shards.config import ModelConfig, PackedWeights
 from shards.families import load_model_config
 from shards.generation_config import load_generation_config
 from tests.support.released_configs import RELEASED, RELEASED_3_5_TEXT
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+
+def packed(input_activations: object = None, **weights: object) -> dict[str, object]:
+    """quantization_config of compressed-tensors, as Qwen3-MoE checkpoints of 4 bits have it."""
+    known = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    group = {"targets": ["Linear"], "weights": known | weights, "input_activations": input_activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+
+
+PACKED = packed()
 
 
 def write_config(folder: Path, arch: str, changes: dict[str, object], *, drop: tuple[str, ...] = ()) -> Path:
@@ -92,6 +110,19 @@ def test_dense_layers_follow_sparse_step_and_mlp_only_layers(tmp_path: Path) -> 
     assert [config.is_moe_layer(i) for i in range(6)] == [False, True, False, False, False, True]
 
 
+def test_sections_of_integer_checkpoints_are_read(tmp_path: Path) -> None:
+    def read(section: Mapping[str, object]) -> PackedWeights | None:
+        return load(tmp_path, quantization_config=section).packed_weights
+
+    assert read(GPTQ) == PackedWeights(form="gptq", bits=4, group_size=128)
+    whole = {**GPTQ, "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2", "dynamic": {"-:.*attn.*": True}}
+    assert read(whole) == PackedWeights(form="gptq", bits=8, group_size=0)
+    assert read(PACKED) == PackedWeights(form="pack-quantized", bits=4, group_size=128)
+    channel = packed(num_bits=8, strategy="channel", group_size=None)
+    assert read(channel) == PackedWeights(form="pack-quantized", bits=8, group_size=0)
+    assert load(tmp_path).packed_weights is None
+
+
 def test_missing_head_dim_is_hidden_size_over_heads(tmp_path: Path) -> None:
     assert load(tmp_path, drop=("head_dim",)).head_dim == 64
 
@@ -119,7 +150,27 @@ def test_yarn_without_factor_derives_it_from_both_lengths(tmp_path: Path) -> Non
         ("qwen3_moe", {"model_type": "llama"}, ["model_type", '"llama"', "qwen2_moe, qwen3, qwen3_moe, qwen3_next"]),
         ("qwen3_moe", {"hidden_act": "gelu"}, ["hidden_act", '"gelu"', "silu"]),
         ("qwen3_moe", {"use_sliding_window": True}, ["use_sliding_window", "true"]),
-        ("qwen3_moe", {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "only block-FP8"]),
+        (
+            "qwen3_moe",
+            {"quantization_config": {"quant_method": "awq"}},
+            ["quant_method", '"awq"', "or the bf16 release"],
+        ),
+        ("qwen3_moe", {"quantization_config": {**GPTQ, "sym": False}}, ["sym", "zero points are not supported"]),
+        ("qwen3_moe", {"quantization_config": {**GPTQ, "desc_act": True}}, ["desc_act", "reordered columns"]),
+        ("qwen3_moe", {"quantization_config": {**GPTQ, "bits": 3}}, ["bits is 3", "only 4 and 8"]),
+        (
+            "qwen3_moe",
+            {"quantization_config": {**GPTQ, "checkpoint_format": "marlin"}},
+            ["checkpoint_format", "marlin"],
+        ),
+        ("qwen3_moe", {"quantization_config": {**GPTQ, "group_size": 0}}, ["group_size is 0", "at least 1"]),
+        ("qwen3_moe", {"quantization_config": {**PACKED, "format": "int-quantized"}}, ["format", '"int-quantized"']),
+        ("qwen3_moe", {"quantization_config": {**PACKED, "config_groups": {}}}, ["config_groups", "only one group"]),
+        ("qwen3_moe", {"quantization_config": packed(symmetric=False)}, ["symmetric", "zero points"]),
+        ("qwen3_moe", {"quantization_config": packed(type="float")}, ["type", '"float"', "only int"]),
+        ("qwen3_moe", {"quantization_config": packed(strategy="block")}, ["strategy", "only group and channel"]),
+        ("qwen3_moe", {"quantization_config": packed({"num_bits": 8})}, ["input_activations", "quantised activations"]),
+        ("qwen3_moe", {"quantization_config": packed(num_bits=2)}, ["num_bits is 2", "only 4 and 8"]),
         ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, ["weight_block_size", "such as [128, 128]"]),
         ("qwen3_moe", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["rope_type", '"linear"', "yarn"]),
         ("qwen3_moe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["type", '"dynamic"']),
@@ -159,7 +210,11 @@ def test_yarn_without_factor_derives_it_from_both_lengths(tmp_path: Path) -> Non
         ("qwen3_5_moe", {"text_config": None}, ["text_config", "must hold"]),
         ("qwen3_5_moe", {"text_config": {"model_type": "llama"}}, ["text_config: model_type", '"llama"']),
         ("qwen3_5_moe", {"text_config": {**RELEASED_3_5_TEXT, "zebra": 1}}, ["text_config: zebra", "not known"]),
-        ("qwen3_5_moe", {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "only block-FP8"]),
+        (
+            "qwen3_5_moe",
+            {"quantization_config": {"quant_method": "awq"}},
+            ["quant_method", '"awq"', "use such a checkp"],
+        ),
         ("qwen3_5_moe", {"zebra": 1}, ["zebra is 1", "not known"]),
         ("qwen3_moe", {"zebra": 1, "attention_sinks": 4}, ["attention_sinks, zebra", "remove it if it is harmless"]),
     ],

@@ -13,7 +13,7 @@ from shards.families import load_model_config
 from shards.fp8 import scale_shape
 from shards.mesh import Layout
 from shards.weights import CheckpointReader
-from tests.support.fp8_checkpoint import BLOCK, write_fp8_and_twin
+from tests.support.fp8_checkpoint import write_fp8_and_twin
 from tests.support.stepping import Work, run, tokens_of
 
 PROMPTS = [[3, 4, 5], list(range(40, 70))]
@@ -27,7 +27,7 @@ def pair(
 
 
 def open_reader(folder: Path) -> CheckpointReader:
-    return CheckpointReader(folder, weight_block=load_model_config(folder).weight_block_size)
+    return CheckpointReader(folder, config=load_model_config(folder))
 
 
 def test_every_tensor_and_every_slice_is_that_of_the_twin(pair: tuple[Path, Path]) -> None:
@@ -67,7 +67,7 @@ def test_a_weight_without_scales_or_with_too_few_is_named(
         stored[f"{name}_scale_inv"] = scales
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=told):
-        CheckpointReader(tmp_path, weight_block=BLOCK).read(name)
+        CheckpointReader(tmp_path, config=load_model_config(pair[0])).read(name)
 
 
 def test_fp8_weights_under_a_config_that_knows_nothing_of_it_are_refused(pair: tuple[Path, Path]) -> None:

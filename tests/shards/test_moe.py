@@ -41,6 +41,8 @@ def make_moe(*, shared: bool) -> Moe:
 
 def spread(whole: Moe, place: Place) -> Moe:
     """The whole experts that a rank holds."""
+    assert isinstance(whole.gate_up_E2IC, Tensor)
+    assert isinstance(whole.down_ECI, Tensor)
     held = even_range(E, place.layout.world, place.rank)
     return dataclasses.replace(
         whole,
@@ -52,6 +54,8 @@ def spread(whole: Moe, place: Place) -> Moe:
 
 def sliced(whole: Moe, place: Place) -> Moe:
     """The columns of every expert that a rank holds."""
+    assert isinstance(whole.gate_up_E2IC, Tensor)
+    assert isinstance(whole.down_ECI, Tensor)
     held = even_range(INNER, place.layout.world, place.rank)
     columns = slice(held.start, held.stop)
     groups = 4 // place.layout.world

@@ -7,6 +7,7 @@ import pytest
 
 from shards.batch import LaneOutput, RowSampling, RowStart, StepBatch
 from shards.comm import Comms
+from shards.int_experts import ExpertChoice
 from shards.kernels.library import load_library
 from shards.mesh import Layout, Place
 from shards.rank import DeterministicMode, KernelsName, Rank, RankConfig
@@ -86,12 +87,14 @@ def make_rank(
     deterministic: DeterministicMode = "auto",
     dtype: str = "float32",
     draft_tokens: int = 0,
+    expert_weights: ExpertChoice = "checkpoint",
 ) -> Rank:
     """A loaded rank with room for `max_rows` rows of MAX_LEN tokens."""
     config = RankConfig(
         model=model,
         place=place,
         dtype="float32" if dtype == "float32" else "bfloat16",
+        expert_weights=expert_weights,
         kernels=kernels,
         deterministic=deterministic,
         block_size=BLOCK_SIZE,
@@ -115,6 +118,7 @@ def run(
     deterministic: DeterministicMode = "auto",
     dtype: str = "float32",
     shared_memory: bool = False,
+    expert_weights: ExpertChoice = "checkpoint",
 ) -> list[list[LaneOutput]]:
     """Carry out `work` with a thread for each rank -> for each lane, its first rank's answers, step by step.
 
@@ -133,6 +137,7 @@ def run(
             kernels=kernels,
             deterministic=deterministic,
             dtype=dtype,
+            expert_weights=expert_weights,
         )
         batches = lanes[place.dp_rank] + [StepBatch()] * (num_steps - len(lanes[place.dp_rank]))
         outputs = [rank.step(batch) for batch in batches]

@@ -224,6 +224,8 @@ const kernels::Path* kernels::amx_path() {
     static const Path path = [] {
         Path same = *avx512bf16_path();
         same.matmul_bf16 = amx_matmul();
+        // Integers have no tiles; these processors' dot product is slower than two fused multiply-adds.
+        same.ints_bf16 = avx512_path()->ints_bf16;
         same.attend_range_bf16 = amx_attend_range();
         return same;
     }();

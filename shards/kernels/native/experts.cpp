@@ -31,10 +31,11 @@ struct Chunk {
     int64_t expert, first, rows, panel_row;
 };
 
-template <class T>
+// W: where weight rows begin.
+template <class W>
 struct ExpertWeights {
-    const T* gate_up;  // [E, 2I, C]
-    const T* down;     // [E, C, I]
+    W gate_up;  // [E, 2I, C]
+    W down;     // [E, C, I]
     int64_t E, C, I;
 };
 
@@ -46,12 +47,12 @@ struct Results {
     const float* weights;  // [T, K], or null
 };
 
-template <class T>
+template <class T, class W>
 class Experts {
   public:
-    Experts(const Path& path, const T* x, const int64_t* ids, int64_t tokens, int64_t top_k, ExpertWeights<T> weights,
-            int groups, Results<T> results)
-        : path_(path), matmul_(path.matmul(x)), x_(x), ids_(ids), pairs_(tokens * top_k), tokens_(tokens), top_k_(top_k),
+    Experts(const Path& path, const Matmul<T, W>& matmul, const T* x, const int64_t* ids, int64_t tokens, int64_t top_k,
+            ExpertWeights<W> weights, int groups, Results<T> results)
+        : path_(path), matmul_(matmul), x_(x), ids_(ids), pairs_(tokens * top_k), tokens_(tokens), top_k_(top_k),
           w_(weights), groups_(groups), results_(results) {}
 
     void run(int threads) {
@@ -65,7 +66,7 @@ class Experts {
 #pragma omp parallel num_threads(threads)
         {
             {
-                MatmulSession<T> session(matmul_);
+                MatmulSession session(matmul_);
                 int thread = omp_get_thread_num();
                 T* panel = panels_ + thread * panel_size_;
                 int64_t held = -1;  // chunk in the panel
@@ -85,11 +86,11 @@ class Experts {
 
   private:
     const Path& path_;
-    const Matmul<T>& matmul_;
+    const Matmul<T, W>& matmul_;
     const T* x_;
     const int64_t* ids_;
     int64_t pairs_, tokens_, top_k_;
-    ExpertWeights<T> w_;
+    ExpertWeights<W> w_;
     int groups_;
     Results<T> results_;
     std::vector<int64_t> starts_;  // [E + 1] first place of each expert in `order_`
@@ -142,8 +143,8 @@ class Experts {
     }
 
     void plan(int threads) {
-        gate_step_ = step_of(w_.I, 2 * w_.C * int64_t(sizeof(T)), COLUMNS / 2, threads);
-        down_step_ = step_of(w_.C, w_.I * int64_t(sizeof(T)), COLUMNS, threads);
+        gate_step_ = step_of(w_.I, 2 * row_bytes(w_.gate_up, w_.C), COLUMNS / 2, threads);
+        down_step_ = step_of(w_.C, row_bytes(w_.down, w_.I), COLUMNS, threads);
         gate_tasks_ = blocks_of(w_.I, gate_step_), down_tasks_ = blocks_of(w_.C, down_step_);
         int64_t width = matmul_.packed_width(w_.I, groups_);
         size_t panels = size_t(threads * panel_size_) * sizeof(T);
@@ -172,14 +173,14 @@ class Experts {
         }
     }
 
-    const T* gate_of(int64_t task) const {
-        const Chunk& chunk = chunks_[size_t(task / gate_tasks_)];
-        return w_.gate_up + (chunk.expert * 2 * w_.I + task % gate_tasks_ * gate_step_) * w_.C;
+    W gate_of(int64_t task) const {
+        int64_t rows = chunks_[size_t(task / gate_tasks_)].expert * 2 * rows_held(w_.gate_up, w_.I);
+        return forward(w_.gate_up, rows + task % gate_tasks_ * gate_step_, w_.C);
     }
 
-    const T* down_of(int64_t task) const {
-        const Chunk& chunk = chunks_[size_t(task / down_tasks_)];
-        return w_.down + (chunk.expert * w_.C + task % down_tasks_ * down_step_) * w_.I;
+    W down_of(int64_t task) const {
+        int64_t rows = chunks_[size_t(task / down_tasks_)].expert * rows_held(w_.down, w_.C);
+        return forward(w_.down, rows + task % down_tasks_ * down_step_, w_.I);
     }
 
     void pack(const Chunk& chunk, T* panel) const {
@@ -194,15 +195,16 @@ class Experts {
 
     // What to fetch while the last columns of a task are computed: the next task's, or the first of `down`.
     Ahead after_gate(int64_t next, int64_t down) const {
-        int64_t row_bytes = w_.C * int64_t(sizeof(T)), width = COLUMNS / 2;
-        if (next >= 0) return {gate_of(next), std::min(width, w_.I) * row_bytes, w_.I * row_bytes};
-        return {down_of(down), std::min(lead_columns(), w_.C) * w_.I * int64_t(sizeof(T))};
+        int64_t bytes = row_bytes(w_.gate_up, w_.C), width = COLUMNS / 2;
+        if (next >= 0) return {address(gate_of(next)), std::min(width, w_.I) * bytes,
+                               rows_held(w_.gate_up, w_.I) * bytes};
+        return {address(down_of(down)), std::min(lead_columns(), w_.C) * row_bytes(w_.down, w_.I)};
     }
 
     // How far ahead rows of down are fetched.
     int64_t lead_columns() const {
         if (matmul_.strips) return COLUMNS;
-        int64_t bytes = COLUMNS * w_.I * int64_t(sizeof(T));
+        int64_t bytes = COLUMNS * row_bytes(w_.down, w_.I);
         return blocks_of(LEAD_BYTES, std::max<int64_t>(bytes, 1)) * COLUMNS;
     }
 
@@ -214,24 +216,26 @@ class Experts {
         }
         int64_t column = task % gate_tasks_ * gate_step_, end = std::min(column + gate_step_, w_.I);
         int64_t width = matmul_.packed_width(w_.C, 1), inner_width = matmul_.packed_width(w_.I, groups_);
-        int64_t row_bytes = w_.C * int64_t(sizeof(T));
-        const T* gate = gate_of(task);
+        int64_t bytes = row_bytes(w_.gate_up, w_.C);
+        W gate = gate_of(task), up = forward(gate, rows_held(gate, w_.I), w_.C);
         if (matmul_.few_gate_up != nullptr) {
-            Lead lead{int(COLUMNS / 2), after_gate(next, down)};
-            if (matmul_.few_gate_up(panel, int(chunk.rows), gate, gate + w_.I * w_.C, int(end - column), w_.C, lead,
+            Lead lead{COLUMNS / 2, after_gate(next, down)};
+            if (matmul_.few_gate_up(panel, int(chunk.rows), gate, up, int(end - column), w_.C, lead,
                                     inner_ + chunk.panel_row * inner_width, w_.I, column, groups_))
                 return;
         }
         for (; column < end; column += COLUMNS / 2) {
             int columns = int(std::min<int64_t>(COLUMNS / 2, end - column));
-            Ahead ahead(gate + columns * w_.C, columns * row_bytes, w_.I * row_bytes);
+            Ahead ahead(address(forward(gate, COLUMNS / 2, w_.C)), columns * bytes,
+                        rows_held(gate, w_.I) * bytes);
             if (column + columns >= end) ahead = after_gate(next, down);
             for (int64_t r = 0; r < chunk.rows; r += matmul_.call_rows(), ahead.lines = 0) {
                 int rows = int(std::min(matmul_.call_rows(), chunk.rows - r));
-                matmul_.gate_up(panel + r * width, rows, gate, gate + w_.I * w_.C, columns, w_.C, ahead,
+                matmul_.gate_up(panel + r * width, rows, gate, up, columns, w_.C, ahead,
                                 inner_ + (chunk.panel_row + r) * inner_width, w_.I, column, groups_);
             }
-            gate += columns * w_.C;
+            gate = forward(gate, COLUMNS / 2, w_.C);
+            up = forward(up, COLUMNS / 2, w_.C);
         }
     }
 
@@ -239,7 +243,7 @@ class Experts {
         const Chunk& chunk = chunks_[size_t(task / down_tasks_)];
         int64_t column = task % down_tasks_ * down_step_, end = std::min(column + down_step_, w_.C);
         int64_t width = matmul_.packed_width(w_.I, groups_);
-        const T* down = down_of(task);
+        W down = down_of(task);
         int64_t lead = std::min(lead_columns(), end - column);
         alignas(64) float sums[CALL_ROWS * COLUMNS];
         bool aside = chunk.rows > ASIDE_ROWS && results_.wide_out == nullptr;
@@ -247,16 +251,16 @@ class Experts {
         if (matmul_.few_round_to != nullptr && chunk.rows <= matmul_.block && results_.wide_out == nullptr) {
             T* to[BLOCK];
             places(chunk.first, int(chunk.rows), column, to);
-            Lead ahead{int(lead), next < 0 ? Ahead() : Ahead(down_of(next), lead * w_.I * int64_t(sizeof(T)))};
+            Lead ahead{int(lead), next < 0 ? Ahead() : Ahead(address(down_of(next)), lead * row_bytes(down, w_.I))};
             if (matmul_.few_round_to(inner_ + chunk.panel_row * width, int(chunk.rows), down, int(end - column), w_.I,
                                      groups_, ahead, to))
                 return;
         }
         for (; column < end; column += COLUMNS) {
             int columns = int(std::min<int64_t>(COLUMNS, end - column));
-            const T* after = down + lead * w_.I;
-            if (column + lead >= end) after = next < 0 ? nullptr : down_of(next) + (column + lead - end) * w_.I;
-            Ahead ahead(after, columns * w_.I * int64_t(sizeof(T)));
+            const void* after = address(forward(down, lead, w_.I));
+            if (column + lead >= end) after = next < 0 ? nullptr : address(forward(down_of(next), column + lead - end, w_.I));
+            Ahead ahead(after, columns * row_bytes(down, w_.I));
             for (int64_t r = 0; r < chunk.rows; r += matmul_.call_rows(), ahead.lines = 0) {
                 int rows = int(std::min(matmul_.call_rows(), chunk.rows - r));
                 const T* panel = inner_ + (chunk.panel_row + r) * width;
@@ -272,7 +276,7 @@ class Experts {
                     put(sums, chunk.first + r, rows, column, columns);
                 }
             }
-            down += columns * w_.I;
+            down = forward(down, COLUMNS, w_.I);
         }
         if (!aside) return;
         for (int64_t r = 0; r < chunk.rows; r++) {
@@ -300,23 +304,52 @@ class Experts {
     }
 };
 
-template <class T>
-void experts(int index, int threads, const void* x, const int64_t* ids, const float* mix, const void* gate_up,
-             const void* down, void* out, bool wide, int64_t tokens, int64_t top_k, int64_t E, int64_t C, int64_t I,
-             int groups) {
-    const Path& path = *find_path(index);
-    ExpertWeights<T> weights = {(const T*)gate_up, (const T*)down, E, C, I};
-    if (mix == nullptr) {
-        Results<T> each = {wide ? (float*)out : nullptr, wide ? nullptr : (T*)out, nullptr};
-        Experts<T>(path, (const T*)x, ids, tokens, top_k, weights, groups, each).run(threads);
+// What a call is given beside weights.
+struct Call {
+    int path, threads;
+    const void* x;
+    const int64_t* ids;
+    const float* mix;
+    void* out;
+    bool wide;
+    int64_t tokens, top_k;
+    int groups;
+};
+
+template <class T, class W>
+void experts(const Call& call, const Matmul<T, W>& matmul, const ExpertWeights<W>& weights) {
+    const Path& path = *find_path(call.path);
+    const T* x = (const T*)call.x;
+    if (call.mix == nullptr) {
+        Results<T> each = {call.wide ? (float*)call.out : nullptr, call.wide ? nullptr : (T*)call.out, nullptr};
+        Experts<T, W>(path, matmul, x, call.ids, call.tokens, call.top_k, weights, call.groups, each).run(call.threads);
         return;
     }
-    int64_t most = std::max<int64_t>(PASS_BYTES / std::max<int64_t>(top_k * C * int64_t(sizeof(T)), 1), CALL_ROWS);
-    for (int64_t t = 0; t < tokens; t += most) {
-        Results<T> sums = {nullptr, (T*)out + t * C, mix + t * top_k};
-        Experts<T>(path, (const T*)x + t * C, ids + t * top_k, std::min(most, tokens - t), top_k, weights, groups, sums)
-            .run(threads);
+    int64_t row_bytes = std::max<int64_t>(call.top_k * weights.C * int64_t(sizeof(T)), 1);
+    int64_t most = std::max<int64_t>(PASS_BYTES / row_bytes, CALL_ROWS);
+    for (int64_t t = 0; t < call.tokens; t += most) {
+        Results<T> sums = {nullptr, (T*)call.out + t * weights.C, call.mix + t * call.top_k};
+        Experts<T, W>(path, matmul, x + t * weights.C, call.ids + t * call.top_k, std::min(most, call.tokens - t),
+                      call.top_k, weights, call.groups, sums)
+            .run(call.threads);
     }
+}
+
+bool ids_fit(const Call& call, int64_t E) {
+    for (int64_t i = 0; i < call.tokens * call.top_k; i++)
+        if (call.ids[i] >= E) return false;
+    return true;
+}
+
+template <class T>
+void plain_experts(const Call& call, const void* gate_up, const void* down, int64_t E, int64_t C, int64_t I) {
+    const Matmul<T>& matmul = find_path(call.path)->matmul((const T*)nullptr);
+    experts<T, const T*>(call, matmul, {(const T*)gate_up, (const T*)down, E, C, I});
+}
+
+template <class T>
+void int_experts(const Call& call, const IntRows& gate_up, const IntRows& down, int64_t E, int64_t C, int64_t I) {
+    experts<T, IntRows>(call, find_path(call.path)->ints((const T*)nullptr), {gate_up, down, E, C, I});
 }
 
 }  // namespace
@@ -327,11 +360,28 @@ void experts(int index, int threads, const void* x, const int64_t* ids, const fl
 KERNELS_EXPORT int kernels_experts(int path, int threads, int dtype, const void* x, const int64_t* ids, const float* mix,
                                    const void* gate_up, const void* down, void* out, int wide, int64_t tokens,
                                    int64_t top_k, int64_t E, int64_t C, int64_t I, int groups) {
-    for (int64_t i = 0; i < tokens * top_k; i++)
-        if (ids[i] >= E) return 1;
-    auto run = dtype == kernels::BFLOAT16 ? kernels::experts<kernels::bf16> : kernels::experts<float>;
-    run(path, threads, x, ids, mix, gate_up, down, out, wide != 0, tokens, top_k, E, C, I, groups);
+    kernels::Call call = {path, threads, x, ids, mix, out, wide != 0, tokens, top_k, groups};
+    if (!kernels::ids_fit(call, E)) return 1;
+    auto run = dtype == kernels::BFLOAT16 ? kernels::plain_experts<kernels::bf16> : kernels::plain_experts<float>;
+    run(call, gate_up, down, E, C, I);
+    return 0;
+}
+
+// The same of weights in integers (shards/int_weights.py) of `bits`, with a scale for each `gate_up_group` of C and
+// `down_group` of I, which divides I / groups.
+KERNELS_EXPORT int kernels_int_experts(int path, int threads, int dtype, const void* x, const int64_t* ids,
+                                       const float* mix, const void* gate_up, const void* gate_up_scales,
+                                       const void* down, const void* down_scales, void* out, int wide, int64_t tokens,
+                                       int64_t top_k, int64_t E, int64_t C, int64_t I, int groups, int bits,
+                                       int scale_type, int64_t gate_up_group, int64_t down_group) {
+    kernels::Call call = {path, threads, x, ids, mix, out, wide != 0, tokens, top_k, groups};
+    if (!kernels::ids_fit(call, E)) return 1;
+    kernels::IntRows first = {(const char*)gate_up, (const char*)gate_up_scales, gate_up_group, bits, scale_type};
+    kernels::IntRows second = {(const char*)down, (const char*)down_scales, down_group, bits, scale_type};
+    auto run = dtype == kernels::BFLOAT16 ? kernels::int_experts<kernels::bf16> : kernels::int_experts<float>;
+    run(call, first, second, E, C, I);
     return 0;
 }
 
 KERNELS_REPLAY(kernels_experts)
+KERNELS_REPLAY(kernels_int_experts)

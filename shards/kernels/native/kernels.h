@@ -14,7 +14,7 @@ namespace kernels {
 
 constexpr int ABI = 6;
 
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 using bf16 = uint16_t;
 
@@ -30,8 +30,9 @@ constexpr int QUERY_ROWS = 64;
 template <class T>
 using Rows = const T* const*;
 
-template <class T>
+template <class T, class W>
 struct Matmul;
+struct IntRows;
 
 // Query rows on their way over the keys of one sequence: online softmax (Milakov and Gimelshein, 2018).
 struct Attending {
@@ -107,8 +108,10 @@ struct Path {
     void (*delta_f32)(const DeltaTile<float>& tile);
     void (*delta_bf16)(const DeltaTile<bf16>& tile);
     // Products for linear layers and experts; see matmul.h.
-    const Matmul<float>* matmul_f32;
-    const Matmul<bf16>* matmul_bf16;
+    const Matmul<float, const float*>* matmul_f32;
+    const Matmul<bf16, const bf16*>* matmul_bf16;
+    const Matmul<float, IntRows>* ints_f32;
+    const Matmul<bf16, IntRows>* ints_bf16;
     // out = sums + bias (null: none) in out's type; n of them.
     void (*finish_f32)(const float* sums, const float* bias, int n, float* out);
     void (*finish_bf16)(const float* sums, const bf16* bias, int n, bf16* out);
@@ -125,8 +128,10 @@ struct Path {
     AttendRange attend_range(const bf16*) const { return attend_range_bf16; }
     void delta(const DeltaTile<float>& tile) const { delta_f32(tile); }
     void delta(const DeltaTile<bf16>& tile) const { delta_bf16(tile); }
-    const Matmul<float>& matmul(const float*) const { return *matmul_f32; }
-    const Matmul<bf16>& matmul(const bf16*) const { return *matmul_bf16; }
+    const Matmul<float, const float*>& matmul(const float*) const { return *matmul_f32; }
+    const Matmul<bf16, const bf16*>& matmul(const bf16*) const { return *matmul_bf16; }
+    const Matmul<float, IntRows>& ints(const float*) const { return *ints_f32; }
+    const Matmul<bf16, IntRows>& ints(const bf16*) const { return *ints_bf16; }
     void finish(const float* sums, const float* bias, int n, float* out) const { finish_f32(sums, bias, n, out); }
     void finish(const float* sums, const bf16* bias, int n, bf16* out) const { finish_bf16(sums, bias, n, out); }
 };
@@ -161,6 +166,14 @@ static inline void store(bf16* p, float x) {
     uint32_t bits = bits_of(x);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     *p = bf16(x != x ? 0x7fc0 : rounded);
+}
+
+// The float of a float16's bits.
+static inline float load_half(uint16_t half) {
+    // Moving the exponent's end also makes subnormal numbers right; those of all ones are not numbers.
+    float x = float_of(uint32_t(half & 0x7fff) << 13) * float_of(uint32_t(127 + 112) << 23);
+    uint32_t bits = (half & 0x7c00) == 0x7c00 ? bits_of(x) | 0x7f800000u : bits_of(x);
+    return float_of(bits | uint32_t(half & 0x8000) << 16);
 }
 
 // x as it reads back from storage in T: the rounding points of a model in bfloat16.

@@ -95,7 +95,7 @@ struct Linear {
         Tickets tickets(blocks_of(rows, chunk) * column_tasks, threads);
 #pragma omp parallel num_threads(threads)
         {
-            MatmulSession<T> session(matmul);
+            MatmulSession session(matmul);
 #pragma omp for
             for (int64_t row = 0; row < rows; row += matmul.block) pack(packed, row);
             tickets.share(omp_get_thread_num(), [&](int64_t i, int64_t next) {

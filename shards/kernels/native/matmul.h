@@ -44,7 +44,45 @@ struct Lead {
     Ahead tail;
 };
 
+// Weight rows from the first of a strip on, as shards/int_weights.py lays them out: integers of 4 or 8 bits, a scale for
+// each `group` of K. Behind the last row a strip holds zeros.
+struct IntRows {
+    const char *values, *scales;
+    int64_t group;
+    int bits, scale_type;
+
+    int64_t scale_bytes() const { return scale_type == FLOAT32 ? 4 : 2; }
+};
+
+// The weight row `rows` further on, at the start of a strip; bytes of a row that memory delivers, and rows that a matrix
+// of so many takes.
 template <class T>
+inline const T* forward(const T* w, int64_t rows, int64_t K) {
+    return w + rows * K;
+}
+inline IntRows forward(IntRows w, int64_t rows, int64_t K) {
+    w.values += rows * K * w.bits / 8;
+    w.scales += rows * (K / w.group) * w.scale_bytes();
+    return w;
+}
+template <class T>
+inline int64_t row_bytes(const T*, int64_t K) {
+    return K * int64_t(sizeof(T));
+}
+inline int64_t row_bytes(IntRows w, int64_t K) { return K * w.bits / 8; }
+template <class T>
+inline int64_t rows_held(const T*, int64_t rows) {
+    return rows;
+}
+inline int64_t rows_held(IntRows, int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
+template <class T>
+inline const void* address(const T* w) {
+    return w;
+}
+inline const void* address(IntRows w) { return w.values; }
+
+// T: of x and results, W: where weight rows begin.
+template <class T, class W = const T*>
 struct Matmul {
     // Rows of x that are packed together, at most BLOCK: a panel holds its rows rounded up to a multiple of it.
     int block;
@@ -56,18 +94,18 @@ struct Matmul {
     void (*pack)(Rows<T> x, int rows, int64_t K, int groups, T* to);
     // sums[r * COLUMNS + n] = x[r] . w[n] over K for up to COLUMNS of n, in `groups` parts that are added as a balanced
     // tree; row n of w, n a multiple of LANES, lies at n * K.
-    void (*multiply)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Ahead ahead, float* sums);
+    void (*multiply)(const T* panel, int rows, W w, int columns, int64_t K, int groups, Ahead ahead, float* sums);
     // The same, rounded to T, to out[r][n].
-    void (*round_to)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Ahead ahead, T* const* out);
+    void (*round_to)(const T* panel, int rows, W w, int columns, int64_t K, int groups, Ahead ahead, T* const* out);
     // Writes silu(x[r] . gate[n]) * (x[r] . up[n]) for up to COLUMNS / 2 of n into columns [at, at + columns) of a
     // panel of rows of I, packed in `groups` for the product that follows.
-    void (*gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Ahead ahead, T* inner,
+    void (*gate_up)(const T* panel, int rows, W gate, W up, int columns, int64_t K, Ahead ahead, T* inner,
                     int64_t I, int64_t at, int groups);
     // `gate_up` and `round_to` of up to `block` rows for any number of columns at once; false, and nothing done, where
     // they cannot take the sizes. Null where there is no such way.
-    bool (*few_gate_up)(const T* panel, int rows, const T* gate, const T* up, int columns, int64_t K, Lead lead, T* inner,
+    bool (*few_gate_up)(const T* panel, int rows, W gate, W up, int columns, int64_t K, Lead lead, T* inner,
                         int64_t I, int64_t at, int groups);
-    bool (*few_round_to)(const T* panel, int rows, const T* w, int columns, int64_t K, int groups, Lead lead,
+    bool (*few_round_to)(const T* panel, int rows, W w, int columns, int64_t K, int groups, Lead lead,
                          T* const* out);
     // After the last call of a thread; null where there is nothing to put back.
     void (*leave)();
@@ -78,10 +116,10 @@ struct Matmul {
     int64_t panel_rows(int64_t rows) const { return (rows + block - 1) / block * block; }
 };
 
-template <class T>
+template <class T, class W>
 struct MatmulSession {
-    const Matmul<T>& matmul;
-    explicit MatmulSession(const Matmul<T>& used) : matmul(used) {}
+    const Matmul<T, W>& matmul;
+    explicit MatmulSession(const Matmul<T, W>& used) : matmul(used) {}
     ~MatmulSession() {
         if (matmul.leave != nullptr) matmul.leave();
     }

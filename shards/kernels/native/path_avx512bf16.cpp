@@ -35,6 +35,39 @@ struct Paired {
     }
 };
 
+// Both of a pair in one operand.
+template <>
+struct IntPairs<Paired, 4> {
+    static constexpr int PARTS = 1;
+    __m512i words;
+    FN explicit IntPairs(const char* unit) : words(_mm512_loadu_si512(unit)) {}
+    FN void next(vec (&part)[PARTS]) {
+        // -8 .. 7 in bfloat16, twice: of an index five bits count, and the fifth is the next number's.
+        alignas(64) static constexpr bf16 NUMBERS[2 * LANES] = {
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+            0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+            0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+        part[0] = Paired::pairs(_mm512_permutexvar_epi16(words, _mm512_load_si512(NUMBERS)));
+        words = _mm512_srli_epi16(words, 4);
+    }
+    static FN vec add(vec acc, float item, vec part) { return Paired::add(acc, item, part); }
+};
+
+template <>
+struct IntPairs<Paired, 8> {
+    static constexpr int PARTS = 1;
+    Ints<8> unit;
+    FN explicit IntPairs(const char* from) : unit(from) {}
+    FN void next(vec (&part)[PARTS]) {
+        // Integers of 8 bits are the upper halves of their floats.
+        vec first, second;
+        unit.next(first, second);
+        __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+        part[0] = Paired::pairs(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(second)));
+    }
+    static FN vec add(vec acc, float item, vec part) { return Paired::add(acc, item, part); }
+};
+
 }  // namespace
 
 const Path* avx512bf16_path() {

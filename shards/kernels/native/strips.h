@@ -106,9 +106,14 @@ ENTRY void pack_rows(Rows<typename Kind::scalar> x, int rows, int64_t K, int gro
 // What a tile reads: strips of `rows` weight rows each, x as packed.
 template <class Kind>
 struct Operands {
+    static constexpr bool PADDED = false;  // whether a strip always holds 16 rows
     const typename Kind::stored* strip[STRIPS];
     int rows;
     const float* x;
+
+    FN Operands one(int s, int rows_of) const { return {{strip[s], nullptr}, rows_of, x}; }
+    FN const char* place(int s) const { return (const char*)strip[s]; }
+    FN int64_t strip_bytes(int64_t K) const { return LANES * K * int64_t(sizeof(typename Kind::stored)); }
 };
 
 // Lines are fetched into the first-level cache this far ahead: as many requests are then under way as memory takes.
@@ -121,12 +126,12 @@ struct Fetch {
     int64_t offset[STRIPS], then[STRIPS];
 
     // `ahead`: what is read after these strips, or null.
-    template <class Kind, int S>
-    static FN Fetch of(const Operands<Kind>& at, int64_t K, const Ahead& ahead) {
-        int64_t bytes = LANES * K * int64_t(sizeof(typename Kind::stored));
+    template <int S, class At>
+    static FN Fetch of(const At& at, int64_t K, const Ahead& ahead) {
+        int64_t bytes = at.strip_bytes(K);
         Fetch fetch{bytes > LEAD ? (bytes - LEAD) / Ahead::LINE : 0, {LEAD, LEAD}, {LEAD, LEAD}};
         for (int s = 0; s < S && ahead.at != nullptr; s++)
-            fetch.then[s] += ahead.at + s * ahead.second - ((const char*)at.strip[s] + bytes);
+            fetch.then[s] += ahead.at + s * ahead.second - (at.place(s) + bytes);
         return fetch;
     }
     FN void line() {
@@ -148,7 +153,7 @@ FN void add_line(const float* x, const typename Kind::Line* line, vec (&acc)[R][
 }
 
 // One group of K, whose end `at` is then at; WHOLE: all 16 rows of the strips are there.
-template <class Kind, int R, int S, bool WHOLE>
+template <int R, int S, bool WHOLE, class Kind>
 FN void add_group(Operands<Kind>& at, int64_t width, Fetch& fetch, vec (&acc)[R][S]) {
     int rows = WHOLE ? LANES : at.rows;
     typename Kind::Line line[S];
@@ -173,17 +178,17 @@ FN void add_group(Operands<Kind>& at, int64_t width, Fetch& fetch, vec (&acc)[R]
 }
 
 // The parts of K are added like a binary counter carries: (p0 + p1) + (p2 + p3), whatever their number.
-template <class Kind, int R, int S, bool WHOLE>
-FN void tile(Operands<Kind> at, int64_t K, int groups, const Ahead& ahead, float* out) {
+template <int R, int S, bool WHOLE, class At>
+FN void tile(At at, int64_t K, int groups, const Ahead& ahead, float* out) {
     constexpr int LEVELS = 16;
     float sums[LEVELS][R][S][LANES];
     int64_t width = K / groups;
-    Fetch fetch = Fetch::of<Kind, S>(at, K, ahead);
+    Fetch fetch = Fetch::of<S>(at, K, ahead);
     for (int g = 0; g < groups; g++) {
         vec acc[R][S];
         for (int r = 0; r < R; r++)
             for (int s = 0; s < S; s++) acc[r][s] = zero();
-        add_group<Kind, R, S, WHOLE>(at, width, fetch, acc);
+        add_group<R, S, WHOLE>(at, width, fetch, acc);
         int level = 0;
         for (int carry = g; carry & 1; carry >>= 1, level++)
             for (int r = 0; r < R; r++)
@@ -195,20 +200,18 @@ FN void tile(Operands<Kind> at, int64_t K, int groups, const Ahead& ahead, float
     }
 }
 
-template <class Kind, int R>
-FN void last_rows(const Operands<Kind>& at, const int* rows_of, int rows, int64_t K, int groups, const Ahead& ahead,
-                  float* out) {
+template <int R, class At>
+FN void last_rows(const At& at, const int* rows_of, int rows, int64_t K, int groups, const Ahead& ahead, float* out) {
     if (rows == R) {
-        if (rows_of[0] == LANES && rows_of[1] == LANES) return tile<Kind, R, 2, true>(at, K, groups, ahead, out);
+        if (rows_of[0] == LANES && rows_of[1] == LANES) return tile<R, 2, true>(at, K, groups, ahead, out);
         for (int s = 0; s < STRIPS && rows_of[s] > 0; s++) {
-            Operands<Kind> one{{at.strip[s], nullptr}, rows_of[s], at.x};
-            if (rows_of[s] == LANES)
-                tile<Kind, R, 1, true>(one, K, groups, ahead, out + s * LANES);
-            else
-                tile<Kind, R, 1, false>(one, K, groups, ahead, out + s * LANES);
+            if (At::PADDED || rows_of[s] == LANES)
+                tile<R, 1, true>(at.one(s, LANES), K, groups, ahead, out + s * LANES);
+            else if constexpr (!At::PADDED)
+                tile<R, 1, false>(at.one(s, rows_of[s]), K, groups, ahead, out + s * LANES);
         }
     } else if constexpr (R > 1) {
-        last_rows<Kind, R - 1>(at, rows_of, rows, K, groups, ahead, out);
+        last_rows<R - 1>(at, rows_of, rows, K, groups, ahead, out);
     }
 }
 
@@ -222,7 +225,7 @@ FN void all_rows(const typename Kind::scalar* panel, int rows, Operands<Kind> at
     for (int r = 0; r < rows; r += TILE_ROWS) {
         int here = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
         at.x = (const float*)(panel + r * width);
-        last_rows<Kind, TILE_ROWS>(at, rows_of, here, K, groups, ahead, sums);
+        last_rows<TILE_ROWS>(at, rows_of, here, K, groups, ahead, sums);
         use(sums, r, here);
     }
 }

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "attend.h"
+#include "ints.h"
 #include "rows.h"
-#include "strips.h"
 
 namespace kernels {
 namespace {
@@ -15,7 +15,8 @@ Path make_path() {
     static const RowLoops<float> rows_f32 = row_loops<float>();
     static const RowLoops<bf16> rows_bf16 = row_loops<bf16>();
     return {take_queries<SingleKeys>, take_queries<Keys>, attend<SingleKeys>, attend<Keys>, merge, &rows_f32,
-            &rows_bf16, unit, best, delta<float>, delta<bf16>, strip_matmul<Widened<float>>(), strip_matmul<Kind>(), finish<float>,
+            &rows_bf16, unit, best, delta<float>, delta<bf16>, strip_matmul<Widened<float>>(), strip_matmul<Kind>(),
+            int_matmul<Widened<float>>(), int_matmul<Kind>(), finish<float>,
             finish<bf16>, nullptr};
 }
 

@@ -49,6 +49,46 @@ FN void read_pairs(const bf16* p, int n, vec& first, vec& second) {
     for (int i = 0; i < 2 * n; i++) padded[i] = p[i];
     read_pairs(padded, first, second);
 }
+FN vec read_halves(const uint16_t* p) {
+    float x[LANES];
+    for (int i = 0; i < LANES; i++) x[i] = load_half(p[i]);
+    return read(x);
+}
+// A unit of integers (ints.h): the firsts and the seconds of each pair of columns, pair by pair.
+template <int BITS>
+struct Ints;
+template <>
+struct Ints<4> {
+    __m256i low, high;
+    FN explicit Ints(const char* unit)
+        : low(_mm256_loadu_si256((const __m256i*)unit)), high(_mm256_loadu_si256((const __m256i*)(unit + 32))) {}
+    static FN __m256 numbers(__m256i words) {
+        __m256i nibbles = _mm256_and_si256(words, _mm256_set1_epi32(15));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(nibbles, _mm256_set1_epi32(8)));
+    }
+    FN void next(vec& first, vec& second) {
+        first = {numbers(low), numbers(high)};
+        second = {numbers(_mm256_srli_epi32(low, 16)), numbers(_mm256_srli_epi32(high, 16))};
+        low = _mm256_srli_epi32(low, 4);
+        high = _mm256_srli_epi32(high, 4);
+    }
+};
+template <>
+struct Ints<8> {
+    const char* at;
+    FN explicit Ints(const char* unit) : at(unit) {}
+    static FN __m256 firsts(__m256i words) {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16));
+    }
+    static FN __m256 seconds(__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16)); }
+    FN void next(vec& first, vec& second) {
+        __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
+        __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(at + LANES)));
+        first = {firsts(low), firsts(high)};
+        second = {seconds(low), seconds(high)};
+        at += 2 * LANES;
+    }
+};
 FN void write(float* p, vec x) {
     _mm256_storeu_ps(p, x.low);
     _mm256_storeu_ps(p + 8, x.high);

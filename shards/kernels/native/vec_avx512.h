@@ -36,6 +36,33 @@ FN void read_pairs(const bf16* p, vec& first, vec& second) { split(_mm512_loadu_
 FN void read_pairs(const bf16* p, int n, vec& first, vec& second) {
     split(_mm512_maskz_loadu_epi32(lanes(n), p), first, second);
 }
+FN vec read_halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// A unit of integers (ints.h): the firsts and the seconds of each pair of columns, pair by pair.
+template <int BITS>
+struct Ints;
+template <>
+struct Ints<4> {
+    __m512i words;
+    FN explicit Ints(const char* unit) : words(_mm512_loadu_si512(unit)) {}
+    FN void next(vec& first, vec& second) {
+        const vec numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+        // Of an index four bits count.
+        first = _mm512_permutexvar_ps(words, numbers);
+        second = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 16), numbers);
+        words = _mm512_srli_epi32(words, 4);
+    }
+};
+template <>
+struct Ints<8> {
+    const char* at;
+    FN explicit Ints(const char* unit) : at(unit) {}
+    FN void next(vec& first, vec& second) {
+        __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at));
+        first = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
+        second = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
+        at += 2 * LANES;
+    }
+};
 FN void write(float* p, vec x) { _mm512_storeu_ps(p, x); }
 FN void write(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
 // As `store` of one number: to nearest, ties to even, NaN stays NaN.

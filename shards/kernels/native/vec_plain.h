@@ -44,6 +44,31 @@ FN void read_pairs(const bf16* p, int n, vec& first, vec& second) {
     }
 }
 FN void read_pairs(const bf16* p, vec& first, vec& second) { read_pairs(p, LANES, first, second); }
+FN vec read_halves(const uint16_t* p) {
+    vec x;
+    for (int i = 0; i < LANES; i++) x[i] = load_half(p[i]);
+    return x;
+}
+// A unit of integers (ints.h): the firsts and the seconds of each pair of columns, pair by pair.
+template <int BITS>
+struct Ints {
+    const char* unit;
+    int pair = 0;
+    FN explicit Ints(const char* from) : unit(from) {}
+    FN float number(int place) const {
+        if (BITS == 8) return float(((const signed char*)unit)[pair * 2 * LANES + place]);
+        uint16_t word;
+        memcpy(&word, unit + place * sizeof word, sizeof word);
+        return float(word >> 4 * pair & 15) - 8.0f;
+    }
+    FN void next(vec& first, vec& second) {
+        for (int i = 0; i < LANES; i++) {
+            first[i] = number(2 * i);
+            second[i] = number(2 * i + 1);
+        }
+        pair++;
+    }
+};
 FN void write(float* p, vec x) { memcpy(p, &x, sizeof x); }
 FN void write(float* p, vec x, int n) {
     for (int i = 0; i < n; i++) p[i] = x[i];
