@@ -7,13 +7,14 @@ import pytest
 from shards.mesh import Layout
 from tests.support.disaggregated import LAYOUTS, hand_over_to_each, pair_requests
 from tests.support.exactness import same_bits
-from tests.support.exactness_matrix import ARCHITECTURES, CASES, describe, engine_config, replica, run_case
+from tests.support.exactness_matrix import CASES, describe, engine_config, replica, run_case
 from tests.support.reference import make_reference
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", LAYOUTS, ids=describe)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# With recurrent state and without: what a family computes beside that crosses no wire.
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next"])
 def test_handed_off_requests_get_the_tokens_of_one_member(architecture: str, source: Layout, tmp_path: Path) -> None:
     make_reference(tmp_path, architecture)
     requests = pair_requests(131)
