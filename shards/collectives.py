@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.comm import Comm, CommError, Comms, LocalComm, mixed, tree_sum
+from shards.comm import Comm, CommError, Comms, LocalComm, mixed, sum_then_mix, tree_sum
 from shards.kernels.library import load_library
 from shards.mesh import Place, dp_groups, tp_groups
 from shards.shm import MAX_RANKS, ShmComm, check_counts
@@ -154,8 +154,7 @@ class DistComm:
         self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
         """Sums everywhere, then the weighted sums."""
-        shared_TC = None if shared_TC is None else self.sum_to(shared_TC, dtype)
-        return mixed(self.sum_to(y_TKC, dtype), weights_TK), shared_TC
+        return sum_then_mix(self, y_TKC, weights_TK, shared_TC, dtype)
 
     def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
         """Adds the zeros of all ranks but one to each row, then the weighted sums."""

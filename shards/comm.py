@@ -180,8 +180,7 @@ class EchoComm:
         self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
         """The parts of every rank are those here."""
-        shared_TC = None if shared_TC is None else self.sum_to(shared_TC, dtype)
-        return mixed(self.sum_to(y_TKC, dtype), weights_TK), shared_TC
+        return sum_then_mix(self, y_TKC, weights_TK, shared_TC, dtype)
 
     def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
         """Rows of every rank are those here."""
@@ -237,3 +236,11 @@ def mixed(y_TKC: Tensor, weights_TK: Tensor) -> Tensor:
     for k in range(y_TKC.shape[1]):
         total_TC = total_TC + y_TKC[:, k].float() * weights_TK[:, k : k + 1]
     return total_TC.to(y_TKC.dtype)
+
+
+def sum_then_mix(
+    comm: Comm, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """`mix_sums` of a group that sums everything on every rank first."""
+    shared_TC = None if shared_TC is None else comm.sum_to(shared_TC, dtype)
+    return mixed(comm.sum_to(y_TKC, dtype), weights_TK), shared_TC

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from shards.collectives import make_comms
-from shards.comm import Comm, Comms, LocalComm, mixed, tree_sum
+from shards.comm import Comm, Comms, LocalComm, mixed, sum_then_mix, tree_sum
 from shards.mesh import Layout, Place, dp_groups, tp_groups
 
 Result = TypeVar("Result")
@@ -63,8 +63,7 @@ class ThreadComm:
     def mix_sums(
         self, y_TKC: Tensor, weights_TK: Tensor, shared_TC: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        shared_TC = None if shared_TC is None else self.sum_to(shared_TC, dtype)
-        return mixed(self.sum_to(y_TKC, dtype), weights_TK), shared_TC
+        return sum_then_mix(self, y_TKC, weights_TK, shared_TC, dtype)
 
     def mix_rows(self, y_TKC: Tensor, ids_TK: Tensor, held: int, weights_TK: Tensor) -> Tensor:
         return mixed(self.all_reduce(y_TKC), weights_TK)
