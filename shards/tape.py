@@ -228,6 +228,12 @@ class _Watch(TorchDispatchMode):
         self._workspace = workspace
 
     @override
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Or torch imports its compiler in the first step of each rank: 1.7 s in which nobody gets a token.
+        return False
+
+    @override
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload,

@@ -1,6 +1,8 @@
 """Calls that are written down and made again, on small chains of native operators."""
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import cast
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from shards.kernels.library import load_library
 from shards.kernels.native import NativeKernels
 from shards.tape import PITCH, Recorder, Workspace
+from tests.support.source_tree import ROOT
 
 LIBRARY = load_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library needs a C++ compiler")
@@ -143,3 +146,19 @@ def test_every_operator_of_the_library_has_a_form_that_takes_numbers() -> None:
     for name, kinds in computing.items():
         assert hasattr(LIBRARY, f"{name}_replay")
         assert len(kinds) < PITCH
+
+
+_RECORD = """
+import sys, torch
+from shards.kernels.library import load_library
+from shards.tape import Recorder, Workspace
+
+with torch.inference_mode():
+    *_, problem = Recorder(load_library()).record(lambda: torch.empty(3), Workspace())
+print([problem, *(name for name in sys.modules if name.startswith(("torch._dynamo", "sympy")))])
+"""
+
+
+def test_the_first_recording_does_not_wait_for_torchs_compiler_to_be_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", _RECORD], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['']"
