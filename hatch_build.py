@@ -1,13 +1,19 @@
 """Compiles the native kernels when the package is installed; also `python hatch_build.py` to build them in place.
 
+A library that was made of the same sources by the same compiler is left as it is.
+
 Without a C++ compiler the installation goes on: the torch kernels then do the work.
 """
 
+import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -16,7 +22,9 @@ LIBRARY = ROOT / "shards" / "kernels" / "_native.so"
 # -ffp-contract=off: product and sum are fused only where the source says so, or rows would lose their equal bits.
 # No errno, no traps: lets the compiler vectorise comparisons and roots; values stay the same.
 VALUES = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *VALUES, "-Wno-psabi"]
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", *VALUES, "-Wno-psabi"]
+MOST_AT_ONCE = 8
+"""Compilers, of up to 450 MB each."""
 
 
 def find_compiler() -> list[str] | None:
@@ -28,19 +36,43 @@ def find_compiler() -> list[str] | None:
 
 
 def build(library: Path = LIBRARY) -> str | None:
-    """Compile all of shards/kernels/native into the library; returns None, or why there is no library now."""
+    """Compile shards/kernels/native into the library, unless it is of them already -> None, or why there is none now."""
     compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler found (looked for $CXX, g++, clang++)"
+    made_of = _digest(compiler)
+    if library.exists() and made_of.encode() in library.read_bytes():
+        # `make` goes by times.
+        library.touch()
+        return None
     # Beside the old file, then renamed over it: a process that has the old one open keeps it.
     fresh = library.with_name(f".{library.name}.{os.getpid()}")
-    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    done = subprocess.run([*compiler, *FLAGS, *sources, "-o", str(fresh)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
+        compile_one = [*compiler, *FLAGS, f'-DKERNELS_MADE_OF="{made_of}"', "-c"]
+        objects = {path: f"{folder}/{path.stem}.o" for path in sorted(SOURCES.glob("*.cpp"))}
+        problems = list(pool.map(_run, ([*compile_one, str(path), "-o", made] for path, made in objects.items())))
+        if not any(problems):
+            problems = [_run([*compiler, *FLAGS, "-shared", *objects.values(), "-o", str(fresh)])]
+    if any(problems):
         fresh.unlink(missing_ok=True)
-        return f"{' '.join(compiler)} failed:\n{done.stderr}"
+        return f"{' '.join(compiler)} failed:\n{''.join(problems)}"
     fresh.replace(library)
     return None
+
+
+def _digest(compiler: list[str]) -> str:
+    """Of all that decides on the library's content; path.cpp puts it in there."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    told = hashlib.sha256(repr((compiler, version, platform.machine(), FLAGS)).encode())
+    for path in sorted(SOURCES.iterdir()):
+        told.update(f"{path.name}\n".encode() + path.read_bytes())
+    return told.hexdigest()
+
+
+def _run(command: list[str]) -> str:
+    """What a failed command says; "" when it succeeds."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stderr or f"status {done.returncode}") if done.returncode else ""
 
 
 def _warn(problem: str) -> None:

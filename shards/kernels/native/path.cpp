@@ -18,6 +18,9 @@ const Path* find_path(int index) {
 
 KERNELS_EXPORT int kernels_abi() { return kernels::ABI; }
 
+// What the library was compiled from: hatch_build.py looks for it in the file.
+KERNELS_EXPORT const char* kernels_made_of() { return KERNELS_MADE_OF; }
+
 KERNELS_EXPORT int kernels_has_path(int index) { return kernels::find_path(index) != nullptr; }
 
 // The dot product of bfloat16 pairs does twice the work of a fused multiply-add, at its rate on AMD's processors (Zen 4)
