@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
 from cluster.executor import RankGroup
@@ -28,6 +29,8 @@ class LocalReplica:
         handoff: serve the caches to other members and pull from theirs.
         token: the cluster token of members that hand over by sockets; "" draws one for this replica alone.
         on_progress, profile: as `start_leader`.
+        context: how the processes are made. A forked copy of torch's threads and locks is unsafe, so they start clean;
+            who makes many replicas has them forked from a server that imports torch once.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class LocalReplica:
         token: str = "",
         on_progress: Callable[[LoadProgress], None] | None = None,
         profile: StepProfile | None = None,
+        context: SpawnContext | ForkServerContext | None = None,
     ) -> None:
         self._store = open_store(_HOST)
         leader = RankProcessConfig(
@@ -51,7 +55,7 @@ class LocalReplica:
         )
         self.children: list[BaseProcess] = []
         try:
-            self._spawn(leader)
+            self._spawn(leader, context or multiprocessing.get_context("spawn"))
             self.ranks: RankGroup = start_leader(
                 leader, self._store, on_progress=on_progress, check=self._check, profile=profile
             )
@@ -60,9 +64,7 @@ class LocalReplica:
             self._end_children()
             raise
 
-    def _spawn(self, leader: RankProcessConfig) -> None:
-        # A forked copy of torch's threads and locks is unsafe; spawn starts clean.
-        context = multiprocessing.get_context("spawn")
+    def _spawn(self, leader: RankProcessConfig, context: SpawnContext | ForkServerContext) -> None:
         for rank in range(1, leader.place.layout.world):
             child = context.Process(
                 target=_child_main,

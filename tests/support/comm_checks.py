@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed import FileStore, Store
 
 from shards.collectives import make_comms
 from shards.comm import Comm, CommError, Comms, mixed, tree_sum
 from shards.mesh import Layout, Place
+from tests.support.fork_server import fork_server
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
 RankMain = Callable[[Store, Place, bool], None]
@@ -24,7 +24,7 @@ RankMain = Callable[[Store, Place, bool], None]
 def run_ranks(main: RankMain, layout: Layout, *, one_host: bool) -> list[int | None]:
     """Run `main(store, place, one_host)` in a process for each rank -> exit codes by rank, -9 for a killed one."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = fork_server()
         processes = [
             context.Process(
                 target=_process_main, args=(main, Path(folder) / "store", Place(layout=layout, rank=r), one_host)

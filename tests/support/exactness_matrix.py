@@ -26,6 +26,7 @@ from tests.support.exactness import (
     make_requests,
     same_bits,
 )
+from tests.support.fork_server import fork_server
 
 ARCHITECTURES = ("qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 
@@ -210,7 +211,7 @@ def run_case(engine: ResolvedEngine, ranks: RankGroup, case: Case, requests: Seq
 def replica(config: EngineConfig, *, handoff: bool = False) -> Iterator[tuple[ResolvedEngine, RankGroup]]:
     """Loaded ranks of one layout."""
     engine = resolve_engine(config)
-    with LocalReplica(engine, handoff=handoff) as opened:
+    with LocalReplica(engine, handoff=handoff, context=fork_server()) as opened:
         yield engine, opened.ranks
 
 

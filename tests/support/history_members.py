@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,7 @@ from shards.batch import LaneOutput, StepBatch
 from shards.collectives import make_comms
 from shards.mesh import Layout, Place
 from shards.rank import Rank
+from tests.support.fork_server import fork_server
 from tests.support.history_ranks import MOST_BLOCKS, MOST_DRAFTS, fill, open_rank, read_room, write_room
 
 _END_S = 20.0
@@ -151,7 +151,7 @@ def open_members(model: Path, layout: Layout) -> Iterator[tuple[MemberRanks, Mem
 
 @contextmanager
 def _rank_process(model: Path, layout: Layout, rank: int, folder: str) -> Iterator["Connection[_Order | None, object]"]:
-    context = get_context("spawn")
+    context = fork_server()
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(model, layout, rank, folder, theirs), daemon=True)
     process.start()

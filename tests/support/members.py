@@ -22,6 +22,7 @@ from router.request import MemberId, Role
 from router.router import Router
 from shards.mesh import Layout
 from tests.support.fleet import TOKEN, until
+from tests.support.fork_server import fork_server
 
 
 class EngineMember:
@@ -63,7 +64,7 @@ class EngineMember:
         self._address = ""
         resolved = resolve_engine(config)
         layout = resolved.kv_layout()
-        self._replica = LocalReplica(resolved, handoff=True, token=TOKEN)
+        self._replica = LocalReplica(resolved, handoff=True, token=TOKEN, context=fork_server())
         hello = MemberHello(member_id=self.member_id, role=role, generation=0, layout=layout)
         self.service = MemberService(hello, TOKEN)
         make_ticket = ticket_maker(self.member_id, layout, self._replica.ranks.sources)

@@ -10,13 +10,16 @@ from torch.distributed import FileStore
 from shards.batch import LaneOutput, StepBatch
 from shards.collectives import make_comms
 from shards.mesh import Layout, Place
+from tests.support.fork_server import fork_server
 from tests.support.stepping import Work, lane_batches, make_rank
 
 
 def run_in_processes(model: Path, work: Work, layout: Layout, *, one_host: bool) -> list[list[LaneOutput]]:
     """Carry out `work` with a process for each rank -> for each lane, its first rank's answers, step by step."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank_main, (model, work, layout, one_host, Path(folder)), nprocs=layout.world)
+        arguments = (model, work, layout, one_host, Path(folder))
+        fork_server()
+        mp.start_processes(_rank_main, arguments, nprocs=layout.world, start_method="forkserver")
         return [torch.load(Path(folder) / f"lane{lane}", weights_only=False) for lane in range(layout.dp)]
 
 
