@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 DEMO ?=
 # What `make test` runs.
 TESTS ?= tests
-# Processes that run fast tests; slow ones start processes of their own and run one by one.
+# Processes that run fast tests, and slow ones of one process. Others start processes of their own and run one by one.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -34,7 +34,8 @@ test-fast: install-dev
 
 # 5 is pytest's "nothing collected": a TESTS of our own choice may hold no slow test.
 test-slow: install-dev
-	$(PYTEST) -m slow $(TESTS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and side_by_side" -n $(JOBS) --dist loadfile $(TESTS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not side_by_side" $(TESTS) || [ $$? -eq 5 ]
 
 lint: install-dev
 	$(BIN)/ruff check --no-cache
@@ -44,8 +45,7 @@ lint: install-dev
 
 # Every branch of router/ and of the pure half of cluster/, by the tests of those modules alone.
 coverage: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -m "not slow" $$($(BIN)/python -m tests.support.pure_tests)
-	$(BIN)/coverage report
+	$(PYTEST) --cov -m "not slow" -n $(JOBS) --dist loadfile $$($(BIN)/python -m tests.support.pure_tests)
 
 native: install
 	$(BIN)/python hatch_build.py

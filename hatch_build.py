@@ -36,7 +36,7 @@ def find_compiler() -> list[str] | None:
 
 
 def build(library: Path = LIBRARY) -> str | None:
-    """Compile shards/kernels/native into the library, unless it is of them already -> None, or why there is none now."""
+    """Compile shards/kernels/native into the library, unless it is of them; returns why it cannot be, or None."""
     compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler found (looked for $CXX, g++, clang++)"

@@ -73,6 +73,7 @@ def _distribution_name(requirement: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.side_by_side
 def test_wheel_ships_all_code_and_data_and_no_tests(wheel_files: frozenset[str]) -> None:
     data = {".py", ".pyi", ".proto", ".jinja", ".yaml", ".cpp", ".h", ".typed", ".json", ".safetensors"}
     in_tree = {
@@ -87,6 +88,7 @@ def test_wheel_ships_all_code_and_data_and_no_tests(wheel_files: frozenset[str])
 
 
 @pytest.mark.slow
+@pytest.mark.side_by_side
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_wheel_ships_the_compiled_kernels(wheel_files: frozenset[str]) -> None:
     assert "shards/kernels/_native.so" in wheel_files

@@ -77,6 +77,7 @@ def generate(model: Path, context: int, step_tokens: int) -> tuple[list[int], fl
 
 
 @pytest.mark.slow
+@pytest.mark.side_by_side
 def test_prompt_of_32k_tokens_gives_the_same_tokens_in_any_chunks_in_the_memory_that_was_planned(
     tmp_path: Path,
 ) -> None:
@@ -100,6 +101,7 @@ def test_prompt_of_32k_tokens_gives_the_same_tokens_in_any_chunks_in_the_memory_
 
 
 @pytest.mark.slow
+@pytest.mark.side_by_side
 def test_prompt_of_128k_tokens_is_served_in_the_memory_that_was_planned(tmp_path: Path) -> None:
     context = 131_072
     make_reference(tmp_path, "qwen3_next", SMALL)

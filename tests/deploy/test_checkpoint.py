@@ -128,6 +128,7 @@ def test_overrides_shape_the_checkpoint(make_checkpoint: Callable[..., Path]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.side_by_side
 def test_small_size_is_about_a_tenth_of_a_billion_parameters(tmp_path: Path) -> None:
     write_random_checkpoint("qwen3_next", "small", 0, tmp_path)
     assert 0.08e9 < sum(tensor.numel() for tensor in tensors_of(tmp_path).values()) < 0.13e9

@@ -32,6 +32,7 @@ def test_whatever_happens_each_request_gets_the_tokens_it_gets_alone(tmp_path: P
 
 @needs_native
 @pytest.mark.slow
+@pytest.mark.side_by_side
 def test_many_histories_with_all_that_can_happen(tmp_path: Path) -> None:
     counts = run(tmp_path, SLOW)
 
