@@ -207,7 +207,7 @@ class _Session:
     def _open(self) -> None:
         try:
             self._tell(OK, self._open_nixl().description)
-        except ValueError as error:
+        except (HandoffError, ValueError) as error:
             self._tell(REFUSED, str(error))
 
     def _tell(self, status: int, message: str | bytes) -> None:

@@ -5,7 +5,8 @@ The source's end does nothing for a read. Readers find each other's memory by wh
 
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,10 +50,22 @@ def check_nixl() -> None:
 
 
 def _make_agent() -> _Agent:
-    # Not at the top: it is optional, and loads UCX.
-    api = import_module("nixl._api")
-    agent: _Agent = api.nixl_agent(uuid4().hex, api.nixl_agent_config(backends=["UCX"]))
+    with _told("cannot be set up; use kv_transport=tcp on both pools, or"):
+        # Not at the top: it is optional, and loads UCX.
+        api = import_module("nixl._api")
+        agent: _Agent = api.nixl_agent(uuid4().hex, api.nixl_agent_config(backends=["UCX"]))
     return agent
+
+
+@contextmanager
+def _told(problem: str) -> Iterator[None]:
+    """The library's errors, which have no class in common, as HandoffError."""
+    bindings = import_module("nixl._bindings")
+    errors = tuple(getattr(bindings, name) for name in dir(bindings) if name.endswith("Error"))
+    try:
+        yield
+    except errors as error:
+        raise HandoffError(f"hand-off: NIXL {problem} see what it logs ({type(error).__name__}: {error})") from error
 
 
 def _place(memory: Tensor) -> tuple[str, int]:
@@ -65,13 +78,15 @@ class NixlSource:
 
     Raises:
         ValueError: as `check_nixl`.
+        HandoffError: the library does not start, or cannot use this memory.
     """
 
     def __init__(self, buffer: Tensor) -> None:
         check_nixl()
         self._agent = _make_agent()
         kind, device = _place(buffer)
-        self._agent.register_memory([(buffer.data_ptr(), buffer.numel(), device, "")], kind)
+        with _told("cannot open the cache to readers;"):
+            self._agent.register_memory([(buffer.data_ptr(), buffer.numel(), device, "")], kind)
         self.description = _ADDRESS.pack(buffer.data_ptr()) + self._agent.get_agent_metadata()
         """What a reader needs to know."""
 
@@ -92,6 +107,7 @@ class NixlLink:
 
     Raises:
         ValueError: as `check_nixl`.
+        HandoffError: the library does not start, or cannot use the description.
     """
 
     def __init__(self, description: bytes) -> None:
@@ -100,27 +116,34 @@ class NixlLink:
         self._rooms: list[Tensor] = []
         self._closed = False
         (self._address,) = _ADDRESS.unpack_from(description)
-        self._source = self._agent.add_remote_agent(description[_ADDRESS.size :])
+        with _told("does not understand the source;"):
+            self._source = self._agent.add_remote_agent(description[_ADDRESS.size :])
 
     def register(self, room: Tensor) -> None:
         """Let reads write a tensor; it is kept as long as the agent, which may write late."""
         kind, device = _place(room)
-        self._agent.register_memory([(room.data_ptr(), room.numel(), device, "")], kind)
+        with _told("cannot use memory of this rank;"):
+            self._agent.register_memory([(room.data_ptr(), room.numel(), device, "")], kind)
         self._rooms.append(room)
 
     def start_read(self, room: Tensor, parts: Sequence[Rows]) -> NixlRead:
-        """Begin to fill a registered room with rows of the source, one after the other."""
+        """Begin to fill a registered room with rows of the source, one after the other.
+
+        Raises:
+            HandoffError: the source is gone, or has no such rows.
+        """
         kind, device = _place(room)
         offsets = np.concatenate([part.offsets for part in parts])
         sizes = np.concatenate([np.full(len(part.offsets), part.num_bytes, np.int64) for part in parts])
         packed = np.cumsum(sizes) - sizes
         devices = np.full(len(sizes), device, np.int64)
-        local, remote = (
-            self._agent.get_xfer_descs(np.stack([base + at, sizes, devices], axis=1).astype(np.uint64), kind)
-            for base, at in ((room.data_ptr(), packed), (self._address, offsets))
-        )
-        handle = self._agent.initialize_xfer("READ", local, remote, self._source)
-        self._agent.transfer(handle)
+        with _told("cannot read from the source;"):
+            local, remote = (
+                self._agent.get_xfer_descs(np.stack([base + at, sizes, devices], axis=1).astype(np.uint64), kind)
+                for base, at in ((room.data_ptr(), packed), (self._address, offsets))
+            )
+            handle = self._agent.initialize_xfer("READ", local, remote, self._source)
+            self._agent.transfer(handle)
         return NixlRead(payload=room[: int(sizes.sum())], handle=handle)
 
     def finish(self, read: NixlRead, *, timeout_s: float) -> None:
@@ -130,7 +153,7 @@ class NixlLink:
             HandoffError: the source is gone or too slow.
         """
         began = time.monotonic()
-        while (state := self._agent.check_xfer_state(read.handle)) not in ("DONE", "ERR"):
+        while (state := self._state(read)) not in ("DONE", "ERR"):
             waited_s = time.monotonic() - began
             if self._closed or waited_s > timeout_s:
                 raise HandoffError(f"hand-off: a NIXL read has not ended within {waited_s:.3g} s")
@@ -142,6 +165,10 @@ class NixlLink:
         if read.payload.device.type == "cuda":
             # Not for the whole device, which would spoil a graph that another thread captures.
             torch.cuda.current_stream(read.payload.device).synchronize()
+
+    def _state(self, read: NixlRead) -> str:
+        with _told("lost the source;"):
+            return self._agent.check_xfer_state(read.handle)
 
     def close(self) -> None:
         """Have a thread inside of `finish` give up."""
