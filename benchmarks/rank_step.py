@@ -1,7 +1,7 @@
 """A decode step of one rank, without an engine: `python -m benchmarks.rank_step --model DIR [--rows 1 8 32]`.
 
 What a step takes beside its kernels shows on a model of a few million parameters, whose kernels take next to nothing.
-Prints a JSON line for each number of rows: median and quickest step in microseconds.
+Prints a JSON line for each number of rows: median, quickest, mean and 99th percentile of steps in microseconds.
 """
 
 import argparse
@@ -78,10 +78,15 @@ def main() -> None:
     options = parser.parse_args()
     for rows in options.rows:
         rank = loaded_rank(options.model, DTYPES[options.dtype], rows, options.steps, options.threads)
-        micros = [1e6 * seconds for seconds in step_times(rank, rows, options.steps)]
+        micros = sorted(1e6 * seconds for seconds in step_times(rank, rows, options.steps))
         rank.close()
-        found = {"rows": rows, "median_us": round(statistics.median(micros), 1), "least_us": round(min(micros), 1)}
-        print(json.dumps(found))
+        found = {
+            "median_us": statistics.median(micros),
+            "least_us": micros[0],
+            "mean_us": statistics.fmean(micros),
+            "p99_us": micros[-1 - len(micros) // 100],
+        }
+        print(json.dumps({"rows": rows} | {name: round(value, 1) for name, value in found.items()}))
 
 
 if __name__ == "__main__":
