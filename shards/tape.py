@@ -73,7 +73,7 @@ class Workspace:
             begin = -room.ctypes.data % _ALIGNED
             piece = room[begin : begin + size]
             self._pieces.append(piece)
-        return torch.from_numpy(piece)[:num_bytes].view(dtype).view(*shape)
+        return torch.from_numpy(piece)[:num_bytes].view(dtype).view(tuple(shape))
 
     @staticmethod
     def borrowed(x: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ def test_a_tape_makes_the_same_calls_again_on_what_its_inputs_hold_by_then() -> 
     assert all(tape.ns > 0)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_a_workspace_has_tensors_of_any_shape(shape: tuple[int, ...]) -> None:
+    assert Workspace().empty(shape, torch.bfloat16).shape == shape
+
+
 def test_what_a_chain_computes_on_the_way_shares_memory_but_never_with_a_result() -> None:
     recorder, kernels = make_recorder()
     workspace, weight = Workspace(), torch.randn(48, 32)
