@@ -116,8 +116,9 @@ struct Operands {
     FN int64_t strip_bytes(int64_t K) const { return LANES * K * int64_t(sizeof(typename Kind::stored)); }
 };
 
-// Lines are fetched into the first-level cache this far ahead: as many requests are then under way as memory takes.
-constexpr int64_t LEAD = 2048;
+// Lines are fetched into the first-level cache this far ahead, and into the second-level cache twice as far: fewer
+// requests would be under way than memory takes, and at the end of a tile, where none are made, it would pause.
+constexpr int64_t LEAD = 2048, FAR_LEAD = 2 * LEAD;
 
 // Where the line is, seen from the one at hand, that is fetched with it: farther on in its strip, then in the one that
 // is read next.
@@ -163,6 +164,7 @@ FN void add_group(Operands<Kind>& at, int64_t width, Fetch& fetch, vec (&acc)[R]
 #pragma GCC unroll 2
         for (int s = 0; s < S; s++) {
             __builtin_prefetch((const char*)at.strip[s] + fetch.offset[s], 0, 3);
+            __builtin_prefetch((const char*)at.strip[s] + FAR_LEAD, 0, 2);
             line[s] = WHOLE ? Kind::take(at.strip[s]) : Kind::take(at.strip[s], rows);
             at.strip[s] += Kind::DEPTH * rows;
         }
