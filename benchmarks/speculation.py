@@ -2,8 +2,9 @@
 
 Ranks for each number of drafts, greedy; each batch is served in turns by all of them, from prompts to last tokens, and
 compared round by round: the median ratio, the least and the best; and the quickest rounds, as a busy machine disturbs
-those least. The first round warms up; what is learnt in it is kept, as a member does while it serves. With --anew
-nothing is known at the start of any round: learning is counted.
+those least. The first round warms up; what is learnt in it is kept, as a member does while it serves. With --anew each
+round begins as a member does right after its start, nothing known of drafts: what learning costs is counted in full,
+in generations of --new tokens, where a member pays it once in its life.
 With --unseen the prompts are conversations that the demo's models were not trained on, all with thinking; with
 --prompts FILE its lines, repeated as need be; else they are random, and drafts are right by chance only.
 """

@@ -54,7 +54,7 @@ class Drafting:
     def keeps_mtp(self, lanes: Iterable[LaneDraft]) -> bool:
         """Whether the step just chosen for keeps what later drafts need: not in a nap, nor where that is measured."""
         policy = self._policy
-        return policy.keeps or not (policy.asleep or all(_only_decodes(lane.batch) for lane in lanes))
+        return policy.keeps or (policy.keeps_prompts and not all(_only_decodes(lane.batch) for lane in lanes))
 
     def planned(self, plan: StepPlan, drafts: int, now: float) -> None:
         """A plan with rows is given out; `drafts` were chosen for it."""

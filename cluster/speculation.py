@@ -3,9 +3,10 @@
 A step with d drafts gives 1 + p1 + p1 p2 + ... tokens a row (p_i: how often the draft at depth i is right where those
 before it were) and takes a time that depends on d and on the batch. What is drafted is the d with the most tokens a
 second. To know the times, steps with other d are tried now and then, on a budget: a try costs what a step takes longer
-than its tokens would have taken without drafts, and all tries together may cost `_ALLOWANCE` of the time. Where
-drafting does not pay the policy naps: what only drafts need, the draft layer's KV, is not kept then. What that KV costs
-is booked too, against steps that do without.
+than its tokens would have taken without drafts, and all tries together may cost `_ALLOWANCE` of the time so far, from
+the first step on. So a policy that knows nothing saves up first: it measures some steps without drafts and naps until a
+try is paid for. Where drafting does not pay it naps too. In a nap nothing is measured, and what only drafts need, the
+draft layer's KV, is not kept. What that KV costs is booked as well, against steps that do without.
 """
 
 import math
@@ -13,10 +14,10 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-_ALLOWANCE = 0.01
+_ALLOWANCE = 0.015
 """Part of the time that tries may cost."""
-_START_STEPS = 5
-"""Steps without drafts whose time tries may cost at once, before any has been saved up."""
+_OVERDRAFT_STEPS = 2
+"""A try that costs this many steps without drafts more than was saved up for it ends at once."""
 _MOST_CREDIT_STEPS = 64
 """What is saved up or gained counts up to this many steps without drafts: what pays may stop paying."""
 _SAMPLES = 4
@@ -34,11 +35,18 @@ _HOPELESS = 0.1
 _IDLE_STEPS = 64
 """It also naps when drafting has not paid for this many steps, at none of the batch sizes there were, or is in debt."""
 _SHORTEST_NAP, _LONGEST_NAP = 512, 32768
-"""Steps of a nap: the first one's, doubled each time that nothing has changed, and the most."""
+"""Steps of a nap where drafting does not pay: the first one's, doubled each time that nothing has changed, and the
+most."""
+_SHORTEST_SAVING = 64
+"""Steps of a nap that saves up for a first try, at least."""
 _WARM_UP_STEPS = 32
 """Steps after a nap in which only the layer's KV is kept, at the nap's expense: drafts behind them can be right."""
+_UPKEEP = 0.05
+"""Part of a step that keeping the layer's KV is taken to cost, until it was measured."""
 _HELD_UP = 1.5
-"""A step's time is booked up to this many times the usual one."""
+"""A step's time is booked up to this many times the usual one,"""
+_UNKNOWN_STEPS = 8
+"""and up to this many steps without drafts where the usual one is not known."""
 _ACCEPTANCE_WEIGHT = 0.02
 
 
@@ -78,18 +86,36 @@ class _Batch:
 
     def __init__(self, most: int) -> None:
         self.times = [_Time() for _ in range(most + 1)]
-        """Seconds a step, by drafts."""
-        self.is_bare = False
-        """Whether the time without drafts is that without the layer's KV; until one was measured it stands in."""
+        """Seconds a step, by drafts; without drafts of steps that do not keep the layer's KV either."""
+        self.kept = _Time()
+        """Seconds of a step without drafts that keeps the layer's KV."""
         self.steps = 0
         self.trying = 0
         """Drafts of the try going on."""
         self.tries_left = 0
 
+    @property
+    def plain(self) -> _Time:
+        """What drafting is compared with: steps with the layer's KV stand in for those without."""
+        return self.times[0] if self.times[0].is_known else self.kept
+
+    @property
+    def warm_up_s(self) -> float:
+        """Seconds that keeping the KV before a try costs."""
+        plain_s = self.plain.value
+        upkeep_s = max(self.kept.value - plain_s, 0.0) if self.kept.is_known else _UPKEEP * plain_s
+        return _WARM_UP_STEPS * upkeep_s
+
+    def try_s(self, drafts: int) -> float:
+        """Seconds that a try may lose: untried, a draft costs at worst a step each; tried, what was measured."""
+        plain_s, known = self.plain.value, self.times[drafts]
+        longest_s = known.value if known.is_known else plain_s * (1 + drafts)
+        return (_SAMPLES + 1) * max(longest_s - plain_s, 0.0)
+
     def stale(self, drafts: int, steps: int = _STALE_STEPS) -> bool:
         """Whether this time should be measured (again)."""
         time = self.times[drafts]
-        return not time.is_known or (not drafts and not self.is_bare) or self.steps - time.seen_at > steps
+        return not time.is_known or self.steps - time.seen_at > steps
 
     def begin_try(self, drafts: int) -> int:
         """Measure steps with this many drafts from now on -> `drafts`. What was measured long ago is forgotten."""
@@ -117,7 +143,8 @@ class DraftPolicy:
         self._batches: dict[int, _Batch] = {}
         self._credit_s = 0.0
         """What tries may still cost; below 0 nothing is drafted."""
-        self._has_credit = False
+        self._is_new = True
+        """No try was saved up for yet."""
         self._idle = 0
         """Steps since drafts were chosen because they pay."""
         self._nap = _SHORTEST_NAP
@@ -128,8 +155,13 @@ class DraftPolicy:
 
     @property
     def asleep(self) -> bool:
-        """Whether nothing that only drafts need has to be kept for now."""
+        """Whether nothing is measured, nor anything kept of decoded tokens that only drafts need."""
         return self._nap_left > 0
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether what only drafts need is kept of prompts: also where the first try is still being saved up for."""
+        return self._is_new or not self.asleep
 
     def acceptance(self, depth: int) -> float:
         """How often a draft at this depth (0 is the first) is right where those before it are; 1 while unknown."""
@@ -148,12 +180,18 @@ class DraftPolicy:
         """Drafts for the next step, in which this many rows decode (in the fullest lane)."""
         if not self._adaptive or not self.most or not rows:
             return self.most
-        if self._rests():
-            return 0
-        self.keeps = True
+        if self._nap_left:
+            return self._sleep()
         batch = self._batch(rows)
         batch.steps += 1
         self._idle += 1
+        self.keeps = not self._is_new
+        tries = batch.tries_left > 0 or self._warm_up_left > 0
+        if tries and self._credit_s < -_OVERDRAFT_STEPS * batch.plain.value:
+            return self._fall_asleep(batch)
+        if self._warm_up_left:
+            self._warm_up_left -= 1
+            return 0
         if self.acceptance(0) < _HOPELESS:
             return self._fall_asleep(batch)
         if batch.tries_left and not _is_hopeless(batch):
@@ -161,31 +199,31 @@ class DraftPolicy:
             self.keeps = batch.trying > 0
             return batch.trying
         batch.tries_left = 0
-        return self._best(batch) if batch.times[0].is_known else 0
+        return self._best(batch) if batch.plain.is_known else 0
 
-    def _rests(self) -> bool:
-        """Count down a nap and the warm-up behind it."""
-        if self._nap_left:
-            self._nap_left -= 1
-            self.keeps = self._nap_left == 0
-            if self.keeps:
-                self._wake()
-            return True
-        self._warm_up_left = max(0, self._warm_up_left - 1)
-        return self._warm_up_left > 0
-
-    def _wake(self) -> None:
-        self._credit_s += self._nap_gain_s
-        self._warm_up_left = _WARM_UP_STEPS
-        for known in self._acceptance:
-            known.count = min(known.count, _REMEMBERED)
+    def _sleep(self) -> int:
+        """One step of a nap; behind the last the layer's KV is kept for a while."""
+        self._nap_left -= 1
+        self.keeps = False
+        if not self._nap_left:
+            self._is_new = False
+            self._credit_s += self._nap_gain_s
+            self._warm_up_left = _WARM_UP_STEPS
+            for known in self._acceptance:
+                known.count = min(known.count, _REMEMBERED)
+        return 0
 
     def _fall_asleep(self, batch: _Batch) -> int:
-        """Begin a nap with the next step -> no drafts. Its steps are not measured, so that they cost nothing."""
+        """Begin a nap with the next step, long enough for the next try to be paid -> no drafts."""
         self.keeps = False
-        self._idle = 0
-        self._nap_gain_s = _ALLOWANCE * self._nap * batch.times[0].value
-        self._nap_left, self._nap = self._nap, min(2 * self._nap, _LONGEST_NAP)
+        self._idle = self._warm_up_left = 0
+        step_gain_s = _ALLOWANCE * batch.plain.value
+        lacking_s = batch.warm_up_s + batch.try_s(1) - self._credit_s
+        saving = min(max(math.ceil(lacking_s / step_gain_s), _SHORTEST_SAVING), _LONGEST_NAP) if step_gain_s else 0
+        self._nap_left = saving if self._is_new else max(saving, self._nap)
+        if not self._is_new:
+            self._nap = min(2 * self._nap, _LONGEST_NAP)
+        self._nap_gain_s = self._nap_left * step_gain_s
         for batch in self._batches.values():
             batch.tries_left = 0
         return 0
@@ -204,11 +242,11 @@ class DraftPolicy:
             if self._acceptance[0].count * _ACCEPTANCE_WEIGHT >= 1:
                 self._nap = _SHORTEST_NAP
             return best
-        return self._fall_asleep(batch) if in_debt or self._idle > _IDLE_STEPS else 0
+        return self._fall_asleep(batch) if self._is_new or in_debt or self._idle > _IDLE_STEPS else 0
 
     def _rate(self, batch: _Batch, drafts: int) -> float:
         """Tokens a second and row that are to be expected; 0 where it was not tried yet."""
-        time = batch.times[drafts]
+        time = batch.times[drafts] if drafts else batch.plain
         return self.expected_tokens(drafts) / (time.value * (_MARGIN if drafts else 1.0)) if time.is_known else 0.0
 
     def _to_try(self, batch: _Batch, best: int, plain_stale: int) -> int | None:
@@ -217,15 +255,9 @@ class DraftPolicy:
         A sequence lacks the layer's KV where it was done without: its drafts are worse then.
         """
         for drafts in range(1, self.most + 1):
-            if drafts != best and batch.stale(drafts) and self._try_cost(batch, drafts) <= self._credit_s:
+            if drafts != best and batch.stale(drafts) and batch.try_s(drafts) <= self._credit_s:
                 return drafts
         return 0 if batch.stale(0, plain_stale) else None
-
-    def _try_cost(self, batch: _Batch, drafts: int) -> float:
-        """Seconds that a try may lose: untried, a draft costs at worst a step each; tried, what was measured."""
-        plain_s, known = batch.times[0].value, batch.times[drafts]
-        longest_s = known.value if known.is_known else plain_s * (1 + drafts)
-        return (_SAMPLES + 1) * max(longest_s - plain_s, 0.0)
 
     def verified(self, drafts: int, accepted: int) -> None:
         """A row verified this many drafts and accepted the first `accepted` of them."""
@@ -244,28 +276,22 @@ class DraftPolicy:
         if not self._adaptive or not self.most or self.asleep or seconds <= 0:
             return
         batch = self._batch(rows)
-        plain = batch.times[0]
-        if drafts == 0 and not kept and not batch.is_bare:
-            batch.is_bare = True
-            plain.samples.clear()
-        if drafts is not None and (drafts or kept != batch.is_bare):
-            batch.times[drafts].add(seconds)
-            batch.times[drafts].seen_at = batch.steps
-        if plain.is_known and not self._warm_up_left:
-            if drafts == 0 and not kept:
-                seconds = plain.value
-            self._book(batch, self.most if drafts is None else drafts, seconds, tokens_a_row)
+        if batch.plain.is_known:
+            self._book(batch, drafts, kept=kept, seconds=seconds, tokens_a_row=tokens_a_row)
+        if drafts is not None:
+            time = batch.kept if kept and not drafts else batch.times[drafts]
+            time.add(seconds)
+            time.seen_at = batch.steps
 
-    def _book(self, batch: _Batch, drafts: int, seconds: float, tokens_a_row: float) -> None:
+    def _book(self, batch: _Batch, drafts: int | None, *, kept: bool, seconds: float, tokens_a_row: float) -> None:
         """Win or lose what a step took less or more than its tokens without drafts, and gain the allowance.
 
         What is far beyond the usual is not the drafts' doing: something else held the step up.
         """
-        plain_s, known = batch.times[0].value, batch.times[drafts]
-        usual_s = known.value if known.is_known else plain_s * (1 + drafts)
-        seconds = min(seconds, _HELD_UP * usual_s)
-        if not self._has_credit:
-            self._has_credit, self._credit_s = True, _START_STEPS * plain_s
+        plain_s = batch.plain.value
+        usual = batch.kept if drafts == 0 else batch.times[self.most if drafts is None else drafts]
+        most_s = _HELD_UP * usual.value if usual.is_known else _UNKNOWN_STEPS * plain_s
+        seconds = min(seconds, most_s) if kept or drafts != 0 else plain_s
         credit_s = self._credit_s + plain_s * tokens_a_row - (1 - _ALLOWANCE) * seconds
         self._credit_s = min(credit_s, _MOST_CREDIT_STEPS * plain_s)
 
@@ -281,7 +307,7 @@ class DraftPolicy:
 def _is_hopeless(batch: _Batch) -> bool:
     """Whether a try that goes on could not pay if every draft were right: then that is known already."""
     tried = batch.times[batch.trying]
-    if not batch.trying or not tried.samples or tried.value < batch.times[0].value * (1 + batch.trying):
+    if not batch.trying or not tried.samples or tried.value < batch.plain.value * (1 + batch.trying):
         return False
     tried.add(*[tried.value] * _SAMPLES)
     return True
