@@ -1,40 +1,60 @@
-"""Decode steps on a CPU from tapes: a step of one token a row is one call of the compiled library, instead of hundreds.
+"""Decode steps on a CPU from tapes: a step of one token a row, its drafts verified and new ones made, is one call of
+the compiled library instead of hundreds.
 
-What a step computes depends on the rows and positions that a tape reads, and its calls on the number of rows alone: for
-each number that comes, a tape is recorded while its first step runs. A model that computes with torch's own operators
-somewhere gets no tapes and runs as it is, as do steps with longer rows, drafts, or several lanes.
+What a step computes depends on the rows, positions and counts that a tape reads, and its calls on the numbers of rows
+and tokens, and on what is done behind the draws: for each kind that comes, a tape is recorded while its first step
+runs. Where tokens are not simply the best ones, the host draws them between two tapes. A model that computes with
+torch's own operators somewhere gets no tapes and runs as it is, as do steps with prompts, or several lanes.
 
-S rows of the step, L positions a row can hold, B blocks a row can hold, V vocabulary held here.
+S rows and T tokens of the step, C hidden size, V vocabulary held here.
 """
 
 import ctypes
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from shards.batch import StepBatch
 from shards.cache import KvCache
+from shards.decode_inputs import DecodeInputs, Rotary
 from shards.kernels.native import NativeKernels
 from shards.linear import Runtime
 from shards.model import Model
+from shards.mtp import Mtp
 from shards.rows import Rows, StepTensors
 from shards.shm import ShmComm
-from shards.tape import Numbers, Recorder, Tape, Workspace
+from shards.tape import Recorder, Tape, Workspace
 
 logger = logging.getLogger(__name__)
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines float32 [L, R]."""
+
+_MOST_TAPES: Final = 256
+"""A call of a tape takes 256 bytes, a step some 60 to 800 calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What makes steps differ in their calls."""
+
+    rows: int
+    tokens: int
+    """More than rows: some verify drafts."""
+    plain: bool
+    keeps: bool
+    """The draft layer's KV."""
+    drafts: int
+    """The most of any row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recorded:
-    tape: Tape
+    """Two tapes, where tokens are chosen by the host between them, or one."""
+
+    tapes: list[Tape]
     result: Tensor
 
 
@@ -43,9 +63,12 @@ class DecodeTapes:
 
     Args:
         runtime: of native kernels, and groups that are local or in shared memory.
+        draft_tokens: the most that a row drafts.
     """
 
-    def __init__(self, model: Model, runtime: Runtime, cache: KvCache, rows: Rows, rotary: Rotary) -> None:
+    def __init__(
+        self, model: Model, runtime: Runtime, cache: KvCache, rows: Rows, rotary: Rotary, draft_tokens: int
+    ) -> None:
         profile = runtime.profile
         kernels, comm = runtime.kernels, runtime.comms.tp
         assert isinstance(kernels, NativeKernels)
@@ -58,51 +81,117 @@ class DecodeTapes:
         self._comm = comm if isinstance(comm, ShmComm) else None
         if self._comm is not None:
             self._comm.go_through(self._recorder)
-        self._model, self._cache, self._rows = model, cache, rows
-        self._rotary = rotary
+        self._model, self._cache = model, cache
         self._workspace = Workspace()
-        self._inputs = _Inputs(rows, rotary)
-        self._recorded: dict[tuple[int, bool], _Recorded] = {}
+        self._inputs = DecodeInputs(self._recorder, rows, rotary, draft_tokens)
+        self._recorded: dict[_Kind, _Recorded] = {}
+        self._kind = _Kind(0, 0, False, False, 0)
+        """Of the step that `run` began."""
+        self._begun: tuple[StepTensors, Tensor] | None = None
+        """What is to be recorded of it still: its tensors and hidden states [T, C]."""
         self._refused = ""
         """Why this model has no tapes."""
 
     def takes(self, batch: StepBatch) -> bool:
-        """Whether `run` can carry out the batch: every row computes and samples one token, and drafts none."""
+        """Whether `run` can carry out the batch: every row draws a token behind each of its positions."""
         rows = len(batch.rows_S)
-        simple = sum(batch.counts_S) == rows == sum(batch.samples_S)
-        return simple and rows > 0 and not self._refused and not any(batch.drafts_S) and not any(batch.verifies_S)
+        draws = rows + sum(batch.verifies_S)
+        return 0 < rows == sum(batch.samples_S) and sum(batch.counts_S) == draws and not self._refused
 
     def run(self, batch: StepBatch, *, plain: bool) -> Tensor:
-        """Compute a step -> with `plain` the rows' best tokens int64 [S], written behind them, or logits [S, V].
+        """Compute a step's tokens -> with `plain` the best behind each, int64 [T], or logits [T, V].
 
-        The result is valid until the next call.
+        `follow` has to be called behind it. The result is valid until the next call.
         """
         self._inputs.take(batch)
-        key = (len(batch.rows_S), plain)
-        found = self._recorded.get(key)
+        rows, tokens = len(batch.rows_S), sum(batch.counts_S)
+        keeps, drafts = self._model.mtp is not None and batch.keeps_mtp, max(batch.drafts_S, default=0)
+        self._kind = kind = _Kind(rows, tokens, plain, keeps, drafts)
+        self._begun = None
+        found = self._recorded.get(kind)
         if found is not None:
-            self._play(found.tape)
+            self._play(found.tapes[0])
             return found.result
-        result, tape, problem = self._recorder.record(lambda: self._compute(*key), self._workspace)
+        begun: list[tuple[StepTensors, Tensor]] = []
+
+        def compute() -> Tensor:
+            step, hidden_TC, result = self._compute(kind)
+            begun.append((step, hidden_TC))
+            if kind.plain:
+                self._follow(kind, step, hidden_TC, result)
+            return result
+
+        result, tape = self._record(compute)
+        if not plain:
+            self._begun = begun[0]
         if tape is not None:
             # Valid until the next call, so that all tapes can share the memory of their results.
-            self._recorded[key] = _Recorded(tape=tape, result=Workspace.borrowed(result))
-        else:
-            logger.info("decode steps are not recorded: %s", problem)
-            self._refused = problem
+            if len(self._recorded) >= _MOST_TAPES:
+                del self._recorded[next(iter(self._recorded))]
+            self._recorded[kind] = _Recorded(tapes=[tape], result=Workspace.borrowed(result))
         return result
 
-    def _compute(self, rows: int, plain: bool) -> Tensor:
-        inputs, library = self._inputs, self._recorder
+    def follow(self, tokens_T: Tensor) -> list[int]:
+        """Store the tokens drawn, keep and draft what the batch asks for -> how many draws of each row stay.
+
+        Args:
+            tokens_T: what is drawn behind each position, of a step that is not plain; else what `run` gave.
+        """
+        kind, inputs = self._kind, self._inputs
+        if not kind.plain:
+            drawn_T = inputs.drawn_T[: kind.tokens]
+            drawn_T.copy_(tokens_T)
+            if self._begun is None:
+                self._play(self._recorded[kind].tapes[1])
+            else:
+                step, hidden_TC = self._begun
+                self._begun = None
+                _, tape = self._record(lambda: self._follow(kind, step, hidden_TC, drawn_T))
+                found = self._recorded.pop(kind, None)
+                if tape is not None and found is not None:
+                    self._recorded[kind] = dataclasses.replace(found, tapes=[*found.tapes, tape])
+        return inputs.kept(kind.rows) if kind.tokens > kind.rows else [1] * kind.rows
+
+    def _record(self, compute: Callable[[], Tensor]) -> tuple[Tensor, Tape | None]:
+        result, tape, problem = self._recorder.record(compute, self._workspace)
+        if tape is None:
+            logger.info("decode steps are not recorded: %s", problem)
+            self._refused = problem
+        return result, tape
+
+    def _compute(self, kind: _Kind) -> tuple[StepTensors, Tensor, Tensor]:
+        """The step's tensors, hidden states and tokens, or logits."""
         with self._runtime.part("inputs"):
-            step = inputs.fill(library, rows, self._rows, self._rotary)
-        hidden_SC = self._model.forward(self._runtime, step, self._cache)
-        if not plain:
-            return self._model.lm_head.part(self._runtime, hidden_SC)
-        tokens_S = self._model.lm_head.best(self._runtime, hidden_SC)
-        with self._runtime.part("sampling"):
-            inputs.store(library, rows, self._rows, tokens_S)
-        return tokens_S
+            step = self._inputs.fill(kind.rows, kind.tokens)
+        hidden_TC = self._model.forward(self._runtime, step, self._cache)
+        head = self._model.lm_head
+        return step, hidden_TC, (head.best if kind.plain else head.part)(self._runtime, hidden_TC)
+
+    def _follow(self, kind: _Kind, step: StepTensors, hidden_TC: Tensor, drawn_T: Tensor) -> Tensor:
+        """What comes behind the draws, as Rank and Drafter do it -> the token behind each position, int64 [T]."""
+        inputs, runtime = self._inputs, self._runtime
+        with runtime.part("sampling"):
+            next_T = inputs.accept(kind.rows, drawn_T)
+        if step.delta_inputs:
+            self._model.replay(runtime, step, inputs.replay(step), self._cache)
+        if self._model.mtp is not None and (kind.keeps or kind.drafts):
+            with runtime.part("drafts"):
+                self._draft(self._model.mtp, kind, step, hidden_TC, next_T)
+        return next_T
+
+    def _draft(self, mtp: Mtp, kind: _Kind, step: StepTensors, hidden_TC: Tensor, next_T: Tensor) -> None:
+        inputs, runtime, model = self._inputs, self._runtime, self._model
+        pools = self._cache.k_pools[-1], self._cache.v_pools[-1]
+        if kind.keeps:
+            mtp.store_kv(runtime, model.embed_tokens.embed(runtime, next_T), hidden_TC, step, *pools)
+        if not kind.drafts:
+            return
+        hidden_SC = runtime.kernels.embed(hidden_TC, inputs.last_S[: kind.rows])
+        for depth in range(kind.drafts):
+            draft = inputs.draft(kind.rows, depth)
+            embedded_SC = model.embed_tokens.embed(runtime, draft.next_S)
+            hidden_SC = mtp.forward(runtime, embedded_SC, hidden_SC, draft.step, *pools)
+            inputs.store_drafts(kind.rows, depth, model.lm_head.best(runtime, hidden_SC))
 
     def _play(self, tape: Tape) -> None:
         profile = self._runtime.profile
@@ -113,58 +202,3 @@ class DecodeTapes:
             assert failed is None, failed
         if profile is not None:
             profile.add_calls(tape.labels, tape.ns)
-
-
-class _Inputs:
-    """What tapes read of a step: which rows, and from which position on; and the tensors that they make of it."""
-
-    def __init__(self, rows: Rows, rotary: Rotary) -> None:
-        most, blocks = rows.tables_RB.shape
-        self._rows_S: Numbers = np.zeros(most, dtype=np.int64)
-        self._first_S: Numbers = np.zeros(most, dtype=np.int64)
-        places = torch.zeros(6, most, dtype=torch.int64)
-        self._rows_T, self._first_T = torch.from_numpy(self._rows_S), torch.from_numpy(self._first_S)
-        self._tokens_T, self._slots_T, self._contexts_S, self._state_slots_S = places[:4].unbind(0)
-        self._cos_TR, self._sin_TR = torch.zeros(2, most, rotary[0].shape[1]).unbind(0)
-        self._tables_SB = torch.zeros(most, blocks, dtype=torch.int32)
-        self._query_start_S1 = torch.arange(most + 1)
-        self._fresh_S = torch.zeros(most, dtype=torch.bool)
-
-    def take(self, batch: StepBatch) -> None:
-        """The rows and positions of the next step."""
-        count = len(batch.rows_S)
-        self._rows_S[:count] = batch.rows_S
-        self._first_S[:count] = batch.first_S
-
-    def fill(self, library: Recorder, count: int, rows: Rows, rotary: Rotary) -> StepTensors:
-        """The step's tensors, which later calls of the library fill anew."""
-        cos_LR, sin_LR = rotary
-        library.kernels_decode_inputs(
-            self._rows_S.ctypes.data, self._first_S.ctypes.data, rows.tokens_RL.data_ptr(), rows.tables_RB.ctypes.data,
-            rows.num_stored_R.ctypes.data, rows.state_slots_R.ctypes.data, cos_LR.data_ptr(), sin_LR.data_ptr(),
-            self._tokens_T.data_ptr(), self._cos_TR.data_ptr(), self._sin_TR.data_ptr(), self._slots_T.data_ptr(),
-            self._tables_SB.data_ptr(), self._contexts_S.data_ptr(), self._state_slots_S.data_ptr(),
-            self._fresh_S.data_ptr(), count, rows.tokens_RL.shape[1], rows.tables_RB.shape[1], cos_LR.shape[1],
-            rows.block_size,
-        )  # fmt: skip
-        return StepTensors(
-            tokens_T=self._tokens_T[:count],
-            rows_T=self._rows_T[:count],
-            positions_T=self._first_T[:count],
-            cos_TR=self._cos_TR[:count],
-            sin_TR=self._sin_TR[:count],
-            slots_T=self._slots_T[:count],
-            tables_SB=self._tables_SB[:count],
-            query_start_S1=self._query_start_S1[: count + 1],
-            context_lens_S=self._contexts_S[:count],
-            state_slots_S=self._state_slots_S[:count],
-            fresh_S=self._fresh_S[:count],
-            lane_tokens=(count,),
-        )
-
-    def store(self, library: Recorder, count: int, rows: Rows, tokens_S: Tensor) -> None:
-        """As `Rows.store`, behind the rows' positions."""
-        library.kernels_store_tokens(
-            self._rows_S.ctypes.data, self._first_S.ctypes.data, tokens_S.data_ptr(), rows.tokens_RL.data_ptr(), count,
-            rows.tokens_RL.shape[1],
-        )  # fmt: skip

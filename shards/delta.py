@@ -77,9 +77,8 @@ class Delta:
 
     def replay(self, runtime: Runtime, projected_UN: Tensor, replay: Replay, states: LayerStates) -> None:
         """Advance the states of rows that verified drafts over their accepted tokens: `forward`'s bits."""
-        fresh = torch.zeros_like(replay.state_slots_S, dtype=torch.bool)
-        where = (replay.state_slots_S, replay.query_start_S1, fresh)
-        kept_KN = projected_UN[replay.kept_K]
+        where = (replay.state_slots_S, replay.query_start_S1, replay.fresh_S)
+        kept_KN = replay.take(projected_UN)
         runtime.kernels.delta_net(kept_KN, self.weights, states.conv_MQW, states.delta_MVDD, *where)
 
 

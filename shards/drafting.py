@@ -72,8 +72,7 @@ class Drafter:
         pools = self.cache.k_pools[-1], self.cache.v_pools[-1]
         hidden_NC = self.mtp.forward(self.runtime, embedded_NC, hidden_NC, step, *pools)
         if rows:
-            drafts_N = self.model.lm_head.logits(self.runtime, hidden_NC).argmax(dim=-1)
-            drafts_N = self.runtime.comms.tp.broadcast(drafts_N, 0)
+            drafts_N = self.model.lm_head.best(self.runtime, hidden_NC)
             self.rows.store(rows, [position + 2 for position in positions], drafts_N)
         return hidden_NC
 

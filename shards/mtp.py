@@ -8,7 +8,6 @@ T tokens of the step, C hidden size.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from shards.attention import Attention
@@ -102,17 +101,18 @@ class Mtp:
         """
         if not hidden_TC.shape[0]:
             return self.mlp.forward(runtime, hidden_TC, step.lane_tokens)
+        kernels, eps = runtime.kernels, self.eps
         x_TC = self._enter(runtime, embedded_TC, hidden_TC)
         normed_TC = self._norm(runtime, x_TC, self.input_layernorm_C)
-        x_TC = x_TC + self.attention.forward(runtime, normed_TC, step, k_pool_NGPD, v_pool_NGPD)
-        normed_TC = self._norm(runtime, x_TC, self.post_attention_layernorm_C)
-        x_TC = x_TC + self.mlp.forward(runtime, normed_TC, step.lane_tokens)
-        return self._norm(runtime, x_TC, self.norm_C)
+        y_TC = self.attention.forward(runtime, normed_TC, step, k_pool_NGPD, v_pool_NGPD)
+        x_TC, normed_TC = kernels.add_rms_norm(x_TC, y_TC, self.post_attention_layernorm_C, eps, zero_centred=True)
+        y_TC = self.mlp.forward(runtime, normed_TC, step.lane_tokens)
+        return kernels.add_rms_norm(x_TC, y_TC, self.norm_C, eps, zero_centred=True)[1]
 
     def _enter(self, runtime: Runtime, embedded_TC: Tensor, hidden_TC: Tensor) -> Tensor:
         embedded_TC = self._norm(runtime, embedded_TC, self.embedding_norm_C)
         hidden_TC = self._norm(runtime, hidden_TC, self.hidden_norm_C)
-        return runtime.kernels.linear(torch.cat((embedded_TC, hidden_TC), dim=1), self.fc_CF)
+        return runtime.kernels.linear(runtime.kernels.beside(embedded_TC, hidden_TC), self.fc_CF)
 
     def _norm(self, runtime: Runtime, x: Tensor, weight: Tensor) -> Tensor:
         return runtime.kernels.rms_norm(x, weight, self.eps, zero_centred=True)

@@ -35,7 +35,7 @@ from shards.rows import PromptSpan, Rows
 from shards.sampler import Sampler
 from shards.shm import ShmComm
 from shards.step_profile import StepProfile, part
-from shards.verify import Draws, Replay, pick
+from shards.verify import Draws, Replay
 from shards.warm_up import warm_up
 from shards.weights import MTP_PREFIX, CheckpointReader
 
@@ -214,7 +214,8 @@ class Rank:
         assert self._model is not None
         started = time.monotonic()
         if self._profile is not None:
-            self._profile.begin("prefill" if any(count > 1 for count in batch.counts_S) else "decode")
+            prompts = sum(batch.counts_S) - sum(batch.verifies_S) > len(batch.rows_S)
+            self._profile.begin("prefill" if prompts else "decode")
         with torch.inference_mode():
             with part(self._profile, "inputs"):
                 self._rows.update(batch)
@@ -246,7 +247,8 @@ class Rank:
         near = comms.world.size == 1 or (comms.dp.size == 1 and isinstance(comms.tp, ShmComm))
         if not near or not isinstance(kernels, NativeKernels):
             return None
-        return DecodeTapes(model, self._plain_runtime, self.cache, self._rows, (self._cos_LR, self._sin_LR))
+        rotary = self._cos_LR, self._sin_LR
+        return DecodeTapes(model, self._plain_runtime, self.cache, self._rows, rotary, self.config.draft_tokens)
 
     def _keep_states(self, batch: StepBatch) -> None:
         """Copy the states that are kept behind the ends of rows; those before that are copied in the layers."""
@@ -270,7 +272,7 @@ class Rank:
     def _compute(
         self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...], lane_drafts: list[tuple[int, ...]]
     ) -> LaneOutput:
-        if self._tapes is not None and self._tapes.takes(batch) and not (model.mtp is not None and batch.keeps_mtp):
+        if self._tapes is not None and self._tapes.takes(batch):
             return self._decode(model, self._tapes, batch)
         with part(self._profile, "inputs"):
             step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
@@ -292,17 +294,15 @@ class Rank:
         return dataclasses.replace(output, prompt_logprobs=prompt_logprobs) if prompt_logprobs else output
 
     def _decode(self, model: Model, tapes: DecodeTapes, batch: StepBatch) -> LaneOutput:
-        """A step of one token a row."""
-        rows, logprobs = batch.rows_S, None
-        plain = self._rows.are_plain(rows)
+        """A step in which every row draws behind each of its positions."""
+        logprobs, plain, draws = None, self._rows.are_plain(batch.rows_S), Draws.of(batch)
         result = tapes.run(batch, plain=plain)
         with part(self._profile, "sampling"):
             if not plain:
-                positions = [first + 1 for first in batch.first_S]
-                logits_SV = model.lm_head.joined(self._runtime, result)
-                result, logprobs = self._sample(logits_SV, rows, positions)
-                self._rows.store(rows, positions, result)
-            return LaneOutput(rows_N=rows, tokens_N=result.tolist(), logprobs=logprobs)
+                logits_NV = model.lm_head.joined(self._runtime, result)
+                result, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
+        kept = tapes.follow(result)
+        return draws.answer(result.tolist(), kept, logprobs)
 
     def _draw(self, model: Model, hidden_TC: Tensor, draws: Draws) -> tuple[list[int], LaneOutput]:
         """Choose the sampled rows' tokens -> how many stay of each row's draws, and these as the lane's answer."""
@@ -320,16 +320,8 @@ class Rank:
             drafted_N = self._rows.tokens_at(draws.rows_N, draws.positions_N).tolist() if verifying else []
             self._rows.store(draws.rows_N, draws.positions_N, tokens_N)
             drawn_N = tokens_N.tolist()
-        if not verifying:
-            return draws.counts, LaneOutput(rows_N=draws.rows, tokens_N=drawn_N, logprobs=logprobs)
-        kept = draws.accept(drawn_N, drafted_N)
-        stay = draws.kept_draws(kept)
-        return kept, LaneOutput(
-            rows_N=draws.rows,
-            tokens_N=[drawn_N[i] for i in stay],
-            counts_N=kept,
-            logprobs=None if logprobs is None else pick(logprobs, stay),
-        )
+        kept = draws.accept(drawn_N, drafted_N) if verifying else draws.counts
+        return kept, draws.answer(drawn_N, kept, logprobs)
 
     def _drafter(self, model: Model, mtp: Mtp) -> Drafter:
         return Drafter(

@@ -47,8 +47,9 @@ class StepTensors:
     """bool: the row's recurrent state advances; rows that verify drafts leave theirs as it is. None: all advance."""
     segments: tuple[Segment, ...] = ()
     """Where recurrent states are kept behind the middle of a row: the pieces in which delta layers run the step."""
-    verified_U: Tensor | None = None
-    """int64: which of the step's tokens are of rows that verify drafts. None: no row does."""
+    verified_U: Tensor | slice | None = None
+    """int64: which of the step's tokens are of rows that verify drafts; or a slice with all of those. None: no row
+    does."""
     delta_inputs: list[Tensor] = field(default_factory=list)
     """Delta layers append, in order, their projections of those tokens [U, N]."""
 

@@ -1,16 +1,18 @@
 """Which drafts of a step are accepted, and what follows from it for recurrent state.
 
-N draws of the step (one behind every position whose next token is chosen), S rows that verify drafts, U their tokens,
-K those of them that stay.
+N draws of the step (one behind every position whose next token is chosen), S rows that verify drafts, U their tokens, K
+those of them that stay.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import add
 
 import torch
 from torch import Tensor
 
-from shards.batch import LogprobColumns, StepBatch
+from shards.batch import LaneOutput, LogprobColumns, StepBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,17 @@ class Draws:
     @staticmethod
     def of(batch: StepBatch) -> "Draws":
         """What `batch` asks for."""
-        none = [0] * len(batch.rows_S)
+        none, ones = [0] * len(batch.rows_S), [1] * len(batch.rows_S)
+        if batch.counts_S == ones == batch.samples_S and not any(batch.verifies_S):
+            # No loop: this is each plain decode step.
+            return Draws(
+                rows=batch.rows_S,
+                counts=ones,
+                rows_N=batch.rows_S,
+                positions_N=list(map(add, batch.first_S, ones)),
+                tokens_N=list(range(len(ones))),
+                drafts=batch.drafts_S or none,
+            )
         draws = Draws(rows=[], counts=[], rows_N=[], positions_N=[], tokens_N=[], drafts=[])
         columns = (batch.rows_S, batch.first_S, batch.counts_S, batch.samples_S)
         more = (batch.verifies_S or none, batch.drafts_S or none)
@@ -64,20 +76,30 @@ class Draws:
             kept.append(sum(itertools.takewhile(bool, agree)) + 1)
         return kept
 
-    def kept_draws(self, kept: list[int]) -> list[int]:
-        """Which of the N draws stay."""
+    def answer(self, drawn_N: list[int], kept: list[int], logprobs: LogprobColumns | None) -> LaneOutput:
+        """What the lane answers where `kept` of each row's draws stay."""
+        if len(self.rows_N) == len(self.rows):
+            return LaneOutput(rows_N=self.rows, tokens_N=drawn_N, logprobs=logprobs)
         starts = itertools.accumulate(self.counts, initial=0)
-        return [start + i for start, count in zip(starts, kept, strict=False) for i in range(count)]
+        stay = [start + i for start, count in zip(starts, kept, strict=False) for i in range(count)]
+        return LaneOutput(
+            rows_N=self.rows,
+            tokens_N=[drawn_N[i] for i in stay],
+            counts_N=kept,
+            logprobs=None if logprobs is None else _pick(logprobs, stay),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """The tokens over which the recurrent states of rows that verified drafts advance."""
 
-    kept_K: Tensor
-    """int64: which of the U tokens."""
+    take: Callable[[Tensor], Tensor]
+    """Of rows of the U tokens, those of the tokens that stay; what is behind them, if anything, is not used."""
     query_start_S1: Tensor
     state_slots_S: Tensor
+    fresh_S: Tensor
+    """bool: none."""
 
     @staticmethod
     def of(draws: Draws, kept: list[int], advance_S: Tensor, state_slots_S: Tensor) -> "Replay":
@@ -87,14 +109,16 @@ class Replay:
         tokens = [start + i for start, (_, stay) in zip(starts, pairs, strict=False) for i in range(stay)]
         ends = list(itertools.accumulate((stay for _, stay in pairs), initial=0))
         device = state_slots_S.device
+        kept_K, slots_S = torch.tensor(tokens, device=device), state_slots_S[~advance_S]
         return Replay(
-            kept_K=torch.tensor(tokens, device=device),
+            take=lambda rows_U: rows_U[kept_K],
             query_start_S1=torch.tensor(ends, device=device),
-            state_slots_S=state_slots_S[~advance_S],
+            state_slots_S=slots_S,
+            fresh_S=torch.zeros_like(slots_S, dtype=torch.bool),
         )
 
 
-def pick(columns: LogprobColumns, kept_draws: list[int]) -> LogprobColumns:
+def _pick(columns: LogprobColumns, kept_draws: list[int]) -> LogprobColumns:
     """The columns' entries of the draws that stay."""
     return LogprobColumns(
         logprobs_N=[columns.logprobs_N[i] for i in kept_draws],

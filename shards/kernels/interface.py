@@ -205,6 +205,10 @@ class Kernels(Protocol):
         """Rows of a table whose first one is that of id `first` -> [T, C]; zeros for ids that are not in it."""
         ...
 
+    def beside(self, a_TC: Tensor, b_TC: Tensor) -> Tensor:
+        """[a | b], two matrices of the same shape -> [T, 2C]."""
+        ...
+
     def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
         """int64 ids counted from `first`; -1 for those that are not among the `held` from there on."""
         ...

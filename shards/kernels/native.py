@@ -300,6 +300,10 @@ class NativeKernels:
         """Rows of a table; zeros for ids that are not in it."""
         return self._steps.embed(table_VC, ids_T, first)
 
+    def beside(self, a_TC: Tensor, b_TC: Tensor) -> Tensor:
+        """[a | b]."""
+        return self._steps.beside(a_TC, b_TC)
+
     def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
         """ids counted from `first`, or -1."""
         return self._steps.local_ids(ids_TK, first, held)

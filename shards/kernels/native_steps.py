@@ -17,8 +17,12 @@ STEP_SIGNATURES: dict[str, list[type]] = {
     "kernels_local_ids": [_address] * 2 + [_long] * 3,
     "kernels_best_of_part": [_int] + [_address] * 2 + [_long] * 4,
     "kernels_best_of_pairs": [_address] * 2 + [_long] * 2,
-    "kernels_decode_inputs": [_address] * 16 + [_long] * 5,
-    "kernels_store_tokens": [_address] * 4 + [_long] * 2,
+    "kernels_decode_inputs": [_address] * 19 + [_long] * 5,
+    "kernels_accept": [_address] * 9 + [_long] * 2,
+    "kernels_take_spans": [_address] * 4 + [_long] * 2,
+    "kernels_beside": [_address] * 3 + [_long] * 3,
+    "kernels_draft_inputs": [_address] * 15 + [_long] * 6,
+    "kernels_store_drafts": [_address] * 6 + [_long] * 3,
 }
 
 
@@ -39,6 +43,16 @@ class NativeSteps:
         self.library.kernels_embed(
             table_VC.data_ptr(), ids_T.data_ptr(), out_TC.data_ptr(), T, row_bytes, first, V
         )  # fmt: skip
+        return out_TC
+
+    def beside(self, a_TC: Tensor, b_TC: Tensor) -> Tensor:
+        """[a | b]."""
+        T, C = a_TC.shape
+        check_tensor("a", a_TC, a_TC.dtype, (T, C))
+        check_tensor("b", b_TC, a_TC.dtype, (T, C))
+        out_TC = a_TC.new_empty((T, 2 * C))
+        row_bytes = C * a_TC.dtype.itemsize
+        self.library.kernels_beside(a_TC.data_ptr(), b_TC.data_ptr(), out_TC.data_ptr(), T, row_bytes, row_bytes)
         return out_TC
 
     def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:

@@ -196,6 +196,10 @@ class TorchKernels:
         foreign_T = (rows_T < 0) | (rows_T >= table_VC.shape[0])
         return table_VC[rows_T.masked_fill(foreign_T, 0)].masked_fill(foreign_T.unsqueeze(1), 0)
 
+    def beside(self, a_TC: Tensor, b_TC: Tensor) -> Tensor:
+        """[a | b]."""
+        return torch.cat((a_TC, b_TC), dim=1)
+
     def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
         """ids counted from `first`, or -1."""
         local_TK = ids_TK - first

@@ -149,6 +149,10 @@ class TritonKernels:
         """torch's."""
         return self._torch.embed(table_VC, ids_T, first)
 
+    def beside(self, a_TC: Tensor, b_TC: Tensor) -> Tensor:
+        """torch's."""
+        return self._torch.beside(a_TC, b_TC)
+
     def local_ids(self, ids_TK: Tensor, first: int, held: int) -> Tensor:
         """torch's."""
         return self._torch.local_ids(ids_TK, first, held)

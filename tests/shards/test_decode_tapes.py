@@ -1,23 +1,28 @@
-"""Decode steps of one token a row are played from tapes: one call of the library, whatever the model's layers."""
+"""Decode steps, with drafts or without, are played from tapes: one call of the library, whatever the model's layers."""
 
+import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from shards.batch import RowSampling, StepBatch
+from shards.batch import LaneOutput, RowSampling, StepBatch
 from shards.comm import Comms
 from shards.mesh import Layout, Place
 from shards.rank import Rank
+from tests.support.mtp import make_mtp_reference
 from tests.support.reference import make_reference
-from tests.support.stepping import Work, lane_batches, make_rank, needs_native
+from tests.support.stepping import BLOCKS_A_ROW, Work, lane_batches, lane_starts, make_rank, needs_native
 from tests.support.thread_comm import on_every_rank
 
 pytestmark = needs_native
 ARCHITECTURES = ["qwen3_moe", "qwen3_next"]
+MOST_DRAFTS = 3
 
 
 class Operators(TorchDispatchMode):
@@ -109,3 +114,114 @@ def test_a_row_that_leaves_and_one_that_comes_change_nothing_for_the_others(tmp_
         ]
         tokens = [output.tokens_N[0] for output in outputs if output is not None]
         assert found[row] == tokens[1 : 1 + len(found[row])]
+
+
+class Pair:
+    """Rows of a rank that plays tapes, and the same rows of one that has a prompt in each step and so plays none."""
+
+    def __init__(self, model: Path, dtype: str, samplings: list[RowSampling]) -> None:
+        self.prompts = [[1 + row, 2, 3, 4 + row] for row in range(len(samplings))]
+        self._bystander = len(samplings)
+        prompts = [*self.prompts, list(range(200))]
+        work = Work(prompts=prompts, samplings=[*samplings, RowSampling()])
+        place, rows = Place(layout=Layout(), rank=0), len(prompts)
+        self.played, self.run = (
+            make_rank(
+                model, place, Comms.local(), max_rows=rows, kernels="native", dtype=dtype, draft_tokens=MOST_DRAFTS
+            )
+            for _ in range(2)
+        )
+        self._starts = lane_starts(work, 0, 1)
+        self._steps = 0
+        self.counted: list[list[str]] = []
+
+    def step(self, batch: StepBatch) -> LaneOutput:
+        """Carry it out on both -> what both answer."""
+        starts = self._starts if not self._steps else ()
+        with Operators() as operators:
+            one = self.played.step(replace(batch, starts=starts[:-1]))
+        self.counted.append(operators.names)
+        columns = {
+            "rows_S": [*batch.rows_S, self._bystander],
+            "first_S": [*batch.first_S, self._steps],
+            "counts_S": [*batch.counts_S, 1],
+            "samples_S": [*batch.samples_S, 0],
+            "verifies_S": [*(batch.verifies_S or [0] * self._bystander), 0],
+            "drafts_S": [*(batch.drafts_S or [0] * self._bystander), 0],
+        }
+        other = self.run.step(replace(batch, starts=starts, **columns))
+        assert one is not None
+        assert other is not None
+        assert replace(one, compute_s=0.0) == replace(other, compute_s=0.0)
+        self._steps += 1
+        return one
+
+    def held(self) -> list[tuple[Tensor, Tensor]]:
+        """KV and states of both, the prompt's left out."""
+        rows = len(self.prompts)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for one, other in zip(
+            (*self.played.cache.k_pools, *self.played.cache.v_pools),
+            (*self.run.cache.k_pools, *self.run.cache.v_pools),
+            strict=True,
+        ):
+            pairs.append((one[: rows * BLOCKS_A_ROW], other[: rows * BLOCKS_A_ROW]))
+        for one, other in zip(self.played.cache.states, self.run.cache.states, strict=True):
+            pairs += [(one.conv_MQW[:rows], other.conv_MQW[:rows]), (one.delta_MVDD[:rows], other.delta_MVDD[:rows])]
+        return pairs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sampling", [RowSampling(temperature=0.0), RowSampling(temperature=0.9, seed=5, logprobs=1)])
+def test_steps_that_verify_and_draft_as_much_as_each_row_wants_leave_the_bits_of_steps_that_are_not_played(
+    dtype: str, sampling: RowSampling, tmp_path: Path
+) -> None:
+    make_mtp_reference(tmp_path, disturbance=1.4)
+    rng = random.Random(dtype + str(sampling))
+    pair = Pair(tmp_path, dtype, [sampling] * 3)
+    rows = range(3)
+    pair.step(StepBatch(rows_S=[0, 1, 2], first_S=[0] * 3, counts_S=[4] * 3, samples_S=[1] * 3, drafts_S=[1, 2, 0]))
+    done, ready, right = [4] * 3, [1, 2, 0], 0
+    for step in range(60):
+        keeps = step % 16 < 12
+        mine = [row for row in rows if rng.random() < 0.8] or [1]
+        drafts = [rng.choice((0, 1, MOST_DRAFTS)) if keeps else 0 for _ in mine]
+        output = pair.step(
+            StepBatch(
+                rows_S=mine,
+                first_S=[done[row] for row in mine],
+                counts_S=[1 + ready[row] for row in mine],
+                samples_S=[1] * len(mine),
+                verifies_S=[ready[row] for row in mine],
+                drafts_S=drafts,
+                keeps_mtp=keeps,
+            )
+        )
+        for row, count, more in zip(mine, output.counts_N or [1] * len(mine), drafts, strict=True):
+            right += count - 1
+            done[row] += count
+            ready[row] = more
+    assert right > 10
+    for one, other in pair.held():
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_a_greedy_step_with_drafts_runs_next_to_none_of_torch_s_operators(tmp_path: Path) -> None:
+    make_mtp_reference(tmp_path, disturbance=1.4)
+    pair = Pair(tmp_path, "float32", [RowSampling(temperature=0.0)] * 2)
+    done = [4, 4]
+    pair.step(StepBatch(rows_S=[0, 1], first_S=[0, 0], counts_S=[4, 4], samples_S=[1, 1], drafts_S=[2, 2]))
+    for _ in range(5):
+        output = pair.step(
+            StepBatch(
+                rows_S=[0, 1],
+                first_S=list(done),
+                counts_S=[3, 3],
+                samples_S=[1, 1],
+                verifies_S=[2, 2],
+                drafts_S=[2, 2],
+            )
+        )
+        done = [first + count for first, count in zip(done, output.counts_N, strict=True)]
+    # The first one is written down.
+    assert all(len(names) <= 4 for names in pair.counted[2:]), pair.counted[2:]

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "places.h"
 #include "replay.h"
 
 using namespace kernels;
@@ -27,33 +28,32 @@ KERNELS_EXPORT void kernels_local_ids(const int64_t* ids, int64_t* out, int64_t 
     }
 }
 
-// The tensors of a step that computes one position, first[i], of each of S rows, as Rows.tensors of shards/rows.py makes
-// them. tokens [rows, L], tables [rows, B], stored and states [rows] are those of all rows; the tables that are made are B wide too, and
-// filled as far as a row's context reaches.
-KERNELS_EXPORT void kernels_decode_inputs(const int64_t* rows, const int64_t* first, const int64_t* tokens,
-                                          const int32_t* tables, const int64_t* stored, const int64_t* states,
-                                          const float* cos, const float* sin, int64_t* token_out, float* cos_out, float* sin_out,
-                                          int64_t* slot_out, int32_t* table_out, int64_t* context_out,
-                                          int64_t* state_out, bool* fresh_out, int64_t S, int64_t L, int64_t B,
-                                          int64_t R, int64_t P) {
+// The tensors of a step that computes counts[s] positions, from first[s] on, of each of S rows, as Rows.tensors of
+// shards/rows.py makes them. tokens [rows, L], tables [rows, B], stored and states [rows] are those of all rows; the tables that
+// are made are B wide too, and filled as far as a row's context reaches.
+KERNELS_EXPORT void kernels_decode_inputs(const int64_t* rows, const int64_t* first, const int64_t* counts,
+                                          const int64_t* tokens, const int32_t* tables, const int64_t* stored,
+                                          const int64_t* states, const float* cos, const float* sin, int64_t* token_out,
+                                          float* cos_out, float* sin_out, int64_t* slot_out, int32_t* table_out,
+                                          int64_t* start_out, int64_t* context_out, int64_t* state_out, bool* fresh_out,
+                                          bool* advance_out, int64_t S, int64_t L, int64_t B, int64_t R, int64_t P) {
+    Places places{tokens, tables, stored, cos, sin, L, B, R, P};
+    int64_t t = 0;
+    start_out[0] = 0;
     for (int64_t s = 0; s < S; s++) {
-        int64_t row = rows[s], at = first[s];
-        const int32_t* table = tables + row * B;
-        token_out[s] = tokens[row * L + at];
-        std::memcpy(cos_out + s * R, cos + at * R, size_t(R) * sizeof(float));
-        std::memcpy(sin_out + s * R, sin + at * R, size_t(R) * sizeof(float));
-        slot_out[s] = at < stored[row] ? -1 : table[at / P] * P + at % P;
-        std::memcpy(table_out + s * B, table, size_t(at / P + 1) * sizeof(int32_t));
-        context_out[s] = at + 1;
+        int64_t row = rows[s], end = first[s] + counts[s];
+        for (int64_t at = first[s]; at < end; at++, t++) {
+            token_out[t] = places.token(row, at);
+            places.rotary(at, cos_out + t * R, sin_out + t * R);
+            slot_out[t] = places.slot(row, at);
+        }
+        places.table(row, end - 1, table_out + s * B);
+        start_out[s + 1] = t;
+        context_out[s] = end;
         state_out[s] = states[row];
-        fresh_out[s] = at == 0;
+        fresh_out[s] = first[s] == 0;
+        advance_out[s] = counts[s] == 1;
     }
-}
-
-// Each row's drawn token to the place behind first[i]; for a token that is none one that can be embedded.
-KERNELS_EXPORT void kernels_store_tokens(const int64_t* rows, const int64_t* first, const int64_t* drawn,
-                                         int64_t* tokens, int64_t S, int64_t L) {
-    for (int64_t s = 0; s < S; s++) tokens[rows[s] * L + first[s] + 1] = drawn[s] < 0 ? 0 : drawn[s];
 }
 
 // Pairs [rows, 2] of each row's largest number and its place, counted from `first`. The number is NaN where one of the row is
@@ -91,6 +91,5 @@ KERNELS_EXPORT void kernels_best_of_pairs(const double* pairs, int64_t* tokens, 
 KERNELS_REPLAY(kernels_embed)
 KERNELS_REPLAY(kernels_local_ids)
 KERNELS_REPLAY(kernels_decode_inputs)
-KERNELS_REPLAY(kernels_store_tokens)
 KERNELS_REPLAY(kernels_best_of_part)
 KERNELS_REPLAY(kernels_best_of_pairs)
