@@ -5,8 +5,9 @@ before it were) and takes a time that depends on d and on the batch. What is dra
 second. To know the times, steps with other d are tried now and then, on a budget: a try costs what a step takes longer
 than its tokens would have taken without drafts, and all tries together may cost `_ALLOWANCE` of the time so far, from
 the first step on. So a policy that knows nothing saves up first: it measures some steps without drafts and naps until a
-try is paid for. Where drafting does not pay it naps too. In a nap nothing is measured, and what only drafts need, the
-draft layer's KV, is not kept. What that KV costs is booked as well, against steps that do without.
+try is paid for. The first step of a kind may take longer than later ones, as it is written down or compiled; that is
+learnt and paid for too. Where drafting does not pay it naps too. In a nap nothing is measured, and what only drafts
+need, the draft layer's KV, is not kept. What that KV costs is booked as well, against steps that do without.
 """
 
 import math
@@ -45,7 +46,7 @@ _UPKEEP = 0.05
 """Part of a step that keeping the layer's KV is taken to cost, until it was measured."""
 _HELD_UP = 1.5
 """A step's time is booked up to this many times the usual one,"""
-_UNKNOWN_STEPS = 8
+_UNKNOWN_STEPS = 64
 """and up to this many steps without drafts where the usual one is not known."""
 _ACCEPTANCE_WEIGHT = 0.02
 
@@ -71,6 +72,8 @@ class _Time:
     """The median; it is asked for several times a step."""
     seen_at: int = 0
     """The batch size's step at which one was measured last."""
+    is_new: bool = True
+    """There was none yet."""
 
     @property
     def is_known(self) -> bool:
@@ -86,7 +89,8 @@ class _Batch:
 
     def __init__(self, most: int) -> None:
         self.times = [_Time() for _ in range(most + 1)]
-        """Seconds a step, by drafts; without drafts of steps that do not keep the layer's KV either."""
+        """Seconds a step, by drafts; without drafts of steps that do not keep the layer's KV either, which all else is
+        compared with."""
         self.kept = _Time()
         """Seconds of a step without drafts that keeps the layer's KV."""
         self.steps = 0
@@ -95,22 +99,27 @@ class _Batch:
         self.tries_left = 0
 
     @property
-    def plain(self) -> _Time:
-        """What drafting is compared with: steps with the layer's KV stand in for those without."""
-        return self.times[0] if self.times[0].is_known else self.kept
+    def plain_s(self) -> float:
+        """A step without drafts and the layer's KV."""
+        return self.times[0].value
 
-    @property
-    def warm_up_s(self) -> float:
-        """Seconds that keeping the KV before a try costs."""
-        plain_s = self.plain.value
-        upkeep_s = max(self.kept.value - plain_s, 0.0) if self.kept.is_known else _UPKEEP * plain_s
-        return _WARM_UP_STEPS * upkeep_s
+    def warm_up_s(self, first_s: float) -> float:
+        """Seconds that keeping the KV before a try costs.
 
-    def try_s(self, drafts: int) -> float:
+        Args:
+            first_s: what the first step of a kind takes longer.
+        """
+        if not self.kept.is_known:
+            return _WARM_UP_STEPS * _UPKEEP * self.plain_s + self.kept.is_new * first_s
+        return _WARM_UP_STEPS * max(self.kept.value - self.plain_s, 0.0)
+
+    def try_s(self, drafts: int, first_s: float) -> float:
         """Seconds that a try may lose: untried, a draft costs at worst a step each; tried, what was measured."""
-        plain_s, known = self.plain.value, self.times[drafts]
-        longest_s = known.value if known.is_known else plain_s * (1 + drafts)
-        return (_SAMPLES + 1) * max(longest_s - plain_s, 0.0)
+        known = self.times[drafts]
+        if not known.is_known:
+            # The first that drafts, and the first that verifies.
+            return (_SAMPLES + 1) * self.plain_s * drafts + 2 * known.is_new * first_s
+        return (_SAMPLES + 1) * max(known.value - self.plain_s, 0.0)
 
     def stale(self, drafts: int, steps: int = _STALE_STEPS) -> bool:
         """Whether this time should be measured (again)."""
@@ -119,8 +128,9 @@ class _Batch:
 
     def begin_try(self, drafts: int) -> int:
         """Measure steps with this many drafts from now on -> `drafts`. What was measured long ago is forgotten."""
-        self.trying, self.tries_left = drafts, _SAMPLES
-        self.times[drafts].samples.clear()
+        time = self.times[drafts]
+        self.trying, self.tries_left = drafts, _SAMPLES + time.is_new if drafts else 0
+        time.samples.clear()
         return drafts
 
 
@@ -145,6 +155,8 @@ class DraftPolicy:
         """What tries may still cost; below 0 nothing is drafted."""
         self._is_new = True
         """No try was saved up for yet."""
+        self._first_s = 0.0
+        """What the first step of a kind took longer than others."""
         self._idle = 0
         """Steps since drafts were chosen because they pay."""
         self._nap = _SHORTEST_NAP
@@ -185,21 +197,22 @@ class DraftPolicy:
         batch = self._batch(rows)
         batch.steps += 1
         self._idle += 1
-        self.keeps = not self._is_new
         tries = batch.tries_left > 0 or self._warm_up_left > 0
-        if tries and self._credit_s < -_OVERDRAFT_STEPS * batch.plain.value:
+        if tries and self._credit_s < -_OVERDRAFT_STEPS * batch.plain_s:
+            return self._fall_asleep(batch)
+        self.keeps = batch.times[0].is_known
+        if not self.keeps:
+            return 0
+        if self._is_new or self.acceptance(0) < _HOPELESS:
             return self._fall_asleep(batch)
         if self._warm_up_left:
             self._warm_up_left -= 1
             return 0
-        if self.acceptance(0) < _HOPELESS:
-            return self._fall_asleep(batch)
         if batch.tries_left and not _is_hopeless(batch):
             batch.tries_left -= 1
-            self.keeps = batch.trying > 0
             return batch.trying
         batch.tries_left = 0
-        return self._best(batch) if batch.plain.is_known else 0
+        return self._best(batch)
 
     def _sleep(self) -> int:
         """One step of a nap; behind the last the layer's KV is kept for a while."""
@@ -211,14 +224,16 @@ class DraftPolicy:
             self._warm_up_left = _WARM_UP_STEPS
             for known in self._acceptance:
                 known.count = min(known.count, _REMEMBERED)
+            for batch in self._batches.values():
+                batch.times[0].samples.clear()
         return 0
 
     def _fall_asleep(self, batch: _Batch) -> int:
         """Begin a nap with the next step, long enough for the next try to be paid -> no drafts."""
         self.keeps = False
         self._idle = self._warm_up_left = 0
-        step_gain_s = _ALLOWANCE * batch.plain.value
-        lacking_s = batch.warm_up_s + batch.try_s(1) - self._credit_s
+        step_gain_s = _ALLOWANCE * batch.plain_s
+        lacking_s = batch.warm_up_s(self._first_s) + batch.try_s(1, self._first_s) - self._credit_s
         saving = min(max(math.ceil(lacking_s / step_gain_s), _SHORTEST_SAVING), _LONGEST_NAP) if step_gain_s else 0
         self._nap_left = saving if self._is_new else max(saving, self._nap)
         if not self._is_new:
@@ -242,11 +257,11 @@ class DraftPolicy:
             if self._acceptance[0].count * _ACCEPTANCE_WEIGHT >= 1:
                 self._nap = _SHORTEST_NAP
             return best
-        return self._fall_asleep(batch) if self._is_new or in_debt or self._idle > _IDLE_STEPS else 0
+        return self._fall_asleep(batch) if in_debt or self._idle > _IDLE_STEPS else 0
 
     def _rate(self, batch: _Batch, drafts: int) -> float:
         """Tokens a second and row that are to be expected; 0 where it was not tried yet."""
-        time = batch.times[drafts] if drafts else batch.plain
+        time = batch.times[drafts]
         return self.expected_tokens(drafts) / (time.value * (_MARGIN if drafts else 1.0)) if time.is_known else 0.0
 
     def _to_try(self, batch: _Batch, best: int, plain_stale: int) -> int | None:
@@ -255,7 +270,7 @@ class DraftPolicy:
         A sequence lacks the layer's KV where it was done without: its drafts are worse then.
         """
         for drafts in range(1, self.most + 1):
-            if drafts != best and batch.stale(drafts) and batch.try_s(drafts) <= self._credit_s:
+            if drafts != best and batch.stale(drafts) and batch.try_s(drafts, self._first_s) <= self._credit_s:
                 return drafts
         return 0 if batch.stale(0, plain_stale) else None
 
@@ -276,19 +291,25 @@ class DraftPolicy:
         if not self._adaptive or not self.most or self.asleep or seconds <= 0:
             return
         batch = self._batch(rows)
-        if batch.plain.is_known:
+        plain_s = batch.plain_s
+        if batch.times[0].is_known:
             self._book(batch, drafts, kept=kept, seconds=seconds, tokens_a_row=tokens_a_row)
-        if drafts is not None:
-            time = batch.kept if kept and not drafts else batch.times[drafts]
+        if drafts is None:
+            return
+        time = batch.kept if kept and not drafts else batch.times[drafts]
+        time.seen_at = batch.steps
+        if not time.is_new:
             time.add(seconds)
-            time.seen_at = batch.steps
+        elif kept and batch.times[0].is_known:
+            self._first_s = max(seconds - (1 + drafts) * plain_s, 0.0)
+        time.is_new = False
 
     def _book(self, batch: _Batch, drafts: int | None, *, kept: bool, seconds: float, tokens_a_row: float) -> None:
         """Win or lose what a step took less or more than its tokens without drafts, and gain the allowance.
 
         What is far beyond the usual is not the drafts' doing: something else held the step up.
         """
-        plain_s = batch.plain.value
+        plain_s = batch.plain_s
         usual = batch.kept if drafts == 0 else batch.times[self.most if drafts is None else drafts]
         most_s = _HELD_UP * usual.value if usual.is_known else _UNKNOWN_STEPS * plain_s
         seconds = min(seconds, most_s) if kept or drafts != 0 else plain_s
@@ -307,7 +328,7 @@ class DraftPolicy:
 def _is_hopeless(batch: _Batch) -> bool:
     """Whether a try that goes on could not pay if every draft were right: then that is known already."""
     tried = batch.times[batch.trying]
-    if not batch.trying or not tried.samples or tried.value < batch.plain.value * (1 + batch.trying):
+    if not batch.trying or not tried.samples or tried.value < batch.plain_s * (1 + batch.trying):
         return False
     tried.add(*[tried.value] * _SAMPLES)
     return True

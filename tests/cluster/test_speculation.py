@@ -13,13 +13,23 @@ class Machine:
 
     Args:
         upkeep: part that a step takes longer where it keeps what only drafts need.
+        first_s: seconds that the first step of each kind takes longer.
     """
 
-    def __init__(self, policy: DraftPolicy, times: Times, right: tuple[float, ...], upkeep: float = 0.0) -> None:
+    def __init__(
+        self,
+        policy: DraftPolicy,
+        times: Times,
+        right: tuple[float, ...],
+        upkeep: float = 0.0,
+        first_s: float = 0.0,
+    ) -> None:
         self.policy = policy
         self.times = times
         self.right = right
         self.upkeep = upkeep
+        self.first_s = first_s
+        self._kinds: set[tuple[int, bool, int, int]] = set()
         self.seconds = 0.0
         self.tokens = 0.0
         self.chosen: list[int] = []
@@ -32,6 +42,10 @@ class Machine:
         kept = self.policy.keeps
         assert kept or not drafts
         seconds = self.times(rows, max(verified, drafts)) * (1 + kept * self.upkeep)
+        kind = rows, kept, verified, drafts
+        if (kept or verified) and kind not in self._kinds:
+            self._kinds.add(kind)
+            seconds += self.first_s
         tokens = 0
         for _ in range(rows):
             accepted = self._accept(verified)
@@ -184,31 +198,36 @@ def test_a_policy_that_slept_drafts_again_once_drafts_are_right() -> None:
     assert machine.chosen[-200:].count(1) > 190
 
 
-def dear_as(steps_a_draft: float, first: float) -> Times:
-    """A draft costs so many steps, and the first step that has any takes `first` times as long as later ones."""
-    seen: set[int] = set()
-
-    def step_s(rows: int, drafts: int) -> float:
-        factor = first if drafts and drafts not in seen else 1.0
-        seen.update({drafts})
-        return 0.0005 * rows * (1 + steps_a_draft * drafts) * factor
-
-    return step_s
+def dear_as(steps_a_draft: float) -> Times:
+    """A draft costs so many steps."""
+    return lambda rows, drafts: 0.0005 * rows * (1 + steps_a_draft * drafts)
 
 
 @pytest.mark.parametrize(("rows", "right"), [(1, 0.0), (4, 0.0), (16, 0.0), (1, 0.5), (4, 0.5), (16, 0.5)])
 @pytest.mark.parametrize("upkeep", [0.0, 0.04, 1.0])
-@pytest.mark.parametrize(("steps_a_draft", "first"), [(1.0, 1.0), (1.0, 4.0), (4.0, 1.0)])
+@pytest.mark.parametrize(("steps_a_draft", "first_steps"), [(1.0, 0.0), (1.0, 3.0), (1.0, 12.0), (4.0, 0.0)])
 def test_from_its_first_step_on_a_policy_that_knows_nothing_has_never_cost_three_percent(
-    rows: int, right: float, upkeep: float, steps_a_draft: float, first: float
+    rows: int, right: float, upkeep: float, steps_a_draft: float, first_steps: float
 ) -> None:
-    times = dear_as(steps_a_draft, first)
-    machine = Machine(DraftPolicy(3, adaptive=True), times, (right,) * 3, upkeep)
-    for _ in range(6000):
+    times = dear_as(steps_a_draft)
+    machine = Machine(DraftPolicy(3, adaptive=True), times, (right,) * 3, upkeep, first_steps * times(rows, 0))
+    for _ in range(9000):
         machine.step(rows)
         assert machine.seconds / machine.tokens < 1.03 * times(rows, 0), len(machine.chosen)
 
     assert sum(machine.chosen) > 0
+
+
+@pytest.mark.parametrize("first_steps", [0.0, 3.0, 12.0])
+def test_a_policy_finds_out_that_drafts_pay_within_some_thousand_steps_whatever_the_first_of_a_kind_takes(
+    first_steps: float,
+) -> None:
+    first_s = first_steps * cheap(1, 0)
+    machine = Machine(DraftPolicy(1, adaptive=True), cheap, (0.8,), upkeep=0.04, first_s=first_s)
+    for _ in range(6000):
+        machine.step(1)
+
+    assert machine.chosen[-1000:].count(1) > 950
 
 
 def test_short_generations_of_a_new_engine_cost_nothing_at_all() -> None:

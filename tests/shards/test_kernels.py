@@ -299,3 +299,11 @@ def test_ids_of_experts_that_are_held_elsewhere_are_below_zero(kernels: NativeKe
     expected = torch.tensor([[-1, 0], [1, 3], [-1, 2]])
     assert torch.equal(kernels.local_ids(ids, 4, 4), expected)
     assert torch.equal(REFERENCE.local_ids(ids, 4, 4), expected)
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("T", [0, 1, 5])
+def test_matrices_side_by_side_have_the_reference_bits(kernels: NativeKernels, dtype: torch.dtype, T: int) -> None:
+    left, right = random(T, 7, dtype=dtype), random(T, 7, dtype=dtype, seed=1)
+    assert torch.equal(kernels.beside(left, right), REFERENCE.beside(left, right))

@@ -112,15 +112,21 @@ def test_tokens_and_log_probabilities_are_those_without_drafts(
 
 
 @needs_native
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "shared_memory"),
+    [*((layout, False) for layout in LAYOUTS), (Layout(tp=2), True), (Layout(tp=2, ep=2), True)],
+    ids=str,
+)
 def test_every_layout_gives_the_tokens_without_drafts(
-    layout: Layout, checkpoint: Callable[[float | None], Path]
+    layout: Layout, shared_memory: bool, checkpoint: Callable[[float | None], Path]
 ) -> None:
     work = Work(prompts=PROMPTS, new_tokens=16, chunk=9, samplings=[GREEDY, SAMPLED, GREEDY])
     expected = tokens_of(run(checkpoint(MIXED), work, kernels="native"), 3)
     _, alone, _ = speculate(checkpoint(MIXED), work, lambda row, step: 2, draft_tokens=2)
 
-    tokens, counts, _ = speculate(checkpoint(MIXED), work, lambda row, step: 2, layout, draft_tokens=2)
+    tokens, counts, _ = speculate(
+        checkpoint(MIXED), work, lambda row, step: 2, layout, draft_tokens=2, shared_memory=shared_memory
+    )
 
     assert [each[:16] for each in tokens] == expected
     assert counts == alone, "layouts accept other drafts"

@@ -121,8 +121,12 @@ def speculate(
     draft_tokens: int,
     kernels: KernelsName = "native",
     dtype: str = "float32",
+    shared_memory: bool = False,
 ) -> tuple[list[list[int]], list[list[int]], list[LaneOutput]]:
-    """Carry out `work` with drafts -> each prompt's tokens, the tokens each of its steps gave, and lane 0's answers."""
+    """Carry out `work` with drafts -> each prompt's tokens, the tokens each of its steps gave, and lane 0's answers.
+
+    shared_memory: as in `on_every_rank`.
+    """
     layout = layout or Layout()
     most_steps = work.new_tokens + max(-(-len(prompt) // work.chunk) for prompt in work.prompts)
 
@@ -146,7 +150,7 @@ def speculate(
         rank.close()
         return outputs
 
-    answers = [outputs for outputs in on_every_rank(layout, on_rank) if outputs]
+    answers = [outputs for outputs in on_every_rank(layout, on_rank, shared_memory=shared_memory) if outputs]
     tokens: list[list[int]] = [[] for _ in work.prompts]
     counts: list[list[int]] = [[] for _ in work.prompts]
     for lane, outputs in enumerate(answers):
