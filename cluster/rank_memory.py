@@ -54,7 +54,7 @@ class RankMemory:
         packed = torch.empty(total, dtype=torch.uint8) if out is None else out[:total]
         at, target = 0, packed.numpy()
         for part in parts:
-            self._copier.copy(target, _packed(part, at), self._bytes, part.offsets, part.num_bytes)
+            self._copier.copy(target, _packed(part, at), self._bytes, part.offsets, part.num_bytes, used_next=True)
             at += part.total_bytes
         return packed
 
