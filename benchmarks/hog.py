@@ -3,7 +3,8 @@
 Four tenants ask a gateway with one member of this process for half of what it can do, first alone, then beside a fifth
 that asks for ten times all of it. Prints the others' times to first token of both runs, and the ratio of their tails.
 With `--ray` the member is one of a local Ray cluster and clients ask its gateway over HTTP, the hog's from a process of
-their own.
+their own. With `--long` the hog sends fewer and longer prompts that are as much to compute, and what it costs to send
+and to refuse them counts less.
 """
 
 import argparse
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ray_http import HttpFleet, serving
-from benchmarks.replay import Arrival, Seen, calibrate, capacity, make_arrivals, make_member, replay
+from benchmarks.replay import PROMPTS, Arrival, Seen, calibrate, capacity, make_arrivals, make_member, replay
 from cluster.config import Dtype
 from deploy.bench_engine import DTYPES
+from router.simulated_member import MemberSpec
 from router.simulation import percentile
 from tests.support.members import dispatching
 
 _OTHERS = "abcd"
+_LONG = (900, 960)
+"""Tokens of the hog's prompts."""
 _REST_S = 20.0
 """For the last requests to end."""
 
@@ -38,33 +42,36 @@ class Demand:
     overload: float
     """Times its capacity, by the hog."""
     length_s: float
+    hog_prompts: tuple[int, int]
+    """Shortest and longest, in tokens."""
 
-    def arrivals(self, rate: float) -> tuple[list[Arrival], list[Arrival]]:
-        """The others' requests and the hog's, of a fleet that can do so many a second."""
+    def arrivals(self, spec: MemberSpec, members: int) -> tuple[list[Arrival], list[Arrival]]:
+        """The others' requests and the hog's, of so many members like that."""
         rng = random.Random(1)
-        each = self.share * rate / len(_OTHERS)
+        each = self.share * members * capacity(spec) / len(_OTHERS)
         others = [arrival for name in _OTHERS for arrival in make_arrivals(rng, name, each, self.length_s)]
-        return others, make_arrivals(rng, "hog", self.overload * rate, self.length_s)
+        rate = self.overload * members * capacity(spec, self.hog_prompts)
+        return others, make_arrivals(rng, "hog", rate, self.length_s, self.hog_prompts)
 
 
 async def measure(model: Path, dtype: Dtype, demand: Demand) -> dict[str, object]:
     """Figures of both runs in this process."""
     async with dispatching([make_member(model, dtype)]) as dispatcher:
-        rate = capacity(await calibrate(dispatcher))
-        others, hog = demand.arrivals(rate)
+        spec = await calibrate(dispatcher)
+        others, hog = demand.arrivals(spec, 1)
         alone = await replay(dispatcher, others)
         beside = await replay(dispatcher, others + hog)
-    return _figures(rate, others, hog, alone, beside)
+    return _figures(capacity(spec), others, hog, alone, beside)
 
 
 async def measure_ray(fleet: HttpFleet, demand: Demand) -> dict[str, object]:
     """Figures of both runs through HTTP."""
-    rate = fleet.members * capacity(await fleet.calibrate())
-    others, hog = demand.arrivals(rate)
+    spec = await fleet.calibrate()
+    others, hog = demand.arrivals(spec, fleet.members)
     alone = await fleet.replay(others, limit_s=demand.length_s + _REST_S)
     runs = [fleet.replay(others, limit_s=demand.length_s + _REST_S), fleet.replay(hog, limit_s=demand.length_s)]
     beside = [each for run in await asyncio.gather(*runs) for each in run]
-    return {"members": fleet.members} | _figures(rate, others, hog, alone, beside)
+    return {"members": fleet.members} | _figures(fleet.members * capacity(spec), others, hog, alone, beside)
 
 
 def _figures(
@@ -76,6 +83,7 @@ def _figures(
         "others": len(others),
         "others_refused": sum(each.refused for each in beside if each.tenant != "hog"),
         "hog": len(hog),
+        "hog_tokens": sum(len(each.prompt) for each in hog),
         "hog_served": sum(not each.refused for each in beside if each.tenant == "hog"),
         "others_p50_ms": [round(1e3 * percentile(_times(seen), 0.5), 1) for seen in (alone, beside)],
         "others_p99_ms": [round(1e3 * tail, 1) for tail in tails],
@@ -91,10 +99,16 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the member's capacity that the others ask for")
     parser.add_argument("--overload", type=float, default=10.0, help="times its capacity that the hog asks for")
     parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--long", action="store_true", help="few long prompts of the hog in place of many short ones")
     parser.add_argument("--ray", action="store_true", help="on a local Ray cluster, over HTTP")
     parser.add_argument("--members", type=int, default=1, help="of the Ray cluster")
     given = parser.parse_args()
-    demand = Demand(share=given.share, overload=given.overload, length_s=given.seconds)
+    demand = Demand(
+        share=given.share,
+        overload=given.overload,
+        length_s=given.seconds,
+        hog_prompts=_LONG if given.long else PROMPTS,
+    )
     dtype = DTYPES[given.dtype]
     if given.ray:
         with serving(given.model.resolve(), dtype, given.members, [*_OTHERS, "hog"]) as fleet:

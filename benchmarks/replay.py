@@ -68,14 +68,16 @@ def make_member(model: Path, dtype: Dtype, name: str = "m") -> EngineMember:
     )
 
 
-def make_arrivals(rng: random.Random, tenant: str, rate: float, length_s: float) -> list[Arrival]:
-    """Poisson arrivals of prompts that differ behind a common beginning."""
+def make_arrivals(
+    rng: random.Random, tenant: str, rate: float, length_s: float, prompts: tuple[int, int] = PROMPTS
+) -> list[Arrival]:
+    """Poisson arrivals of prompts that differ behind a common beginning, of the first up to the second length."""
     common = [tuple(rng.randrange(2000) for _ in range(COMMON)) for _ in range(4)]
     found: list[Arrival] = []
     at_s = rng.expovariate(rate)
     while at_s < length_s:
         begin = rng.choice(common) if rng.random() < 0.5 else ()
-        fresh = tuple(rng.randrange(2000) for _ in range(rng.randrange(*PROMPTS) - len(begin)))
+        fresh = tuple(rng.randrange(2000) for _ in range(rng.randrange(*prompts) - len(begin)))
         found.append(Arrival(at_s=at_s, prompt=begin + fresh, output=rng.randrange(*OUTPUTS), tenant=tenant))
         at_s += rng.expovariate(rate)
     return found
@@ -137,9 +139,9 @@ def _step_s(stats: EngineStats) -> tuple[float, float, float]:
     return stats.schedule_s, stats.launch_s, stats.wait_s
 
 
-def capacity(spec: MemberSpec) -> float:
+def capacity(spec: MemberSpec, prompts: tuple[int, int] = PROMPTS) -> float:
     """Requests a second that keep the member busy, with its steps full."""
-    arrivals = make_arrivals(random.Random(9), "", 10.0, 60.0)
+    arrivals = make_arrivals(random.Random(9), "", 10.0, 60.0, prompts)
     step = spec.step_time
     common_s = step.step_s(prefill_tokens=0, decode_rows=ROWS, context_tokens=0) - ROWS * step.decode_row_s
     seconds = work_s(as_trace(arrivals), spec, 1) + sum(each.output for each in arrivals) * common_s / ROWS

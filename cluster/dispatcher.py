@@ -103,6 +103,14 @@ class Dispatcher:
         """Requests that wait here for their turn, by priority class: 1, 0 and -1."""
         return self._gate.waiting()
 
+    def check_room(self, tenant: str, priority: int) -> None:
+        """Whether a request would be refused whatever it asks for; free of cost, before it is looked at.
+
+        Raises:
+            OverloadedError: all places are taken, and the tenant has most of them.
+        """
+        self._gate.check_room(tenant, priority)
+
     async def health(self) -> None:
         """Return if requests can be served.
 

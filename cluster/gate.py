@@ -31,6 +31,10 @@ class Gate:
         self._clock = clock
         self._turns: dict[RequestId, asyncio.Future[None]] = {}
 
+    def check_room(self, tenant: str, priority: int) -> None:
+        """As `Admission.check_room`."""
+        self._admission.check_room(tenant, priority)
+
     def enter(self, request: Request) -> "asyncio.Future[None]":
         """Let a request wait; `leave` must follow. The result comes with its turn, or its refusal as an error.
 

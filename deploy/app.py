@@ -8,12 +8,15 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.member import PoolMember, PoolMemberConfig
 from deploy.config import PoolConfig, ServeConfig, engine_config, parse_config
-from deploy.gateway import GatewayApp, start_gateway
+from deploy.gateway import RunningGateway, start_gateway
 from deploy.scaling_policy import POLICY_PATH, load_numbers
 from router.request import Role
 
 POOL_NAMES: Final[dict[Role, str]] = {"prefill": "PrefillPool", "decode": "DecodePool", "mixed": "MixedPool"}
 _STOP_MARGIN_S: Final = 15.0
+_STOP_WAIT_S: Final = 0.5
+_HEAD: Final = "node:__internal_head__"
+"""Ray's own resource of the head node."""
 _HEALTH_PERIOD_S: Final = 2.0
 _UNBOUNDED: Final = 100_000
 """Requests in flight are bounded by our own admission, which knows what they cost."""
@@ -71,24 +74,38 @@ def build(args: dict[str, object]) -> Application:
         max_ongoing_requests=_UNBOUNDED,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=_HEALTH_PERIOD_S,
-        graceful_shutdown_timeout_s=max(pool.drain_s for _, pool in config.pools.roles),
-    )(serve.ingress()(_Gateway))
+        graceful_shutdown_wait_loop_s=_STOP_WAIT_S,
+        graceful_shutdown_timeout_s=max(pool.drain_s for _, pool in config.pools.roles) + _STOP_MARGIN_S,
+    )(GatewayReplica)
     if config.gateway.replicas > 1:
-        # Each gateway listens on the gRPC port of its node.
+        # Each gateway listens on the ports of its node.
         gateway = gateway.options(max_replicas_per_node=1)
+    elif config.ray.address != "local":
+        # Where clients look for it.
+        gateway = gateway.options(ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}})
     return gateway.bind(args, *pools)
 
 
-class _Gateway:
-    """The gateway's replica; pools are named here so that Serve deploys them."""
+class GatewayReplica:
+    """A Serve replica that holds a gateway, which listens on ports of its own: Serve's proxies took as much time for a
+    request as everything else at the gateway, and requests waited there in no order of ours. Pools are named here so
+    that Serve deploys them.
+    """
 
-    def __init__(self, args: dict[str, object], *pools: object) -> None:
-        self._args = args
+    async def __init__(self, args: dict[str, object], *pools: object) -> None:
+        self._gateway: RunningGateway = await start_gateway(parse_config(args))
         self._pools = pools
 
-    async def __serve_build_asgi_app__(self) -> GatewayApp:
-        """Asked by Serve, which tells what this raises; of a failed lifespan it would not tell why."""
-        return await start_gateway(parse_config(self._args))
+    async def check_health(self) -> None:
+        """Asked by Serve; raising has this replica replaced."""
+        self._gateway.check_health()
+
+    async def __call__(self) -> str:
+        """Nothing: no request comes through Serve."""
+        return ""
+
+    async def __del__(self) -> None:
+        await self._gateway.stop()
 
 
 def _pool(role: Role, pool: PoolConfig) -> serve.Deployment:
@@ -119,6 +136,6 @@ def _pool(role: Role, pool: PoolConfig) -> serve.Deployment:
         max_ongoing_requests=_UNBOUNDED,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=_HEALTH_PERIOD_S,
-        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_wait_loop_s=_STOP_WAIT_S,
         graceful_shutdown_timeout_s=pool.drain_s + _STOP_MARGIN_S,
     )(PoolReplica)

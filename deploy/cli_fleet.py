@@ -15,7 +15,7 @@ import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import ProxyLocation
 from ray.serve.schema import ApplicationStatus, ServeStatus
 
 from cluster.directory import ACTOR_NAME, MemberStatus, find_directory
@@ -108,11 +108,8 @@ def _start_ray(config: ServeConfig) -> None:
 
 
 def _deploy(config: ServeConfig) -> None:
-    local = config.ray.address == "local"
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly if local else ProxyLocation.EveryNode,
-        http_options=HTTPOptions(host=config.http.host, port=config.http.port),
-    )
+    # The gateway listens itself.
+    serve.start(proxy_location=ProxyLocation.Disabled)
     # `serve.run` would wait through Serve's many attempts at a member that cannot start.
     target = serve.RunTarget(target=build(config_mapping(config)), name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
@@ -153,19 +150,32 @@ def _member_statuses(config: ServeConfig) -> tuple[MemberStatus, ...]:
 
 
 def _wait_http(config: ServeConfig) -> None:
-    """The proxy hears of the application a moment after it runs."""
+    """The gateway answers once every pool has a member."""
+    until = time.monotonic() + 30
+    addresses = _http_addresses(config)
+    while not any(_answers(address) for address in addresses):
+        if time.monotonic() > until:
+            raise StartError(f"no gateway answers at http://{' or '.join(addresses)}/health; see Serve's logs")
+        time.sleep(_POLL_S)
+
+
+def _http_addresses(config: ServeConfig) -> list[str]:
+    """Where a gateway may be: it listens on its own node."""
+    here = http_address(config)
+    if config.ray.address == "local" or here.startswith(f"{config.http.host}:"):
+        return [here]
+    nodes = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+    return [here, *(f"{node}:{config.http.port}" for node in nodes)]
+
+
+def _answers(address: str) -> bool:
     # A proxy of the environment is for the internet.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    url = f"http://{http_address(config)}/health"
-    until = time.monotonic() + 30
-    while True:
-        try:
-            with opener.open(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            if time.monotonic() > until:
-                raise StartError(f"{url} does not answer: {error}") from error
-        time.sleep(_POLL_S)
+    try:
+        with opener.open(f"http://{address}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
 
 
 def _stop_application(config: ServeConfig) -> None:

@@ -34,8 +34,8 @@ def check_config(config: ServeConfig) -> None:
     if local:
         if config.gateway.replicas > 1:
             raise ConfigError(
-                f"gateway.replicas={config.gateway.replicas} with ray.address=local: each gateway listens on the gRPC "
-                "port of its node, and a local cluster is one node; use 1, or name a cluster of several (--ray-address)"
+                f"gateway.replicas={config.gateway.replicas} with ray.address=local: each gateway listens on the ports "
+                "of its node, and a local cluster is one node; use 1, or name a cluster of several (--ray-address)"
             )
         _check_cpus(config)
         for key, host, port in _addresses(config):

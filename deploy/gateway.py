@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Final
 import grpc
 from ray.actor import ActorProxy
 from ray.exceptions import RayError
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.directory import Directory, Membership, open_directory
 from cluster.dispatcher import Dispatcher
@@ -21,57 +21,50 @@ from deploy.config_keys import read_api_keys
 from deploy.generation import GenerationService
 from deploy.grpc_service import GrpcConfig, TlsFiles, bind_grpc_server, create_grpc_server
 from deploy.http_guard import ApiKey
+from deploy.http_server import HttpServer, PortTakenError, listen
 from deploy.metrics import GatewayMetrics
 from deploy.openai_routes import HttpConfig, create_app
 from deploy.served_model import load_served_model
 from deploy.tokenizer import load_tokenizer
 from router.admission import Admission, AdmissionConfig
-from router.errors import ConfigError
+from router.errors import ConfigError, MemberLostError
 from router.router import Router
 
 logger = logging.getLogger(__name__)
 _WATCH_S: Final = 10.0
 _RETRY_S: Final = 0.5
-_GRPC_GRACE_S: Final = 1.0
 _BIND_MARGIN_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Running:
-    """What lives from start-up to shutdown."""
+class RunningGateway:
+    """A gateway that serves, until it is stopped."""
 
-    app: ASGIApp
     dispatcher: Dispatcher
+    http_server: HttpServer
     grpc_server: grpc.aio.Server
     follower: asyncio.Task[None]
+    drain_s: float
+
+    def check_health(self) -> None:
+        """Raises MemberLostError when the HTTP server or the watch of the directory has ended by itself."""
+        if self.http_server.has_ended or self.follower.done():
+            raise MemberLostError("the gateway's HTTP server or its watch of the directory has ended")
+
+    async def stop(self) -> None:
+        """Take no more requests, let those that run end, and leave all members."""
+        self.follower.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.follower
+        await asyncio.gather(self.http_server.stop(), self.grpc_server.stop(self.drain_s))
+        await self.dispatcher.close()
 
 
-class GatewayApp:
-    """The ASGI application of a gateway that runs, and ends with its lifespan."""
-
-    def __init__(self, running: _Running) -> None:
-        self._running = running
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or the lifespan."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-            return
-        await self._running.app(scope, receive, send)
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        await receive()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await _stop(self._running)
-        await send({"type": "lifespan.shutdown.complete"})
-
-
-async def start_gateway(config: ServeConfig) -> GatewayApp:
-    """Wait until every pool has had a member, then listen for gRPC and be ready for HTTP.
+async def start_gateway(config: ServeConfig) -> RunningGateway:
+    """Wait until every pool has had a member, then serve HTTP and gRPC.
 
     Raises:
-        ConfigError: the gRPC port is in use, or a key file cannot be read.
+        ConfigError: a port is in use, or a key file cannot be read.
         CheckpointError: the model's JSON files or tokenizer cannot be used.
     """
     directory = open_directory(config.ray.namespace)
@@ -96,14 +89,34 @@ async def start_gateway(config: ServeConfig) -> GatewayApp:
     server = create_grpc_server(service, grpc_config)
     drain_s = max(pool.drain_s for _, pool in config.pools.roles)
     await bind_when_free(server, grpc_config, patience_s=drain_s + _BIND_MARGIN_S)
+    listener = await listen_when_free(config.http.host, config.http.port, patience_s=_BIND_MARGIN_S)
+    http_server = HttpServer(create_app(service, _http_config(config, keys)), listener, drain_s=drain_s)
     await server.start()
-    running = _Running(
-        app=create_app(service, _http_config(config, keys)),
+    await http_server.start()
+    return RunningGateway(
         dispatcher=dispatcher,
+        http_server=http_server,
         grpc_server=server,
         follower=asyncio.create_task(_follow(directory, dispatcher, membership)),
+        drain_s=drain_s,
     )
-    return GatewayApp(running)
+
+
+async def listen_when_free(host: str, port: int, *, patience_s: float) -> socket.socket:
+    """As `listen`; a gateway that is being replaced gives the port up when it begins to leave.
+
+    Raises:
+        ConfigError: the address is still in use after `patience_s`, or not ours.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return listen(host, port)
+        except PortTakenError as error:
+            if time.monotonic() > until:
+                raise
+            logger.warning("%s; waiting for a gateway that leaves", error)
+        await asyncio.sleep(_RETRY_S)
 
 
 async def bind_when_free(server: grpc.aio.Server, config: GrpcConfig, *, patience_s: float) -> int:
@@ -157,14 +170,6 @@ def members_to_serve(known: tuple[MemberInfo, ...], told: Membership) -> tuple[M
     if told.settled:
         return told.members
     return tuple({info.member_id: info for info in (*known, *told.members)}.values())
-
-
-async def _stop(running: _Running) -> None:
-    running.follower.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running.follower
-    await running.grpc_server.stop(_GRPC_GRACE_S)
-    await running.dispatcher.close()
 
 
 def _http_config(config: ServeConfig, keys: tuple[ApiKey, ...]) -> HttpConfig:

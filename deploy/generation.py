@@ -58,6 +58,14 @@ class Backend(Protocol):
         """Serve a request; iterating raises `router.errors`."""
         ...
 
+    def check_room(self, tenant: str, priority: int) -> None:
+        """Return if a request may be worth looking at.
+
+        Raises:
+            OverloadedError: it would be refused whatever it asks for.
+        """
+        ...
+
     async def health(self) -> None:
         """Return if requests can be served.
 
@@ -188,6 +196,14 @@ class GenerationService:
         self._backend = backend
         self._limits = limits or Limits()
         self._max_chars = model.max_model_len * tokenizer.longest_token_chars
+
+    def check_room(self, tenant: str, priority: int) -> None:
+        """Refuse what needs no reading to be refused: in an overload that is most of what comes.
+
+        Raises:
+            OverloadedError: the tenant's requests of that priority are refused at present, whatever they ask for.
+        """
+        self._backend.check_room(tenant, priority)
 
     async def prepare(self, given: GenerationInput, *, prefix: str = "gen") -> Generation:
         """Validate and encode; nothing is queued yet.

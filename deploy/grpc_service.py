@@ -70,6 +70,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         """Serve one request; closing the call aborts it."""
         try:
             tenant = self._keys.tenant(_authorization(context.invocation_metadata()))
+            self._service.check_room(tenant, request.priority)
             given = generation_input(request, tenant=tenant, deadline_unix_s=self._deadline(context))
             generation = await self._service.prepare(given)
             usage = UsageCount(generation)

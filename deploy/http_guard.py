@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy.error_replies import AuthenticationError, BodyTooLargeError, error_reply
 from deploy.sse import error_response
 
-PUBLIC_PATHS = frozenset({"/health"})
+PUBLIC_PATHS = frozenset({"/health", "/-/healthz"})
 """All other paths need a key where keys are configured, those that do not exist too."""
 
 

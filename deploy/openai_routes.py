@@ -4,12 +4,13 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from deploy.chat import ChatPrompt
 from deploy.error_replies import BodyTooLargeError, ErrorReply, error_reply
@@ -40,6 +41,8 @@ from deploy.schema import (
 )
 from deploy.sse import EventStream, JsonReply, error_response, event
 from router.errors import MoefleetError, UnknownModelError
+
+_PRIORITY: Final = b'"priority"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,7 @@ class OpenAiApi:
 
     async def chat(self, request: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        body = parse_body(ChatRequest, await request.body())
+        body = parse_body(ChatRequest, await self._worth_reading(request))
         given = chat_input(body, tenant=_tenant(request), deadline_unix_s=self._deadline())
         generation = await self._service.prepare(given, prefix="chatcmpl")
         options = ReplyOptions(
@@ -96,7 +99,7 @@ class OpenAiApi:
 
     async def completions(self, request: HttpRequest) -> Response:
         """POST /v1/completions."""
-        body = parse_body(CompletionRequest, await request.body())
+        body = parse_body(CompletionRequest, await self._worth_reading(request))
         given = completion_input(body, tenant=_tenant(request), deadline_unix_s=self._deadline())
         generation = await self._service.prepare(given, prefix="cmpl")
         options = ReplyOptions(
@@ -107,6 +110,14 @@ class OpenAiApi:
         if body.stream:
             return EventStream(lambda: self._completion_events(generation, options), self._end)
         return JsonReply(lambda: self._completion_reply(generation, options), self._end)
+
+    async def _worth_reading(self, request: HttpRequest) -> bytes:
+        """The body, unless its tenant is refused at present: to parse and encode it is most of what a refusal costs."""
+        body = await request.body()
+        # One that names a priority is told apart when it is parsed.
+        if _PRIORITY not in body:
+            self._service.check_room(_tenant(request), 0)
+        return body
 
     async def models(self) -> Response:
         """GET /v1/models."""
@@ -124,6 +135,11 @@ class OpenAiApi:
         report = await self._service.health()
         body = {"status": "ok" if report.ready else "unavailable", "reason": report.reason, "members": report.members}
         return JSONResponse(body, status_code=200 if report.ready else 503)
+
+    async def serve_health(self) -> Response:
+        """GET /-/healthz: as Serve's proxies answer it, for KubeRay, which asks the port of the serving pods."""
+        ready = (await self._service.health()).ready
+        return PlainTextResponse("success" if ready else "unavailable", status_code=200 if ready else 503)
 
     async def metrics(self) -> Response:
         """GET /metrics, for Prometheus."""
@@ -203,6 +219,7 @@ def create_app(service: GenerationService, config: HttpConfig) -> FastAPI:
     app.add_api_route("/v1/models", api.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{model_id:path}", api.model, methods=["GET"], response_model=None)
     app.add_api_route("/health", api.health, methods=["GET"], response_model=None)
+    app.add_api_route("/-/healthz", api.serve_health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", api.metrics, methods=["GET"], response_model=None)
 
     async def refuse(_: HttpRequest, error: Exception) -> Response:

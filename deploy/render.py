@@ -13,8 +13,8 @@ IMPORT_PATH: Final = "deploy.app:build"
 def serve_document(config: ServeConfig) -> dict[str, object]:
     """The document's values. It names files of keys and certificates, and holds none of them."""
     return {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": config.http.host, "port": config.http.port},
+        # Gateways listen themselves.
+        "proxy_location": "Disabled",
         "applications": [
             {
                 "name": APP_NAME,

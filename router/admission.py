@@ -183,6 +183,21 @@ class Admission:
         self._count(item, weight)
         self._pace.watch(now, waiting=True)
 
+    def check_room(self, tenant: str, priority: int) -> None:
+        """Before anything is made of a request: whether `admit` would refuse it, whatever else it asks for.
+
+        Raises:
+            OverloadedError: as `admit`.
+        """
+        bound = self._bound_reached()
+        if not bound:
+            return
+        entrant = Entrant(id=RequestId(""), tokens=1, max_output=1, tenant=tenant, priority=priority)
+        item, weight = self._item(entrant), self._weight(entrant)
+        last = self._queue.last_of_longest()
+        if last is None or last.flow == item.flow:
+            raise self._overloaded(bound, self._wait_s(item, weight))
+
     def decide(self, capacity: Capacity, now: float) -> Decisions:
         """Give turns while the members have room for more first tokens; without members all go, to be told so."""
         released: list[RequestId] = []

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.directory import Membership
 from cluster.members import MemberInfo
-from deploy.gateway import bind_when_free, members_to_serve
+from deploy.gateway import bind_when_free, listen_when_free, members_to_serve
 from deploy.grpc_service import GrpcConfig
 from router.errors import ConfigError
 from router.request import MemberId
@@ -54,3 +54,22 @@ async def test_a_port_that_stays_in_use_is_refused_by_name() -> None:
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be bound"):
             await bind_when_free(server, GrpcConfig(port=port), patience_s=0.0)
         await server.stop(None)
+
+
+@pytest.mark.anyio
+async def test_a_gateway_waits_for_the_http_port_of_the_one_it_replaces_and_no_longer_than_that() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as leaving:
+        port = leaving.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be bound .*; name a free port"):
+            await listen_when_free("127.0.0.1", port, patience_s=0.0)
+        listening = asyncio.create_task(listen_when_free("127.0.0.1", port, patience_s=10.0))
+        await asyncio.sleep(0.1)
+        assert not listening.done()
+    with await listening as listener:
+        assert listener.getsockname()[1] == port
+
+
+@pytest.mark.anyio
+async def test_an_address_of_another_machine_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.1:0 cannot be bound"):
+        await listen_when_free("203.0.113.1", 0, patience_s=10.0)

@@ -257,8 +257,10 @@ async def test_health_follows_the_back_end() -> None:
     backend = make_backend("x")
     async with client_of(backend) as client:
         assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/-/healthz")).text == "success"
         backend.unhealthy = NoMemberError("no decode member is up")
         reply = await client.get("/health")
+        assert (await client.get("/-/healthz")).status_code == 503
 
     assert (reply.status_code, reply.json()["reason"]) == (503, "no decode member is up")
 

@@ -193,3 +193,18 @@ async def test_priority_classes_go_first_over_each_api_and_the_last_does_not_sta
     assert means[1] < means[0] < means[-1]
     # The lowest class has its turns beside the others, not behind them.
     assert places[-1][0] < places[0][-1]
+
+
+async def test_who_is_refused_anyway_is_not_read() -> None:
+    async with gateway(AdmissionConfig(max_queue=20)) as up:
+        up.member.engine.hold.set()
+        tasks = up.flood(20)
+        await until(lambda: up.dispatcher.waiting()[0] > 5)
+        headers = {"content-type": "application/json"}
+        refused = await up.http.post("/v1/completions", content=b"this is no JSON", headers=headers)
+        # What names a priority may belong to a class that has room.
+        read = await up.http.post("/v1/completions", content=b'{"priority": 1, this is none', headers=headers)
+        await cancel(tasks)
+        again = await up.http.post("/v1/completions", content=b"this is no JSON", headers=headers)
+    assert (refused.status_code, read.status_code, again.status_code) == (429, 400, 400)
+    assert int(refused.headers["retry-after"]) >= 1

@@ -105,6 +105,25 @@ def test_a_full_queue_makes_room_for_others_at_the_cost_of_whoever_fills_it() ->
         admission.admit(make("large", "other", tokens=1000), 0.0)
 
 
+def test_a_full_queue_is_told_of_before_a_request_is_looked_at_to_whoever_fills_it_alone() -> None:
+    admission = Admission(AdmissionConfig(max_queue=2, max_in_flight=3))
+    admission.check_room("hog", 0)
+    admission.admit(make("hog0", "hog"), 0.0)
+    admission.admit(make("hog1", "hog"), 0.0)
+    with pytest.raises(OverloadedError, match="max_queue=2") as early:
+        admission.check_room("hog", 0)
+    with pytest.raises(OverloadedError) as late:
+        admission.admit(make("hog2", "hog", tokens=1), 0.0)
+    assert early.value.retry_after_s == late.value.retry_after_s
+    # Its other classes and other tenants may have a place.
+    admission.check_room("hog", 1)
+    admission.check_room("other", 0)
+    # Nobody waits who could make room.
+    admission.decide(Capacity(members=3, step_tokens=1000), 0.0)
+    with pytest.raises(OverloadedError):
+        admission.check_room("other", 0)
+
+
 def test_retry_after_is_the_wait_at_the_pace_of_a_busy_fleet() -> None:
     admission = Admission(AdmissionConfig(max_queue=21, max_retry_s=500.0))
     for number in range(20):

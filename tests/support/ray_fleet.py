@@ -74,7 +74,7 @@ class RayFleet:
             logging_level=logging.ERROR,
             object_store_memory=128 << 20,
         )
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.http_port})
+        serve.start(proxy_location="Disabled")
         serve.run(build(config_mapping(self.config)), name=APP_NAME, route_prefix="/")
         return self
 

@@ -94,6 +94,9 @@ class ScriptedBackend:
         if self.unhealthy is not None:
             raise self.unhealthy
 
+    def check_room(self, tenant: str, priority: int) -> None:
+        """There is always room."""
+
     def waiting(self) -> Mapping[int, int]:
         """Nobody waits here."""
         return {}

@@ -1,0 +1,93 @@
+"""The gateway's HTTP server: an ASGI application on an address of its own, in the gateway's event loop."""
+
+import asyncio
+import errno
+import math
+import socket
+from typing import Final
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from router.errors import ConfigError
+
+_KEEP_ALIVE_S: Final = 75
+"""Idle connections stay so long: longer than the pools of usual clients and load balancers."""
+_BACKLOG: Final = 2048
+_START_S: Final = 0.01
+
+
+class PortTakenError(ConfigError):
+    """Another socket listens at the address."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, and may do so while connections of a server that was there before it still end.
+
+    Raises:
+        PortTakenError: another one listens there.
+        ConfigError: the address is not one of this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"http address {host}:{port} is none of this machine ({error}); name one that is") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        kind = PortTakenError if error.errno == errno.EADDRINUSE else ConfigError
+        raise kind(f"http address {host}:{port} cannot be bound ({error.strerror}); name a free port") from error
+    listener.setblocking(False)
+    return listener
+
+
+class HttpServer:
+    """Serves an application until it is stopped. Lives on one event loop.
+
+    Args:
+        app: what to serve.
+        listener: from `listen`; closed with the server.
+        drain_s: requests that run when it is stopped may take this long to end.
+    """
+
+    def __init__(self, app: ASGIApp, listener: socket.socket, *, drain_s: float) -> None:
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=math.ceil(drain_s),
+        )
+        self._server = uvicorn.Server(config)
+        self._listener = listener
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._listener.getsockname()[1])
+
+    @property
+    def has_ended(self) -> bool:
+        """It takes no connections (any more)."""
+        return self._serving is None or self._serving.done()
+
+    async def start(self) -> None:
+        """Take connections from now on."""
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(_START_S)
+
+    async def stop(self) -> None:
+        """Take no more connections, let requests end, and close."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await asyncio.wait([self._serving])
+        self._listener.close()
