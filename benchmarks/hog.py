@@ -1,7 +1,8 @@
 """What a hog does to others' first tokens on a real member: `python -m benchmarks.hog --model DIR`.
 
 Four tenants ask a gateway with one member of this process for half of what it can do, first alone, then beside a fifth
-that asks for ten times all of it. Prints the others' times to first token of both runs, and the ratio of their tails.
+that asks for ten times all of it. Prints the others' times to first token of both runs, the ratio of their tails, what
+processes computed beside the hog, and the same of the simulation, whose members have their cores for themselves.
 With `--ray` the member is one of a local Ray cluster and clients ask its gateway over HTTP, the hog's from a process of
 their own. With `--long` the hog sends fewer and longer prompts that are as much to compute, and what it costs to send
 and to refuse them counts less.
@@ -14,12 +15,14 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.ray_http import HttpFleet, serving
-from benchmarks.replay import PROMPTS, Arrival, Seen, calibrate, capacity, make_arrivals, make_member, replay
+from benchmarks.ray_http import HttpFleet, cpu_s, serving
+from benchmarks.replay import PROMPTS, Arrival, Seen, as_trace, calibrate, capacity, make_arrivals, make_member, replay
 from cluster.config import Dtype
 from deploy.bench_engine import DTYPES
+from router.admission import AdmissionConfig
+from router.simulated_fleet import Fleet
 from router.simulated_member import MemberSpec
-from router.simulation import percentile
+from router.simulation import percentile, simulate_tenants
 from tests.support.members import dispatching
 
 _OTHERS = "abcd"
@@ -61,7 +64,7 @@ async def measure(model: Path, dtype: Dtype, demand: Demand) -> dict[str, object
         others, hog = demand.arrivals(spec, 1)
         alone = await replay(dispatcher, others)
         beside = await replay(dispatcher, others + hog)
-    return _figures(capacity(spec), others, hog, alone, beside)
+    return _figures(spec, 1, (others, hog), alone, beside)
 
 
 async def measure_ray(fleet: HttpFleet, demand: Demand) -> dict[str, object]:
@@ -69,26 +72,43 @@ async def measure_ray(fleet: HttpFleet, demand: Demand) -> dict[str, object]:
     spec = await fleet.calibrate()
     others, hog = demand.arrivals(spec, fleet.members)
     alone = await fleet.replay(others, limit_s=demand.length_s + _REST_S)
+    before = cpu_s()
     runs = [fleet.replay(others, limit_s=demand.length_s + _REST_S), fleet.replay(hog, limit_s=demand.length_s)]
     beside = [each for run in await asyncio.gather(*runs) for each in run]
-    return {"members": fleet.members} | _figures(fleet.members * capacity(spec), others, hog, alone, beside)
+    used = {name: round(value - before[name], 1) for name, value in cpu_s().items()}
+    return _figures(spec, fleet.members, (others, hog), alone, beside) | {"cpu_s": used}
 
 
 def _figures(
-    rate: float, others: list[Arrival], hog: list[Arrival], alone: list[Seen], beside: list[Seen]
+    spec: MemberSpec, members: int, sent: tuple[list[Arrival], list[Arrival]], alone: list[Seen], beside: list[Seen]
 ) -> dict[str, object]:
-    tails = [percentile(_times(seen), 0.99) for seen in (alone, beside)]
+    others, hog = sent
+    times = [_times(alone), _times(beside), *_simulated(spec, members, others, hog)]
+    tails = [percentile(each, 0.99) for each in times]
     return {
-        "capacity_per_s": round(rate, 1),
+        "members": members,
+        "capacity_per_s": round(members * capacity(spec), 1),
         "others": len(others),
         "others_refused": sum(each.refused for each in beside if each.tenant != "hog"),
         "hog": len(hog),
         "hog_tokens": sum(len(each.prompt) for each in hog),
         "hog_served": sum(not each.refused for each in beside if each.tenant == "hog"),
-        "others_p50_ms": [round(1e3 * percentile(_times(seen), 0.5), 1) for seen in (alone, beside)],
-        "others_p99_ms": [round(1e3 * tail, 1) for tail in tails],
+        "others_p50_ms": [round(1e3 * percentile(each, 0.5), 1) for each in times[:2]],
+        "others_p99_ms": [round(1e3 * tail, 1) for tail in tails[:2]],
         "p99_ratio": round(tails[1] / tails[0], 2),
+        "simulated_p50_ms": [round(1e3 * percentile(each, 0.5), 1) for each in times[2:]],
+        "simulated_p99_ms": [round(1e3 * tail, 1) for tail in tails[2:]],
     }
+
+
+def _simulated(spec: MemberSpec, members: int, others: list[Arrival], hog: list[Arrival]) -> list[list[float]]:
+    """The others' times to first token in simulation, alone and beside the hog."""
+    fleet = Fleet(members=members, spec=spec, admission=AdmissionConfig())
+    found = []
+    for arrivals in (others, others + hog):
+        times = simulate_tenants(as_trace(sorted(arrivals, key=lambda each: each.at_s)), fleet, "cost")
+        found.append(sorted(value for name in _OTHERS for value in times[name]))
+    return found
 
 
 def main() -> None:

@@ -5,9 +5,11 @@ import random
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import psutil
 
 from benchmarks.http_clients import replay_http
 from benchmarks.replay import PROMPTS, ROWS, STEP_TOKENS, Arrival, Seen, make_arrivals, spec_of
@@ -62,6 +64,19 @@ class HttpFleet:
         seen = await self.replay(alone, limit_s=60.0)
         step_s = step.step_s(prefill_tokens=PROMPTS[0], decode_rows=0, context_tokens=0)
         return max((statistics.median(each.ttft_s for each in seen) - step_s) / 2, 0.0)
+
+
+def cpu_s() -> dict[str, float]:
+    """Seconds that our processes have computed: members' ranks, gateways, clients that have ended, and all of Ray's."""
+    found = dict.fromkeys(("ranks", "gateways", "clients", "ray"), 0.0)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            name, times = " ".join(process.cmdline()), process.cpu_times()
+            kind = "ranks" if "RankHost" in name else "gateways" if "Gateway" in name else "ray"
+            found[kind] += times.user + times.system
+    ended = psutil.Process().cpu_times()
+    found["clients"] = ended.children_user + ended.children_system
+    return found
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from cluster.member_codec import SubmitMode
 from cluster.member_stream import MemberEvent, MemberStream
 from cluster.members import MemberInfo
 from cluster.plan import KvTicket
-from router.admission import Admission
+from router.admission import Admission, member_priority
 from router.errors import (
     DeadlineExceededError,
     HandoffError,
@@ -188,8 +188,9 @@ class Dispatcher:
         journey = Journey(request, self._clock)
         turn = self._gate.enter(request)
         try:
-            await journey.within(turn)
+            saver = await journey.within(turn)
             journey.mark("admitted_s")
+            journey.request = replace(request, priority=member_priority(request.priority, saver=saver))
             async for event in self._serve(journey):
                 if journey.num_emitted == 0:
                     # Before others have their turn, who may then have its member's time.

@@ -29,14 +29,16 @@ class Gate:
         self._loads = loads
         self._backlog = backlog
         self._clock = clock
-        self._turns: dict[RequestId, asyncio.Future[None]] = {}
+        self._turns: dict[RequestId, asyncio.Future[bool]] = {}
 
     def check_room(self, tenant: str, priority: int) -> None:
         """As `Admission.check_room`."""
         self._admission.check_room(tenant, priority)
 
-    def enter(self, request: Request) -> "asyncio.Future[None]":
+    def enter(self, request: Request) -> "asyncio.Future[bool]":
         """Let a request wait; `leave` must follow. The result comes with its turn, or its refusal as an error.
+
+        It says whether the request is one of `Decisions.savers`.
 
         Raises:
             DeadlineExceededError, InvalidRequestError, OverloadedError: as `Admission.admit`.
@@ -76,7 +78,7 @@ class Gate:
             turn = self._turns.pop(request_id)
             # Whoever was cancelled is about to leave.
             if not turn.done():
-                turn.set_result(None)
+                turn.set_result(request_id in decisions.savers)
         for request_id, error in decisions.refused:
             turn = self._turns.pop(request_id)
             if not turn.done():

@@ -99,6 +99,8 @@ class Lane:
                 spare -= verifies
                 self._compute(seq, 1 + verifies, draft, verifies=verifies, drafts=ahead)
         for seq in [seq for seq in longer if seq.phase == "running"]:
+            if self.waiting and not draft.preempted:
+                self._admit(draft, now, pull_ids, before=seq)
             self._add_chunk(seq, draft)
         # Whoever was preempted now is back in the next step at the earliest, when all its earlier work is committed.
         if not draft.preempted:
@@ -180,12 +182,12 @@ class Lane:
         behind = [other for other in self.active[self.active.index(seq) + 1 :] if other.phase == "running"]
         return next((other for other in reversed(behind) if not (other.all_sampled or other.offer)), None)
 
-    def _admit(self, draft: LaneDraft, now: float, pull_ids: Iterator[int]) -> None:
-        """Give room to waiting sequences in order, up to the first that must wait longer."""
+    def _admit(self, draft: LaneDraft, now: float, pull_ids: Iterator[int], before: Sequence | None = None) -> None:
+        """Give room to waiting sequences in order (those before another one), up to the first that must wait longer."""
         while draft.budget and (seq := next((one for one in self.waiting if not one.awaits_pull), None)) is not None:
             if seq.ticket is not None and not seq.ticket.lasts(now):
                 seq.ticket = None
-            if seq.pending or not self._reserve(seq, draft):
+            if (before and seq.order > before.order) or seq.pending or not self._reserve(seq, draft):
                 break
             self.waiting.remove(seq)
             insort(self.active, seq, key=_ORDER)

@@ -13,6 +13,8 @@ _LEAST_WEIGHT: Final = 0.001
 _MOST_WEIGHT: Final = 1e6
 _PART: Final = 1.5
 """Times its share of the members' room that a flow may take beside others which fill it."""
+_LEAST_PLACES: Final = 2
+"""That a flow may take so at each of several gateways, which see a part of its requests in no even order."""
 _MOST_STARTING: Final = 3
 """Times the members' room that is given in this way, at most."""
 _BURST_STEPS: Final = 4
@@ -70,6 +72,16 @@ class Entrant:
     deadline_s: float | None = None
 
 
+def member_priority(priority: int, *, saver: bool) -> int:
+    """A request's place at its member: what a client says of its own requests moves it among those alike alone.
+
+    Args:
+        priority: its client's.
+        saver: of `Decisions.savers`.
+    """
+    return _class_of(priority) + (3 if saver else 0)
+
+
 def entrant_of(request: Request) -> Entrant:
     """A request at the gate."""
     return Entrant(
@@ -104,6 +116,8 @@ class Decisions:
 
     released: tuple[RequestId, ...]
     """To be routed now, in this order."""
+    savers: frozenset[RequestId]
+    """Of these, those paid for by what their flows left unused: they go first at the members too."""
     refused: tuple[tuple[RequestId, OverloadedError | DeadlineExceededError], ...]
 
 
@@ -201,9 +215,11 @@ class Admission:
     def decide(self, capacity: Capacity, now: float) -> Decisions:
         """Give turns while the members have room for more first tokens; without members all go, to be told so."""
         released: list[RequestId] = []
+        savers: list[RequestId] = []
         self._queue.set_burst(_BURST_STEPS * capacity.members * capacity.step_tokens)
         limit = capacity.members * self._config.starting_per_member / self._config.gateways
         while not capacity.members or self._may_start(limit, capacity):
+            saver = self._queue.next_saver
             item = self._queue.pop()
             if item is None:
                 break
@@ -217,10 +233,11 @@ class Admission:
             self._routing[item.request_id] = item.tokens
             self._routing_tokens += item.tokens
             released.append(item.request_id)
+            savers += [item.request_id] if saver == item.flow else []
         refused = tuple(self._refused)
         self._refused.clear()
         self._pace.watch(now, waiting=len(self._queue) > 0)
-        return Decisions(released=tuple(released), refused=refused)
+        return Decisions(released=tuple(released), savers=frozenset(savers), refused=refused)
 
     def _start(self, item: Waiting) -> None:
         self._starting[item.request_id] = item
@@ -259,7 +276,8 @@ class Admission:
         if flow is None or len(self._starting) >= _MOST_STARTING * limit:
             return False
         share = self._shares[flow]
-        return share.starting < max(limit * min(_PART * share.weight / self._weights, 1.0), 1.0)
+        least = min(_LEAST_PLACES, self._config.gateways)
+        return share.starting < max(limit * min(_PART * share.weight / self._weights, 1.0), least)
 
     def _can_go_on(self, capacity: Capacity) -> bool:
         """Whether what is prefilled can be decoded, and has room."""
@@ -297,14 +315,14 @@ class Admission:
     def _item(self, request: Entrant) -> Waiting:
         return Waiting(
             request_id=request.id,
-            flow=(request.tenant, _class_of(request)),
+            flow=(request.tenant, _class_of(request.priority)),
             tokens=request.tokens + min(request.max_output, self._config.expected_output),
             deadline_s=request.deadline_s,
         )
 
     def _weight(self, request: Entrant) -> float:
         tenant = self._config.tenant_weights.get(request.tenant, 1.0)
-        return tenant * self._config.class_weight ** _class_of(request)
+        return tenant * self._config.class_weight ** _class_of(request.priority)
 
     def _wait_s(self, item: Waiting, weight: float) -> float:
         """Seconds until a new request has its turn, at the pace that the fleet had when it was last busy."""
@@ -347,6 +365,6 @@ class Admission:
         )
 
 
-def _class_of(request: Entrant) -> int:
+def _class_of(priority: int) -> int:
     """1, 0 or -1: requests of positive, no and negative priority."""
-    return (request.priority > 0) - (request.priority < 0)
+    return (priority > 0) - (priority < 0)

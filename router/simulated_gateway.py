@@ -105,7 +105,9 @@ class SimulatedGateway:
         )
         decisions = admission.decide(capacity, now)
         for request_id in decisions.released:
-            self._route(self._at_gate.pop(request_id), now)
+            job = self._at_gate.pop(request_id)
+            job.saver = request_id in decisions.savers
+            self._route(job, now)
             admission.routed(request_id)
         for request_id, _ in decisions.refused:
             self._at_gate.pop(request_id).refused = True

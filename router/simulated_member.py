@@ -51,6 +51,8 @@ class Job:
         self.new_tokens = 0
         """To compute, as it looked when it came to the member."""
         self.cached_tokens = 0
+        self.saver = False
+        """It goes before those that are none: `router.admission.Decisions.savers`."""
         self.refused = False
         self.first_token_s = -1.0
         self.end_s = -1.0
@@ -126,7 +128,7 @@ class SimulatedMember:
 
     def add(self, job: Job, now: float) -> float | None:
         """Take a request in; returns when to call `advance`, if that has changed."""
-        self._waiting.append(job)
+        self._waiting.insert(sum(each.saver for each in self._waiting) if job.saver else len(self._waiting), job)
         depth = self._cache.depth(job.request.full_blocks(self._spec.block_size))
         job.came_s = now + self._spec.way_s
         job.new_tokens = job.request.prompt_tokens - depth * self._spec.block_size
@@ -134,8 +136,8 @@ class SimulatedMember:
         span = self._span
         if span is None:
             return self._begin(job.came_s, job.came_s)
-        if not span.chunks:
-            # Only decode steps are going on: the one behind that which runs now is the last of this span.
+        if not span.chunks or (job.saver and not self._prompts[-1].job.saver):
+            # Its prompt goes before what is going on: the step behind that which runs now is the last of this span.
             steps = max(math.ceil((now - span.start_s) / span.step_s), 1) + 1
             if steps < span.steps:
                 self._span = replace(span, steps=steps)
@@ -184,8 +186,8 @@ class SimulatedMember:
         shared = len(request.full_blocks(self._spec.block_size))
         return shared, -(-(request.prompt_tokens + request.output_tokens) // self._spec.block_size) - shared
 
-    def _admit(self, planned_s: float) -> bool:
-        """Give the first waiting request a row and room, if it was there by `planned_s`; False: it must wait."""
+    def _admit(self, planned_s: float, at: int) -> bool:
+        """Give the first waiting request a row, room and place, if it was there by `planned_s`; False: it waits."""
         if not self._waiting or len(self._rows) + len(self._prompts) >= self._spec.max_rows:
             return False
         job = self._waiting[0]
@@ -196,17 +198,25 @@ class SimulatedMember:
         self._waiting.popleft()
         self._waiting_tokens -= job.new_tokens
         job.cached_tokens = depth * self._spec.block_size
-        self._prompts.append(_Prompt(job, job.request.prompt_tokens - job.cached_tokens))
+        self._prompts.insert(at, _Prompt(job, job.request.prompt_tokens - job.cached_tokens))
         return True
 
     def _chunks(self, planned_s: float) -> tuple[int, ...]:
         """What a step computes of each prompt; requests are taken in as long as there is room in the step."""
         room = max(self._spec.step_tokens - len(self._rows), 1)
         chunks: list[int] = []
-        while room and (len(chunks) < len(self._prompts) or self._admit(planned_s)):
+        while room:
+            at = len(chunks)
+            goes_on = at < len(self._prompts) and self._prompts[at].job.saver >= self._next_is_saver
+            if not goes_on and not self._admit(planned_s, at) and at == len(self._prompts):
+                break
             chunks.append(min(self._prompts[len(chunks)].left, room))
             room -= chunks[-1]
         return tuple(chunks)
+
+    @property
+    def _next_is_saver(self) -> bool:
+        return bool(self._waiting) and self._waiting[0].saver
 
     def _begin(self, now: float, planned_s: float) -> float | None:
         """Start the next span, whose first step was planned at `planned_s`; returns its end, None: nothing to do."""

@@ -46,6 +46,18 @@ async def test_turns_go_on_with_first_tokens_and_ends() -> None:
     assert (fleet.admission.num_in_flight, fleet.admission.num_queued) == (0, 0)
 
 
+async def test_a_turn_says_whether_its_tenant_left_room_unused_before() -> None:
+    fleet = Fleet(make_load("a"), config=AdmissionConfig(expected_output=2000))
+    many = [
+        replace(make_request(f"hog{number}", "hog"), sampling=SamplingParams(max_tokens=1500)) for number in range(4)
+    ]
+    turns = [fleet.gate.enter(each) for each in many]
+    for each in many[:3]:
+        fleet.gate.leave(each.id)
+    # A flow can save 4096 tokens up.
+    assert [await turn for turn in turns] == [True, True, False, False]
+
+
 async def test_members_that_are_about_to_run_out_of_prompts_get_the_next() -> None:
     fleet = Fleet(replace(make_load("a"), step_tokens=5))
     turns = {name: fleet.gate.enter(make_request(name)) for name in "abc"}

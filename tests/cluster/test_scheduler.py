@@ -71,6 +71,18 @@ def test_higher_priority_goes_first_and_equals_in_order_of_arrival() -> None:
     assert order == ["c", "a", "b"]
 
 
+def test_a_prompt_that_goes_first_need_not_wait_for_the_rest_of_a_long_one() -> None:
+    bench = Bench(replace(CONFIG, max_step_tokens=8, chunk_tokens=8))
+    bench.add(make_request("long", 30))
+    bench.step()
+    bench.add(make_request("equal", 3))
+    bench.add(make_request("first", 5, priority=3))
+    batch = bench.plan().lanes[0]
+    assert [start.prompt_len for start in batch.starts] == [5]
+    assert sorted(batch.counts_S) == [3, 5]
+    assert sum(batch.samples_S) == 1
+
+
 def test_the_next_step_is_planned_before_the_token_is_known() -> None:
     bench = Bench()
     bench.add(make_request("a", 4, max_tokens=9))

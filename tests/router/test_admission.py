@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.admission import Admission, AdmissionConfig, Capacity, Entrant, entrant_of
+from router.admission import Admission, AdmissionConfig, Capacity, Entrant, entrant_of, member_priority
 from router.errors import ConfigError, DeadlineExceededError, InvalidRequestError, OverloadedError
 from router.request import Request, RequestId, SamplingParams
 from router.simulated_fleet import Fleet
@@ -252,6 +252,11 @@ def test_whoever_left_the_members_free_has_its_part_of_them_beside_those_who_fil
     assert admission.decide(members, 3.0).released == ("quiet4",)
 
 
+def test_what_a_client_says_of_its_requests_moves_them_at_a_member_among_those_alike_alone() -> None:
+    assert [member_priority(each, saver=False) for each in (-100, 0, 1, 100)] == [-1, 0, 1, 1]
+    assert member_priority(-100, saver=True) > member_priority(100, saver=False)
+
+
 def test_gateways_that_share_members_give_turns_for_their_part_of_them_and_for_one_at_least() -> None:
     for gateways, turns in ((1, 8), (2, 4), (4, 2), (100, 1)):
         admission = Admission(AdmissionConfig(gateways=gateways))
@@ -263,11 +268,12 @@ def test_gateways_that_share_members_give_turns_for_their_part_of_them_and_for_o
         AdmissionConfig(gateways=0)
 
 
-def test_a_hog_at_two_gateways_leaves_the_others_their_first_tokens_too() -> None:
+@pytest.mark.parametrize("gateways", [2, 4])
+def test_a_hog_at_several_gateways_leaves_the_others_their_first_tokens_too(gateways: int) -> None:
     length_s = 60.0
     step = StepTime(base_s=0.008, prefill_token_s=1e-4, decode_row_s=1e-4, context_token_s=2e-8)
     spec = MemberSpec(step_time=step, step_tokens=2048, kv_tokens=4_000_000)
-    fleet = Fleet(members=8, spec=spec, admission=AdmissionConfig(gateways=2), gateways=2)
+    fleet = Fleet(members=8, spec=spec, admission=AdmissionConfig(gateways=gateways), gateways=gateways)
     rng = random.Random(5)
     others = [each for tenant in "abcd" for each in make_arrivals(rng, tenant, 2.0, length_s)]
     tails = []

@@ -159,3 +159,18 @@ def test_the_cache_gives_up_what_was_freed_longest_ago_and_the_end_of_a_prefix_f
     cache.release((8, 9), 2)
     cache.fill((8,))
     assert cache.num_free == 6
+
+
+def test_a_saver_goes_before_the_rest_of_a_long_prompt_and_before_those_who_wait() -> None:
+    member = SimulatedMember(MemberId("m"), SPEC)
+    long, waits, saver = make_job(0, 300, 1), make_job(1, 100, 1), make_job(2, 100, 1)
+    saver.saver = True
+    member.add(long, 0.0)
+    member.add(waits, 0.1)
+    # The step that runs and the one that is planned behind it are the long prompt's.
+    end_s = member.add(saver, 0.2)
+    assert end_s == pytest.approx(2 * 1.1)
+    run(member, end_s)
+    assert saver.first_token_s == pytest.approx(3 * 1.1)
+    assert long.first_token_s == pytest.approx(4 * 1.1)
+    assert waits.first_token_s == pytest.approx(5 * 1.1)
