@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Final
 
@@ -198,9 +198,7 @@ class FleetRun:
             return
         staying = [place for place in self._places.values() if not place.leaving]
         loads = [place.load for place in staying if place.load is not None]
-        state = ScalingState(
-            members=len(staying), quiet_since_s=self._scaled.quiet_since_s, quiet_peak=self._scaled.quiet_peak
-        )
+        state = replace(self._scaled, members=len(staying))
         wanted, self._scaled = desired_members(loads, growth.scaling, now, state)
         for _ in range(wanted - len(staying)):
             place = self._start(now + growth.start_s)

@@ -9,6 +9,7 @@ from ray.serve.config import AutoscalingContext
 from deploy.scaling_policy import PoolPolicy, load_numbers, loads_of
 from router.load import MemberLoad
 from router.request import MemberId
+from router.step_time import StepTime
 
 
 def make_load(*, running: int = 0, draining: bool = False) -> MemberLoad:
@@ -61,9 +62,11 @@ BUSY = make_load(running=14)
 
 
 def test_a_load_survives_the_way_through_serve() -> None:
-    load = make_load(running=7)
+    load = replace(make_load(running=7), step_time=StepTime(base_s=0.0, prefill_token_s=1e-4, decode_row_s=0.0))
     (back,) = loads_of({name: {"m": value} for name, value in load_numbers(load).items()})
-    assert replace(back, block_size=load.block_size) == load
+    price = back.step_time.prefill_token_s
+    assert price == pytest.approx(1e-4, rel=0.01)
+    assert replace(back, step_time=load.step_time) == load
 
 
 def test_a_replica_that_told_only_part_is_left_out() -> None:
@@ -85,8 +88,10 @@ def test_a_busy_pool_grows_within_its_bounds() -> None:
 
 
 def test_a_need_that_is_gone_before_serve_followed_it_is_forgotten() -> None:
-    policy = make_policy()
+    now = [0.0]
+    policy = PoolPolicy(min_members=1, max_members=3, down_delay_s=60.0, clock=lambda: now[0])
     assert policy(make_context({"a": BUSY}, target=1))[0] == 2
+    now[0] = 10.0
     assert policy(make_context({"a": make_load()}, target=1))[0] == 1
 
 

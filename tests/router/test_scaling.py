@@ -1,13 +1,16 @@
 """Pools grow at once and shrink after a quiet while, within their bounds."""
 
+from dataclasses import replace
+
 import pytest
 
 from router.errors import ConfigError
 from router.load import MemberLoad
 from router.request import MemberId
 from router.scaling import ScalingConfig, ScalingState, desired_members
+from router.step_time import StepTime
 
-CONFIG = ScalingConfig(min_members=1, max_members=4, target_waiting_tokens=1000, down_delay_s=60.0)
+CONFIG = ScalingConfig(min_members=1, max_members=4, target_wait_s=1.0, down_delay_s=60.0, average_s=1e-3)
 
 
 def make_load(
@@ -23,6 +26,7 @@ def make_load(
         total_blocks=100,
         free_state_slots=free_slots,
         total_state_slots=10,
+        step_time=StepTime(base_s=0.0, prefill_token_s=1e-3, decode_row_s=0.0),
         draining=draining,
     )
 
@@ -42,6 +46,33 @@ def test_each_kind_of_load_grows_the_pool_at_once() -> None:
 def test_load_adds_up_over_members_and_stays_within_bounds() -> None:
     assert wanted(make_load(waiting_tokens=700), make_load(waiting_tokens=700)) == 2
     assert wanted(make_load(waiting_tokens=99_000)) == 4
+
+
+def sizes(loads: list[MemberLoad]) -> list[int]:
+    """What a pool is to have, a report a second, by the rule as it is by default."""
+    config, state = ScalingConfig(max_members=8), ScalingState(members=1)
+    seen: list[int] = []
+    for now, load in enumerate(loads):
+        size, state = desired_members([load], config, float(now), state)
+        seen.append(size)
+    return seen
+
+
+def test_a_long_prompt_that_waits_for_a_moment_is_no_need_of_members() -> None:
+    fast = StepTime(base_s=0.0, prefill_token_s=1e-4, decode_row_s=0.0)
+    long = replace(make_load(waiting_tokens=12_000), step_time=fast)
+    assert sizes([make_load(), *([long] * 2 + [make_load()] * 20) * 3]) == [1] * 67
+
+
+def test_a_load_that_stays_grows_the_pool_within_seconds() -> None:
+    assert sizes([make_load(), *[make_load(waiting_tokens=8000)] * 20])[5:] >= [2]
+    assert sizes([make_load(), *[make_load(waiting_tokens=8000)] * 30])[-1] == 4
+
+
+def test_what_waits_counts_by_the_time_that_its_member_takes_for_it() -> None:
+    slow, fast = (StepTime(base_s=0.0, prefill_token_s=token_s, decode_row_s=0.0) for token_s in (1e-3, 1e-5))
+    load = make_load(waiting_tokens=3000)
+    assert [wanted(replace(load, step_time=each)) for each in (slow, fast)] == [3, 2]
 
 
 def test_draining_members_do_not_count() -> None:
@@ -81,5 +112,5 @@ def test_bounds_and_targets_that_cannot_work_are_refused_by_name() -> None:
         ScalingConfig(min_members=3, max_members=2)
     with pytest.raises(ConfigError, match="target_rows"):
         ScalingConfig(target_rows=0.0)
-    with pytest.raises(ConfigError, match="target_waiting_tokens"):
-        ScalingConfig(target_waiting_tokens=0.0)
+    with pytest.raises(ConfigError, match="target_wait_s"):
+        ScalingConfig(target_wait_s=0.0)

@@ -17,7 +17,7 @@ from router.trace import TraceRequest
 SPEC = MemberSpec(
     step_time=StepTime(base_s=0.01, prefill_token_s=1e-4, decode_row_s=1e-4), kv_tokens=200_000, step_tokens=2048
 )
-SCALING = ScalingConfig(min_members=1, max_members=4, down_delay_s=20.0)
+SCALING = ScalingConfig(min_members=1, max_members=4, down_delay_s=20.0, average_s=1.0)
 
 
 def make_trace(rate: float, length_s: float, start_s: float = 0.0, sessions: int = 10_000) -> list[TraceRequest]:
@@ -71,7 +71,7 @@ def test_a_new_member_comes_up_in_its_time_and_one_that_is_not_needed_any_more_l
 
 
 def test_a_member_that_is_not_up_yet_is_given_up_when_the_rush_is_over() -> None:
-    scaling = ScalingConfig(min_members=1, max_members=4, down_delay_s=1.0)
+    scaling = ScalingConfig(min_members=1, max_members=4, down_delay_s=1.0, average_s=0.1)
     trace = [*make_trace(20.0, 2.0), *make_trace(0.5, 30.0, 3.0)]
     jobs, found = run(Fleet(members=1, spec=SPEC, growth=Growth(scaling=scaling, start_s=25.0)), trace)
     assert all(job.end_s > 0 for job in jobs)
