@@ -2,8 +2,8 @@
 
 A prefill and a decode member of two ranks each, with processes, sockets and a gateway; leases of 1 s and 2 s of grace.
 For each fault the table says how the request ended, and after how many seconds the members that live had all blocks
-and state slots free and nothing running. Takes some minutes. Exit status 1 when one held something for longer than its
-lease.
+and state slots free and nothing running. Takes two minutes. Exit status 1 when one held something for longer than its
+lease, or a request could not be brought to the step.
 """
 
 import argparse
@@ -15,7 +15,19 @@ from collections.abc import Awaitable
 from pathlib import Path
 
 from deploy.checkpoint import write_random_checkpoint
-from tests.support.handoff_faults import GENTLE, KILLS, STEPS, Fault, Outcome, Step, damage, inject, overstay, pair
+from tests.support.handoff_faults import (
+    GENTLE,
+    KILLS,
+    STEPS,
+    Fault,
+    Outcome,
+    Step,
+    StillHeldError,
+    damage,
+    inject,
+    overstay,
+    pair,
+)
 
 
 class Table:
@@ -23,16 +35,19 @@ class Table:
 
     def __init__(self) -> None:
         self.lines = ["| fault | at | the request | free after |", "|---|---|---|---|"]
-        self.num_held = 0
+        self.num_failed = 0
 
     async def add(self, fault: str, step: str, work: Awaitable[Outcome]) -> None:
         """Carry out one fault."""
         try:
             outcome = await work
             line = f"| {fault} | {step} | {outcome.ended}, {len(outcome.tokens)} tokens | {outcome.free_s:.2f} s |"
+        except StillHeldError as held:
+            self.num_failed += 1
+            line = f"| {fault} | {step} | | NOT FREE within the lease: {held} |"
         except TimeoutError:
-            self.num_held += 1
-            line = f"| {fault} | {step} | | NOT FREE within the lease |"
+            self.num_failed += 1
+            line = f"| {fault} | {step} | the step was not reached | |"
         self.lines.append(line)
         print(line, file=sys.stderr, flush=True)
 
@@ -51,10 +66,12 @@ async def damaged(checkpoint: Path, offsets: tuple[int, ...], name: str) -> Outc
 async def run(checkpoint: Path) -> Table:
     """All faults."""
     table = Table()
-    async with pair(checkpoint) as one:
-        for fault in GENTLE:
+    for fault in GENTLE:
+        # A pair each: what goes wrong with one fault is not told of others.
+        async with pair(checkpoint) as one:
             for step in STEPS:
                 await table.add(fault, step, inject(one, fault, step))
+    async with pair(checkpoint) as one:
         late: Step
         for late in ("queued at decode", "pull"):
             await table.add("lease runs out", late, overstay(one, late))
@@ -81,7 +98,7 @@ def main() -> int:
         print(text, end="")
     else:
         out.write_text(text, encoding="utf-8")
-    return int(table.num_held > 0)
+    return int(table.num_failed > 0)
 
 
 if __name__ == "__main__":

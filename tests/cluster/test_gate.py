@@ -46,6 +46,16 @@ async def test_turns_go_on_with_first_tokens_and_ends() -> None:
     assert (fleet.admission.num_in_flight, fleet.admission.num_queued) == (0, 0)
 
 
+async def test_who_fills_the_gate_is_told_before_its_request_is_looked_at() -> None:
+    fleet = Fleet(make_load("a"), config=AdmissionConfig(max_queue=2))
+    fleet.gate.check_room("hog", 0)
+    for name in "ab":
+        fleet.gate.enter(make_request(name, "hog"))
+    with pytest.raises(OverloadedError, match="max_queue=2"):
+        fleet.gate.check_room("hog", 0)
+    fleet.gate.check_room("other", 0)
+
+
 async def test_a_turn_says_whether_its_tenant_left_room_unused_before() -> None:
     fleet = Fleet(make_load("a"), config=AdmissionConfig(expected_output=2000))
     many = [

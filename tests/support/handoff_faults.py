@@ -99,6 +99,18 @@ class Outcome:
     """From the fault until free blocks and slots of the living members are all there, and nothing runs."""
 
 
+class StillHeldError(Exception):
+    """A member that lives holds something of a request that has ended; says what."""
+
+
+def _held(member: EngineMember) -> str:
+    load = member.engine.load()
+    return (
+        f"{load.member_id}: {load.free_blocks} of {load.total_blocks} blocks free, {load.running_requests} running, "
+        f"{load.waiting_requests} waiting, {load.handoff_requests} to be fetched"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """A prefill and a decode member with one row each."""
@@ -170,8 +182,15 @@ class Pair:
                 return len(running.tokens) >= 3
 
     async def free_s(self, since: float, *members: EngineMember) -> float:
-        """Wait until members hold nothing -> seconds since the fault."""
-        await until(lambda: all(member.is_idle for member in members), timeout_s=FREE_WITHIN_S)
+        """Wait until members hold nothing -> seconds since the fault.
+
+        Raises:
+            StillHeldError: they hold something for longer than the lease.
+        """
+        try:
+            await until(lambda: all(member.is_idle for member in members), timeout_s=FREE_WITHIN_S)
+        except TimeoutError:
+            raise StillHeldError("; ".join(map(_held, members))) from None
         return time.monotonic() - since
 
 
@@ -219,7 +238,8 @@ async def inject(one: Pair, fault: Fault, step: Step) -> Outcome:
     """Cause a fault at a step.
 
     Raises:
-        TimeoutError: members that live hold something for longer than the lease.
+        StillHeldError: members that live hold something for longer than the lease.
+        TimeoutError: the request did not come as far as the step.
     """
     name = f"{fault} at {step}"
     members = [one.prefill, one.decode]
