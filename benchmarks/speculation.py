@@ -2,7 +2,8 @@
 
 Ranks for each number of drafts, greedy; each batch is served in turns by all of them, from prompts to last tokens, and
 compared round by round: the median ratio, the least and the best; and the quickest rounds, as a busy machine disturbs
-those least. The first round warms up; what is learnt in it is kept, as a member does while it serves. With --anew each
+those least. The first --warm-up rounds are not counted (a policy that knows nothing saves up for its first try, some
+hundred to some thousand steps); what is learnt in it is kept, as a member does while it serves. With --anew each
 round begins as a member does right after its start, nothing known of drafts: what learning costs is counted in full,
 in generations of --new tokens, where a member pays it once in its life.
 With --unseen the prompts are conversations that the demo's models were not trained on, all with thinking; with
@@ -61,14 +62,14 @@ def measure(args: argparse.Namespace, engines: Sequence[tuple[str, BenchEngine]]
     seconds: dict[str, list[float]] = {name: [] for name, _ in engines}
     stats: dict[str, EngineStats] = {}
     expected: list[list[int]] = []
-    for round_ in range(args.rounds + 1):
+    for round_ in range(args.warm_up + args.rounds):
         for name, engine in engines:
             if args.anew:
                 engine.forget_drafts()
             found = engine.generate(prompts, args.new)
             expected = expected or found.tokens
             assert found.tokens == expected, f"{name} gives other tokens"
-            if round_:
+            if round_ >= args.warm_up:
                 seconds[name].append(found.wall_s)
             stats[name] = engine.stats
     plain = seconds[engines[0][0]]
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="forget what was learnt before each round")
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()

@@ -13,12 +13,12 @@ from queue import Empty, SimpleQueue
 from typing import Final, Literal
 
 from cluster.cache_log import CacheLog
+from cluster.engine_commands import Abort, Command, Expect, Release, Submit
 from cluster.engine_stats import EngineStats
 from cluster.executor import Ranks
 from cluster.plan import HandoffReady, KvTicket, StepPlan
 from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
-from cluster.sequence import Mode
 from cluster.speculation import DraftPolicy
 from router.errors import MemberLostError, MoefleetError, OverloadedError
 from router.load import CacheEvents, MemberLoad
@@ -50,33 +50,6 @@ class Rejected:
 
 
 EngineEvent = TokenEvent | TicketReady | Rejected
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Submit:
-    request: Request
-    mode: Mode
-    ticket: KvTicket | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Abort:
-    request_id: RequestId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Release:
-    ticket_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Expect:
-    request_id: RequestId
-    hashes: Sequence[int]
-    ticket: KvTicket
-
-
-_Command = _Submit | _Abort | _Release | _Expect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +99,7 @@ class Engine:
         self._member_id = member_id
         self._role: Role = role
         self._clock = clock
-        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        self._commands: SimpleQueue[Command] = SimpleQueue()
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._draining = False
@@ -138,6 +111,8 @@ class Engine:
         self._load_at = 0.0
         self._cache_log = CacheLog()
         self._failure: MoefleetError | None = None
+        self._pending: StepPlan | None = None
+        """The plan in flight."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         ranks.wake_on(self._wake.set)
 
@@ -164,23 +139,23 @@ class Engine:
 
     def submit(self, request: Request, *, mode: Literal["full", "prefill"] = "full") -> None:
         """Take a request in; "prefill" ends with its first token and a TicketReady. Refusals come as `Rejected`."""
-        self._command(_Submit(request=request, mode=mode, ticket=None))
+        self._command(Submit(request=request, mode=mode, ticket=None))
 
     def submit_handoff(self, request: Request, ticket: KvTicket) -> None:
         """Go on with a request prefilled elsewhere; `request.output_ids` holds its first token."""
-        self._command(_Submit(request=request, mode="full", ticket=ticket))
+        self._command(Submit(request=request, mode="full", ticket=ticket))
 
     def expect(self, request_id: RequestId, hashes: Sequence[int], ticket: KvTicket) -> None:
         """Fetch what is prefilled elsewhere so far of a request that is submitted or aborted later."""
-        self._command(_Expect(request_id=request_id, hashes=hashes, ticket=ticket))
+        self._command(Expect(request_id=request_id, hashes=hashes, ticket=ticket))
 
     def abort(self, request_id: RequestId) -> None:
         """End a request; its last event has finish "abort". Unknown ids are no error."""
-        self._command(_Abort(request_id=request_id))
+        self._command(Abort(request_id=request_id))
 
     def release_ticket(self, ticket_id: str) -> None:
         """Free the KV of a ticket: it was fetched, or nobody will come."""
-        self._command(_Release(ticket_id=ticket_id))
+        self._command(Release(ticket_id=ticket_id))
 
     def set_role(self, role: Role) -> None:
         """Report another role from now on. Requests that are here go on: an engine serves every kind at any time."""
@@ -205,7 +180,7 @@ class Engine:
         self.halt()
         self._ranks.close()
 
-    def _command(self, command: _Command) -> None:
+    def _command(self, command: Command) -> None:
         self._commands.put(command)
         self._wake.set()
 
@@ -221,26 +196,43 @@ class Engine:
         self._drained.set()
 
     def _loop(self) -> None:
-        pending: StepPlan | None = None
         while not self._stopping.is_set():
-            self._take_commands()
-            committed = pending is not None
-            plan, pending = self._step(pending)
-            self._flush()
-            # What was committed may be what the next plan waited for.
-            if plan is not None or pending is not None or committed:
-                self._active_at = time.monotonic()
-            else:
+            if not self.turn():
                 self._check_stall()
-                self._sleep()
-        if pending is not None:
+                self._wake.wait(None if self._scheduler.is_idle else _EXPIRY_PERIOD_S)
+                self._wake.clear()
+                self._stats.idle_s += time.monotonic() - self._load_at
+        if self._pending is not None:
             self._ranks.result()
         for request_id in tuple(self._live):
             self._end(request_id)
         self._flush()
 
-    def _step(self, pending: StepPlan | None) -> tuple[StepPlan | None, StepPlan | None]:
-        """Plan and launch the next step, then take the result of `pending` -> (the plan, the plan now in flight)."""
+    def turn(self) -> bool:
+        """Take in what was asked for, launch the next step and give out the results of the one before, or rest.
+
+        For the engine's thread; or for the one thread that drives an engine which was not started.
+
+        Returns:
+            whether there was anything to do; if not, what comes next is a command, a pull, a lost rank or an expiry.
+        """
+        self._take_commands()
+        committed = self._pending is not None
+        plan = self._step()
+        self._flush()
+        # What was committed may be what the next plan waited for.
+        if plan is None and self._pending is None and not committed:
+            self._rest()
+            return False
+        self._active_at = time.monotonic()
+        return True
+
+    def check_integrity(self) -> None:
+        """As `Scheduler.check_integrity`, between two turns."""
+        self._scheduler.check_integrity()
+
+    def _step(self) -> StepPlan | None:
+        """Plan and launch the next step, then take the result of the one in flight -> the plan."""
         now = self._clock()
         for done in self._ranks.poll_pulls():
             self._stats.pulls += 1
@@ -263,9 +255,10 @@ class Engine:
             self._stats.computed_tokens += sum(sum(lane.counts_S) for lane in plan.lanes)
             self._stats.admissions += sum(len(lane.starts) for lane in plan.lanes)
             self._stats.preemptions = self._scheduler.num_preemptions
-        if pending is not None:
+        if self._pending is not None:
             self._take_result()
-        return plan, plan if plan is not None and plan.has_rows else None
+        self._pending = plan if plan is not None and plan.has_rows else None
+        return plan
 
     def _take_result(self) -> None:
         waited_from = time.monotonic()
@@ -323,18 +316,14 @@ class Engine:
         logger.error("engine stalls: %s", self._scheduler.describe())
         raise MemberLostError(f"{what}; its log has the state")
 
-    def _sleep(self) -> None:
-        """Nothing runs: wait for a command, a pull, a lost rank, or the next lease or deadline."""
+    def _rest(self) -> None:
+        """Nothing runs: end what has expired, and report."""
         for event in self._scheduler.expire(self._clock()):
             self._emit(event)
         self._flush()
-        idle_from = time.monotonic()
-        self._report_load(idle_from)
+        self._report_load(time.monotonic())
         if self._draining and self._scheduler.is_idle and self._commands.empty():
             self._drained.set()
-        self._wake.wait(None if self._scheduler.is_idle else _EXPIRY_PERIOD_S)
-        self._wake.clear()
-        self._stats.idle_s += time.monotonic() - idle_from
 
     def _take_commands(self) -> None:
         while True:
@@ -344,16 +333,16 @@ class Engine:
                 return
             self._active_at = time.monotonic()
             match command:
-                case _Submit():
+                case Submit():
                     self._take_in(command)
-                case _Abort(request_id=request_id):
+                case Abort(request_id=request_id):
                     self._end(request_id)
-                case _Release(ticket_id=ticket_id):
+                case Release(ticket_id=ticket_id):
                     self._scheduler.release_ticket(ticket_id)
-                case _Expect():
+                case Expect():
                     self._scheduler.expect(command.request_id, command.hashes, command.ticket)
 
-    def _take_in(self, command: _Submit) -> None:
+    def _take_in(self, command: Submit) -> None:
         request, now = command.request, self._clock()
         try:
             if self._draining:
@@ -395,5 +384,5 @@ class Engine:
     def _reject_commands(self, error: MoefleetError) -> None:
         while not self._commands.empty():
             command = self._commands.get_nowait()
-            if isinstance(command, _Submit):
+            if isinstance(command, Submit):
                 self._outlets.on_events([Rejected(request_id=command.request.id, error=error)])

@@ -15,9 +15,9 @@ FAST, SLOW, SLOW_GROUPS = 15, 150, 6
 """`python -m benchmarks.random_histories` runs thousands."""
 
 
-def run(folder: Path, count: int, layout: Layout | None = None) -> Counts:
+def run(folder: Path, count: int, layout: Layout | None = None, *, one_host: bool = True) -> Counts:
     make_mtp_reference(folder, disturbance=1.4)
-    with open_world(folder, layout) as world:
+    with open_world(folder, layout, one_host=one_host) as world:
         run_histories(world, count)
         return world.counts
 
@@ -44,9 +44,12 @@ def test_many_histories_with_all_that_can_happen(tmp_path: Path) -> None:
 
 @needs_native
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(dp=2, ep=2)], ids=str)
-def test_members_of_several_ranks_over_gloo_give_the_tokens_of_one_rank_alone(tmp_path: Path, layout: Layout) -> None:
-    counts = run(tmp_path, SLOW_GROUPS, layout)
+@pytest.mark.parametrize("one_host", [True, False])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, ep=2), Layout(dp=2, ep=2)], ids=str)
+def test_members_of_several_ranks_give_the_tokens_of_one_rank_alone(
+    tmp_path: Path, layout: Layout, *, one_host: bool
+) -> None:
+    counts = run(tmp_path, SLOW_GROUPS, layout, one_host=one_host)
 
     assert counts.histories >= SLOW_GROUPS
     assert min(counts.hits, counts.requests, counts.tokens) > 0, counts

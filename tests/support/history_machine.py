@@ -1,11 +1,10 @@
 """Histories of two members that hypothesis makes and shrinks: prefix cache, drafts, chunked prompts, preemption, aborts
-and hand-offs at once, on ranks of any kind.
+and hand-offs at once, on real engines over ranks of any kind.
 
-Everything runs in one thread, so that a history repeats. Each request must get the tokens that it gets alone, without
-drafts, nothing cached, and all room must be accounted for after every step.
+Everything runs in one thread, which gives engines their turns, so that a history repeats. Each request must get the
+tokens that it gets alone, without drafts, nothing cached, and all room must be accounted for after every step.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -22,13 +21,14 @@ from hypothesis.stateful import (
 )
 from typing_extensions import override
 
-from cluster.plan import HandoffReady, KvLayout, KvTicket, PullDone, PullOrder, StepOutput
-from cluster.scheduler import Scheduler
+from cluster.engine import EngineEvent, Rejected, TicketReady
+from cluster.plan import KvTicket
 from cluster.scheduler_config import SchedulerConfig
 from router.errors import OverloadedError
 from router.prefix import block_hashes
-from router.request import MemberId, Request, RequestId, TokenEvent
+from router.request import Request, RequestId, TokenEvent
 from tests.support.history_counts import Counts
+from tests.support.history_engine import HistoryMember, id_of
 from tests.support.history_members import MemberRanks
 from tests.support.history_plan import GREEDY, LEASE_S, LONGEST_ANSWER, SAMPLED
 
@@ -55,60 +55,23 @@ class World:
     counts: Counts = field(default_factory=Counts)
 
 
-class Member:
-    """Ranks and their scheduler, which plans a step ahead as an engine does."""
-
-    def __init__(self, name: str, ranks: MemberRanks, config: SchedulerConfig) -> None:
-        self.name = name
-        self.ranks = ranks
-        self.config = config
-        self.scheduler = Scheduler(config)
-        self.outputs: deque[StepOutput] = deque()
-        self.orders: list[PullOrder] = []
-        """Pulls that are to be carried out."""
-
-    def launch(self, now: float) -> bool:
-        """Plan a step and run it; what it gave is told later."""
-        plan = self.scheduler.schedule(now)
-        if plan is None:
-            return False
-        self.orders += plan.pulls
-        self.outputs.append(StepOutput(step=plan.step, lanes=self.ranks.step(plan.lanes)))
-        return True
-
-    def pull(self, index: int, source: "Member", now: float, *, torn: bool, releases: bool) -> None:
-        """End one of the pulls, in any order.
-
-        Args:
-            torn: it fails, and what it left is worth nothing.
-            releases: or else the source keeps what was read until its lease is over.
-        """
-        order = self.orders.pop(index)
-        ticket, size = order.ticket, self.config.block_size
-        lane, ticket_id = ticket.id.split(":", 1)
-        blocks = list(ticket.blocks[order.first // size : -(-ticket.num_tokens // size)])
-        content = source.ranks.read(int(lane), blocks, ticket.state_slot)
-        self.ranks.write(order.lane, list(order.dst_blocks[: len(blocks)]), order.dst_slot, content)
-        if releases:
-            source.scheduler.release_ticket(ticket_id)
-        if torn:
-            self.ranks.fill(order.lane, order.dst_blocks, order.dst_slot)
-        self.scheduler.pull_done(PullDone(pull_id=order.pull_id, error="torn" if torn else ""), now)
-
-
 class HistoryMachine(RuleBasedStateMachine):
-    """Rules are what clients and the engines' loops do; each is followed by a look at every block, slot and row."""
+    """Rules are what clients, gateways and the engines' threads do; each is followed by a look at every block, slot and
+    row. Between its turns an engine has a step in flight, as long as there is any to be made."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
         self.world = world
-        self.members: list[Member] = []
+        self.members: list[HistoryMember] = []
         self.requests: dict[RequestId, Request] = {}
         self.told: dict[RequestId, int] = {}
         """Tokens that each request has got."""
         self.running: set[RequestId] = set()
-        self.tickets: list[tuple[Member, HandoffReady]] = []
-        self.offers: dict[RequestId, tuple[Member, str]] = {}
+        self.aborted: set[RequestId] = set()
+        self.handed: dict[RequestId, tuple[HistoryMember, KvTicket]] = {}
+        """Requests that were told to go on at another member, and with what."""
+        self.tickets: list[tuple[HistoryMember, RequestId, KvTicket]] = []
+        self.offers: dict[RequestId, tuple[HistoryMember, KvTicket]] = {}
         """Tickets of prompts that are still computed, as far as the other member knows of them."""
         self.now = 0.0
 
@@ -116,7 +79,10 @@ class HistoryMachine(RuleBasedStateMachine):
     def begin(self, data: st.DataObject) -> None:
         configs = data.draw(self.world.configs)
         ranks = self.world.make_ranks(*configs)
-        self.members = [Member(name, own, config) for name, own, config in zip("ab", ranks, configs, strict=True)]
+        self.members = [
+            HistoryMember(name, own, config, tp=self.world.tp, clock=lambda: self.now, on_events=self._take_all)
+            for name, own, config in zip("ab", ranks, configs, strict=True)
+        ]
 
     @rule(
         member=_MEMBERS,
@@ -145,7 +111,7 @@ class HistoryMachine(RuleBasedStateMachine):
         if len(prompt) + LONGEST_ANSWER <= self.members[member].config.max_model_len:
             self._add(self.members[member], prompt, data)
 
-    def _add(self, member: Member, prompt: tuple[int, ...], data: st.DataObject) -> None:
+    def _add(self, member: HistoryMember, prompt: tuple[int, ...], data: st.DataObject) -> None:
         sampling = data.draw(st.sampled_from((GREEDY, SAMPLED)))
         tokens = data.draw(st.sampled_from((LONGEST_ANSWER, 1, 6, 13)))
         request = Request(
@@ -155,10 +121,7 @@ class HistoryMachine(RuleBasedStateMachine):
             priority=data.draw(st.sampled_from((0, 0, 0, 1))),
         )
         prefill = data.draw(st.sampled_from((False, False, True)))
-        try:
-            member.scheduler.add(request, mode="prefill" if prefill else "full", now=self.now)
-        except OverloadedError:
-            return
+        member.engine.submit(request, mode="prefill" if prefill else "full")
         self.requests[request.id] = request
         self.told[request.id] = 0
         self.running.add(request.id)
@@ -175,22 +138,16 @@ class HistoryMachine(RuleBasedStateMachine):
             for member in self.members:
                 self._step(member, pace)
 
-    @rule(member=_MEMBERS)
-    def plan_only(self, member: int) -> None:
-        """A member plans ahead by one step, then it stays so until its next step."""
-        if not self.members[member].outputs:
-            self.world.counts.steps += self.members[member].launch(self.now)
-
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.running)))
         for member in self.members:
-            event = member.scheduler.abort(name, self.now)
-            assert event is None or event.finish == "abort"
-        self.tickets = [(source, ready) for source, ready in self.tickets if ready.request_id != name]
+            member.engine.abort(name)
+        self.tickets = [each for each in self.tickets if each[1] != name]
         self._let_go(name)
         self.running.discard(name)
+        self.aborted.add(name)
         self.world.counts.aborts += 1
 
     @precondition(lambda self: self.tickets)
@@ -220,94 +177,92 @@ class HistoryMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((1.0, 1.5 * LEASE_S)))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        for member in self.members:
-            assert member.scheduler.expire(self.now) == []
 
-    def _step(self, member: Member, pace: float) -> bool:
-        """As the engine does: plan the next step, then take the results of the one before."""
+    def _step(self, member: HistoryMember, pace: float) -> bool:
+        """A turn of the engine's thread, which sleeps for a while when there is nothing to do."""
         self.now += pace
-        launched = member.launch(self.now)
-        self.world.counts.steps += launched
-        if len(member.outputs) > 1 or (member.outputs and not launched):
-            for event in member.scheduler.commit(member.outputs.popleft(), self.now):
-                self._take(member, event)
-            launched = True
-        elif not launched:
-            # As an engine that has nothing to do.
-            assert member.scheduler.expire(self.now) == []
+        did = member.turn()
+        if not did:
             self.now += 0.05
-        member.scheduler.check_integrity()
-        return launched
+        return did
 
     def _use_ticket(self, index: int) -> None:
-        source, ready = self.tickets.pop(index)
-        request = self.requests[ready.request_id]
-        answer = self.world.answer(request)[: self.told[request.id]]
-        self.offers.pop(request.id, None)
-        try:
-            ticket = self._ticket(source, ready)
-            self._other(source).scheduler.add_handoff(replace(request, output_ids=answer), ticket, self.now)
-        except OverloadedError:
-            self.tickets.append((source, ready))
+        source, name, ticket = self.tickets.pop(index)
+        request = self.requests[name]
+        answer = self.world.answer(request)[: self.told[name]]
+        self.offers.pop(name, None)
+        self.handed[name] = source, ticket
+        self._other(source).engine.submit_handoff(replace(request, output_ids=answer), ticket)
 
-    def _other(self, member: Member) -> Member:
+    def _other(self, member: HistoryMember) -> HistoryMember:
         return self.members[1 - self.members.index(member)]
 
-    def _expect(self, source: Member, offer: HandoffReady) -> None:
+    def _expect(self, source: HistoryMember, name: RequestId, ticket: KvTicket) -> None:
         """Tell the other member what is computed of a prompt so far, if it is of use to anybody."""
-        if offer.request_id in self.running:
-            prompt, size = self.requests[offer.request_id].prompt_ids, self._other(source).config.block_size
-            hashes = block_hashes(prompt[: offer.num_tokens], size)
-            self._other(source).scheduler.expect(offer.request_id, hashes, self._ticket(source, offer))
-            self.offers[offer.request_id] = source, offer.ticket_id
+        if name in self.running:
+            prompt, size = self.requests[name].prompt_ids, self._other(source).config.block_size
+            hashes = block_hashes(prompt[: ticket.num_tokens], size)
+            self._other(source).engine.expect(name, hashes, ticket)
+            self.offers[name] = source, ticket
 
     def _let_go(self, name: RequestId) -> None:
-        """A request ended where its prompt was computed: what was offered is released when the other member knows."""
+        """A request ended where its prompt was computed: the other member is told. What was offered is released when
+        that has confirmed it."""
         if name in self.offers:
-            source, ticket_id = self.offers.pop(name)
-            self._other(source).scheduler.abort(name, self.now)
-            source.scheduler.release_ticket(ticket_id)
+            self._other(self.offers[name][0]).engine.abort(name)
+            self.aborted.add(name)
 
-    def _ticket(self, source: Member, ready: HandoffReady) -> KvTicket:
-        config = source.config
-        layout = KvLayout(
-            fingerprint="",
-            tp=self.world.tp,
-            block_size=config.block_size,
-            num_blocks=config.num_blocks,
-            num_slots=config.num_slots,
-            dtype="float32",
-        )
-        return KvTicket(
-            id=f"{ready.lane}:{ready.ticket_id}",
-            member_id=source.name,
-            layout=layout,
-            ranks=(),
-            blocks=ready.blocks,
-            state_slot=ready.state_slot,
-            num_tokens=ready.num_tokens,
-            expires_unix_s=ready.expires_unix_s,
-            partial=ready.partial,
-        )
+    def _let_go_of(self, member: HistoryMember, name: RequestId) -> None:
+        """A member says that it has aborted a request."""
+        assert name in self.aborted, f"{name} was not aborted"
+        source, ticket = self.offers.get(name, (member, None))
+        if ticket is not None and source is not member:
+            del self.offers[name]
+            source.engine.release_ticket(id_of(ticket))
 
     def _pull(self, member: int, index: int, *, torn: bool, releases: bool) -> None:
         ticket = self.members[member].orders[index].ticket
         name = RequestId(ticket.id.split(":")[1].split("/")[0])
         early = ticket.num_tokens < len(self.requests[name].prompt_ids)
         releases = releases and not early
-        self.members[member].pull(index, self.members[1 - member], self.now, torn=torn, releases=releases)
+        self.members[member].pull(index, self.members[1 - member], torn=torn, releases=releases)
         self.world.counts.early_pulls += early and not torn
         self.world.counts.handoffs += not (early or torn)
         self.world.counts.failed_pulls += torn
 
-    def _take(self, member: Member, event: TokenEvent | HandoffReady) -> None:
-        name, counts = event.request_id, self.world.counts
-        if isinstance(event, HandoffReady):
-            if event.partial:
-                self._expect(member, event)
-            else:
-                self.tickets.append((member, event))
+    def _take_all(self, member: HistoryMember, events: list[EngineEvent]) -> None:
+        for event in events:
+            match event:
+                case TokenEvent(finish="abort"):
+                    self._let_go_of(member, event.request_id)
+                case TokenEvent():
+                    self._take(event)
+                case TicketReady():
+                    self._take_ticket(member, event.request_id, event.ticket)
+                case Rejected():
+                    self._take_refusal(event)
+
+    def _take_ticket(self, member: HistoryMember, name: RequestId, ticket: KvTicket) -> None:
+        if ticket.partial:
+            self._expect(member, name, ticket)
+        elif name in self.running:
+            self.tickets.append((member, name, ticket))
+
+    def _take_refusal(self, event: Rejected) -> None:
+        """Too many wait there: a request is sent again when it was prefilled, or else given up."""
+        name = event.request_id
+        assert isinstance(event.error, OverloadedError), event.error
+        handed = self.handed.pop(name, None)
+        if name not in self.running:
             return
+        if handed is not None:
+            self.tickets.append((handed[0], name, handed[1]))
+        else:
+            self.running.discard(name)
+            self.world.counts.requests -= 1
+
+    def _take(self, event: TokenEvent) -> None:
+        name, counts = event.request_id, self.world.counts
         request = self.requests[name]
         answer, index = self.world.answer(request), self.told[name]
         assert event.token_id == answer[index], f"{name}: token {index} is {event.token_id} and alone {answer[index]}"
@@ -327,7 +282,7 @@ class HistoryMachine(RuleBasedStateMachine):
     def all_room_is_accounted_for(self) -> None:
         self.world.counts.actions += 1
         for member in self.members:
-            member.scheduler.check_integrity()
+            member.engine.check_integrity()
 
     @override
     def teardown(self) -> None:
@@ -340,24 +295,26 @@ class HistoryMachine(RuleBasedStateMachine):
                     pull_id = member.orders[0].pull_id
                     self._pull(index, 0, torn=pull_id % 3 == 1, releases=pull_id % 2 == 0)
             stepped = [self._step(member, 0.001) for member in self.members]
-            busy = any(member.scheduler.has_work for member in self.members)
-            if not any(stepped) and not busy and not self.tickets:
+            # Who waits for room that a lease holds has nothing done for it, but time passes.
+            if not (any(stepped) or self.running or any(member.orders for member in self.members)):
                 break
         assert not self.running, f"{sorted(self.running)} never end"
         for member in self.members:
             self._check_end(member)
         self.world.counts.histories += bool(self.members)
 
-    def _check_end(self, member: Member) -> None:
-        scheduler, counts = member.scheduler, self.world.counts
-        scheduler.expire(self.now + 10 * LEASE_S)
-        assert scheduler.is_idle, scheduler.describe()
-        load = scheduler.load(self.now, MemberId(member.name), "mixed")
-        assert load.free_blocks == load.total_blocks, scheduler.describe()
-        assert load.free_state_slots == load.total_state_slots, scheduler.describe()
-        counts.drafted += scheduler.num_drafted
-        counts.accepted += scheduler.num_accepted
-        counts.preemptions += scheduler.num_preemptions
+    def _check_end(self, member: HistoryMember) -> None:
+        engine, counts = member.engine, self.world.counts
+        self.now += 10 * LEASE_S
+        assert not member.turn()
+        load, stats = engine.load(), engine.stats()
+        assert load.waiting_requests == load.running_requests == 0, load
+        assert load.free_blocks == load.total_blocks, load
+        assert load.free_state_slots == load.total_state_slots, load
+        counts.steps += stats.steps
+        counts.drafted += stats.drafted_tokens
+        counts.accepted += stats.accepted_tokens
+        counts.preemptions += stats.preemptions
         counts.evicted_states += load.evicted_checkpoints
 
 

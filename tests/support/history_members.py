@@ -1,4 +1,4 @@
-"""The ranks of members in random histories: one rank in this process, or a process for each, their groups over gloo."""
+"""The ranks of members in random histories: one rank in this process, or a process for each."""
 
 import tempfile
 from collections.abc import Iterator
@@ -134,8 +134,12 @@ class ProcessRanks:
 
 
 @contextmanager
-def open_members(model: Path, layout: Layout) -> Iterator[tuple[MemberRanks, MemberRanks]]:
-    """Two members whose ranks draft up to MOST_DRAFTS tokens, nothing good in their caches."""
+def open_members(model: Path, layout: Layout, *, one_host: bool) -> Iterator[tuple[MemberRanks, MemberRanks]]:
+    """Two members whose ranks draft up to MOST_DRAFTS tokens, nothing good in their caches.
+
+    Args:
+        one_host: ranks meet in shared memory; or else over gloo.
+    """
     if layout.world == 1:
         ranks = [open_rank(model, drafts=MOST_DRAFTS) for _ in range(2)]
         yield OneRank(ranks[0]), OneRank(ranks[1])
@@ -143,17 +147,21 @@ def open_members(model: Path, layout: Layout) -> Iterator[tuple[MemberRanks, Mem
             rank.close()
         return
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        pipes = [stack.enter_context(_rank_process(model, layout, rank, folder)) for rank in range(layout.world)]
+        pipes = [
+            stack.enter_context(_rank_process(model, layout, rank, folder, one_host)) for rank in range(layout.world)
+        ]
         yield ProcessRanks(0, layout, pipes), ProcessRanks(1, layout, pipes)
         for pipe in pipes:
             pipe.send(None)
 
 
 @contextmanager
-def _rank_process(model: Path, layout: Layout, rank: int, folder: str) -> Iterator["Connection[_Order | None, object]"]:
+def _rank_process(
+    model: Path, layout: Layout, rank: int, folder: str, one_host: bool
+) -> Iterator["Connection[_Order | None, object]"]:
     context = fork_server()
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(model, layout, rank, folder, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(model, layout, rank, folder, one_host, theirs), daemon=True)
     process.start()
     theirs.close()
     yield ours
@@ -161,12 +169,14 @@ def _rank_process(model: Path, layout: Layout, rank: int, folder: str) -> Iterat
     process.kill()
 
 
-def _serve(model: Path, layout: Layout, index: int, folder: str, pipe: "Connection[object, _Order | None]") -> None:
+def _serve(
+    model: Path, layout: Layout, index: int, folder: str, one_host: bool, pipe: "Connection[object, _Order | None]"
+) -> None:
     """A rank's process: its ranks in both members, which take turns and so can share their groups."""
     torch.set_num_threads(1)
     place = Place(layout=layout, rank=index)
     store = FileStore(f"{folder}/store", layout.world)
-    comms = make_comms(store, place, generation=0, device="cpu", deterministic=True, one_host=False)
+    comms = make_comms(store, place, generation=0, device="cpu", deterministic=True, one_host=one_host)
     ranks = [open_rank(model, drafts=MOST_DRAFTS, place=place, comms=comms) for _ in range(2)]
     while (order := pipe.recv()) is not None:
         pipe.send(_carry_out(ranks[order.member], order))

@@ -34,16 +34,17 @@ def configs(vocab_size: int, lanes: int) -> st.SearchStrategy[SchedulerConfig]:
 
 
 @contextmanager
-def open_world(model: Path, layout: Layout | None = None) -> Iterator[World]:
+def open_world(model: Path, layout: Layout | None = None, *, one_host: bool = True) -> Iterator[World]:
     """Members of a Qwen3-Next checkpoint with a multi-token prediction head, for any number of histories.
 
     Args:
         layout: of each of them; None: one rank.
+        one_host: as in `open_members`.
     """
     answers, layout = Answers(model), layout or Layout()
     member = configs(answers.vocab_size, layout.dp)
     ids = range(answers.vocab_size)
-    with open_members(model, layout) as ranks:
+    with open_members(model, layout, one_host=one_host) as ranks:
 
         def make_ranks(*_: SchedulerConfig) -> tuple[MemberRanks, MemberRanks]:
             for own in ranks:
