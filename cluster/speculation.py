@@ -39,7 +39,7 @@ _SHORTEST_NAP, _LONGEST_NAP = 512, 32768
 """Steps of a nap where drafting does not pay: the first one's, doubled each time that nothing has changed, and the
 most."""
 _SHORTEST_SAVING = 64
-"""Steps of a nap that saves up for a first try, at least."""
+"""Steps of a nap that saves up for a try, at least."""
 _WARM_UP_STEPS = 32
 """Steps after a nap in which only the layer's KV is kept, at the nap's expense: drafts behind them can be right."""
 _UPKEEP = 0.05
@@ -234,10 +234,11 @@ class DraftPolicy:
         self._idle = self._warm_up_left = 0
         step_gain_s = _ALLOWANCE * batch.plain_s
         lacking_s = batch.warm_up_s(self._first_s) + batch.try_s(1, self._first_s) - self._credit_s
-        saving = min(max(math.ceil(lacking_s / step_gain_s), _SHORTEST_SAVING), _LONGEST_NAP) if step_gain_s else 0
-        self._nap_left = saving if self._is_new else max(saving, self._nap)
-        if not self._is_new:
-            self._nap = min(2 * self._nap, _LONGEST_NAP)
+        saving = min(math.ceil(lacking_s / step_gain_s), _LONGEST_NAP) if step_gain_s else 0
+        self._nap_left = max(saving, _SHORTEST_SAVING)
+        if batch.times[1].is_known or self.acceptance(0) < _HOPELESS:
+            # It was found not to pay, not only left.
+            self._nap_left, self._nap = max(saving, self._nap), min(2 * self._nap, _LONGEST_NAP)
         self._nap_gain_s = self._nap_left * step_gain_s
         for batch in self._batches.values():
             batch.tries_left = 0
