@@ -24,8 +24,8 @@ from tests.support.random_histories import open_world
 
 DISTURBANCE = 1.4
 """Some drafts of the model made here are right, and some wrong."""
-AT_ONCE = 25
-"""Histories of a layout before the next one has its turn."""
+AT_ONCE = 50
+"""Histories of a layout before the next one has its turn: hypothesis begins with the simplest ones each time."""
 LAYOUTS = {
     "tp2": Layout(tp=2),
     "tp2 ep2": Layout(tp=2, ep=2),
@@ -40,8 +40,7 @@ def run(worlds: dict[str, World], counts: dict[str, int], actions: int) -> None:
     for name in itertools.cycle(worlds):
         if not any(left.values()):
             return
-        # All come to their end at about the same time.
-        now = min(left[name], max(1, AT_ONCE * counts[name] // max(counts.values())))
+        now = min(left[name], AT_ONCE)
         if now:
             run_histories(worlds[name], now, actions=actions)
             left[name] -= now
