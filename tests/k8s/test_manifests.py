@@ -191,6 +191,15 @@ def test_every_pod_holds_a_gateway_for_the_grpc_service() -> None:
         assert selector.items() <= labels.items()
 
 
+def test_the_operator_finds_the_port_of_its_service() -> None:
+    config = parse_config(load_config_file(CONFIG))
+    for name in GROUP_NAMES:
+        (container,) = items(pod(name), "spec", "containers")
+        ports = {port["name"]: port["containerPort"] for port in items(container, "ports")}
+        # KubeRay makes no Service where the head's container has no port of this name.
+        assert ports["serve"] == config.http.port
+
+
 def test_versions_agree() -> None:
     pins = dict(
         line.split("==")
