@@ -5,13 +5,18 @@ import socket
 
 import grpc
 import pytest
+from starlette.responses import PlainTextResponse
 
 from cluster.directory import Membership
+from cluster.dispatcher import Dispatcher
 from cluster.members import MemberInfo
-from deploy.gateway import bind_when_free, listen_when_free, members_to_serve
+from deploy.gateway import RunningGateway, bind_when_free, listen_when_free, members_to_serve
 from deploy.grpc_service import GrpcConfig
-from router.errors import ConfigError
+from deploy.http_server import HttpServer, listen
+from router.admission import Admission
+from router.errors import ConfigError, MemberLostError
 from router.request import MemberId
+from router.router import Router
 
 
 def make_member(name: str, *, generation: int = 0) -> MemberInfo:
@@ -73,3 +78,25 @@ async def test_a_gateway_waits_for_the_http_port_of_the_one_it_replaces_and_no_l
 async def test_an_address_of_another_machine_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"203\.0\.113\.1:0 cannot be bound"):
         await listen_when_free("203.0.113.1", 0, patience_s=10.0)
+
+
+@pytest.mark.anyio
+async def test_a_gateway_whose_watch_has_failed_is_unhealthy_and_still_ends_in_order() -> None:
+    async def failing() -> None:
+        raise ValueError("a member that cannot be used")
+
+    http_server = HttpServer(PlainTextResponse("ok"), listen("127.0.0.1", 0), drain_s=1.0)
+    await http_server.start()
+    gateway = RunningGateway(
+        dispatcher=Dispatcher(Router(), Admission(), "token"),
+        http_server=http_server,
+        grpc_server=grpc.aio.server(),
+        follower=asyncio.create_task(failing()),
+        drain_s=1.0,
+    )
+    gateway.check_health()
+    await asyncio.sleep(0)
+    with pytest.raises(MemberLostError, match="watch of the directory"):
+        gateway.check_health()
+    await gateway.stop()
+    assert http_server.has_ended
