@@ -108,8 +108,10 @@ class DecodeTapes:
         keeps, drafts = self._model.mtp is not None and batch.keeps_mtp, max(batch.drafts_S, default=0)
         self._kind = kind = _Kind(rows, tokens, plain, keeps, drafts)
         self._begun = None
-        found = self._recorded.get(kind)
+        found = self._recorded.pop(kind, None)
         if found is not None:
+            # Behind all others: what was not played for longest is given up for new ones.
+            self._recorded[kind] = found
             self._play(found.tapes[0])
             return found.result
         begun: list[tuple[StepTensors, Tensor]] = []

@@ -225,3 +225,21 @@ def test_a_greedy_step_with_drafts_runs_next_to_none_of_torch_s_operators(tmp_pa
         done = [first + count for first, count in zip(done, output.counts_N, strict=True)]
     # The first one is written down.
     assert all(len(names) <= 4 for names in pair.counted[2:]), pair.counted[2:]
+
+
+def test_the_tape_that_was_not_played_for_longest_is_given_up_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.decode_tapes._MOST_TAPES", 2)
+    make_reference(tmp_path, "qwen3_moe", {})
+    work = Work(prompts=[[1, 2], [3, 4], [5, 6]], new_tokens=9, samplings=[RowSampling(temperature=0.0)] * 3)
+    rank = make_rank(tmp_path, Place(layout=Layout(), rank=0), Comms.local(), max_rows=3, kernels="native")
+    rank.step(lane_batches(work, 0, 1)[0])
+    done, played = [2] * 3, []
+    for rows in (1, 2, 1, 3, 1, 2):
+        batch = StepBatch(rows_S=list(range(rows)), first_S=done[:rows], counts_S=[1] * rows, samples_S=[1] * rows)
+        with Operators() as operators:
+            rank.step(batch)
+        played.append(len(operators.names) <= 4)
+        done = [count + (row < rows) for row, count in enumerate(done)]
+    assert played == [False, False, True, False, True, False]
