@@ -8,11 +8,16 @@ from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
+from typing_extensions import override
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.errors import ConfigError
 
 _KEEP_ALIVE_S: Final = 75
-"""Idle connections stay so long: longer than the pools of usual clients and load balancers."""
+"""Idle connections stay so long: longer than the pools of usual clients and load balancers. A request's head may take
+as long to come."""
+_MOST_HEAD_BYTES: Final = 1 << 19
+"""Of a request's head, or all that was read with it at once."""
 _BACKLOG: Final = 2048
 _START_S: Final = 0.01
 
@@ -45,6 +50,55 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Connection(HttpToolsProtocol):
+    """Closes itself where a request's head is too long or does not come: whoever sends it has shown no key yet."""
+
+    _head_timer: asyncio.TimerHandle
+    _head_bytes: int | None = None
+    """Of the head that is being read; None: there is none."""
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    @override
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_timer.cancel()
+        self._expect_head()
+
+    @override
+    def on_headers_complete(self) -> None:
+        self._head_timer.cancel()
+        self._head_bytes = None
+        super().on_headers_complete()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MOST_HEAD_BYTES:
+                self.transport.close()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(_KEEP_ALIVE_S, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            # It came behind a request that is still answered.
+            self._expect_head()
+
+
 class HttpServer:
     """Serves an application until it is stopped. Lives on one event loop.
 
@@ -57,6 +111,7 @@ class HttpServer:
     def __init__(self, app: ASGIApp, listener: socket.socket, *, drain_s: float) -> None:
         config = uvicorn.Config(
             app,
+            http=_Connection,
             lifespan="off",
             ws="none",
             log_config=None,

@@ -4,6 +4,7 @@ import asyncio
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from deploy.http_server import HttpServer, listen
@@ -54,3 +55,49 @@ async def test_what_does_not_end_in_time_is_cut() -> None:
         await asyncio.wait_for(server.stop(), 5.0)
         with pytest.raises(httpx.HTTPError):
             (await running).raise_for_status()
+
+
+async def send_without_end(writer: asyncio.StreamWriter) -> None:
+    for _ in range(64):
+        writer.write(b"a" * (1 << 18))
+        await writer.drain()
+        await asyncio.sleep(0.01)
+
+
+async def test_a_head_without_end_is_cut() -> None:
+    server = HttpServer(PlainTextResponse("ok"), listen("127.0.0.1", 0), drain_s=0.5)
+    await server.start()
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET / HTTP/1.1\r\nx: ")
+    with pytest.raises(ConnectionError):
+        await send_without_end(writer)
+    writer.close()
+    await server.stop()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nx: y", b"GET / HTTP/1.1\r\n\r\nGET"])
+async def test_a_head_that_does_not_come_is_not_waited_for(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.http_server._KEEP_ALIVE_S", 0.3)
+    server = HttpServer(PlainTextResponse("ok"), listen("127.0.0.1", 0), drain_s=0.5)
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(sent)
+    told = await asyncio.wait_for(reader.read(), 5.0)
+    assert told.endswith(b"ok") == sent.endswith(b"GET")
+    writer.close()
+    await server.stop()
+
+
+async def test_an_answer_takes_longer_than_the_next_head_may() -> None:
+    app = Slow()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploy.http_server._KEEP_ALIVE_S", 0.1)
+        server = HttpServer(app, listen("127.0.0.1", 0), drain_s=0.5)
+        await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\nGET")
+        await asyncio.sleep(0.4)
+        app.go.set()
+        assert (await asyncio.wait_for(reader.read(), 5.0)).endswith(b"ok")
+        writer.close()
+        await server.stop()
