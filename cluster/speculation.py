@@ -302,7 +302,8 @@ class DraftPolicy:
         if not time.is_new:
             time.add(seconds)
         elif kept and batch.times[0].is_known:
-            self._first_s = max(seconds - (1 + drafts) * plain_s, 0.0)
+            # No more than is booked of it.
+            self._first_s = max(min(seconds, _UNKNOWN_STEPS * plain_s) - (1 + drafts) * plain_s, 0.0)
         time.is_new = False
 
     def _book(self, batch: _Batch, drafts: int | None, *, kept: bool, seconds: float, tokens_a_row: float) -> None:
@@ -315,7 +316,8 @@ class DraftPolicy:
         most_s = _HELD_UP * usual.value if usual.is_known else _UNKNOWN_STEPS * plain_s
         seconds = min(seconds, most_s) if kept or drafts != 0 else plain_s
         credit_s = self._credit_s + plain_s * tokens_a_row - (1 - _ALLOWANCE) * seconds
-        self._credit_s = min(credit_s, _MOST_CREDIT_STEPS * plain_s)
+        # A try that costs more than the credit may hold would never be made.
+        self._credit_s = min(credit_s, _MOST_CREDIT_STEPS * plain_s + 2 * self._first_s)
 
     def _batch(self, rows: int) -> _Batch:
         """Batch sizes up to four by themselves, larger ones by half octaves."""

@@ -230,6 +230,17 @@ def test_a_policy_finds_out_that_drafts_pay_within_some_thousand_steps_whatever_
     assert machine.chosen[-1000:].count(1) > 950
 
 
+@pytest.mark.parametrize("first_steps", [40.0, 500.0])
+def test_drafts_that_pay_are_found_too_where_the_first_of_a_kind_takes_more_than_credit_is_saved_up_for(
+    first_steps: float,
+) -> None:
+    machine = Machine(DraftPolicy(1, adaptive=True), cheap, (0.8,), first_s=first_steps * cheap(1, 0))
+    for _ in range(16000):
+        machine.step(1)
+
+    assert machine.chosen[-1000:].count(1) > 950
+
+
 def test_short_generations_of_a_new_engine_cost_nothing_at_all() -> None:
     machine = run(dear, (0.0,), rows=1, steps=64, upkeep=1.0)
 
