@@ -1,11 +1,11 @@
 """Starts a fleet on a Ray cluster, waits until it is up, and ends it. Imports Ray: set its environment before."""
 
 import contextlib
+import http.client
 import io
 import logging
 import re
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from deploy.app import build
 from deploy.config import ServeConfig, config_mapping
 from deploy.config_check import check_ray_address, logical_cpus
 from deploy.render import APP_NAME
-from deploy.serve_command import http_address
+from deploy.serve_command import http_address, reachable
 from router.errors import MoefleetError
 
 _POLL_S: Final = 0.25
@@ -165,7 +165,7 @@ def _http_addresses(config: ServeConfig) -> list[str]:
     if config.ray.address == "local" or here.startswith(f"{config.http.host}:"):
         return [here]
     nodes = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
-    return [here, *(f"{node}:{config.http.port}" for node in nodes)]
+    return [here, *(f"{reachable(node)}:{config.http.port}" for node in nodes)]
 
 
 def _answers(address: str) -> bool:
@@ -174,7 +174,8 @@ def _answers(address: str) -> bool:
     try:
         with opener.open(f"http://{address}/health", timeout=5):
             return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except (OSError, http.client.HTTPException):
+        # The latter: another program has the port on that node.
         return False
 
 
