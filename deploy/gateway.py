@@ -119,7 +119,7 @@ async def listen_when_free(host: str, port: int, *, patience_s: float) -> socket
 
 
 async def bind_when_free(server: grpc.aio.Server, config: GrpcConfig, *, patience_s: float) -> int:
-    """Take the gRPC address; returns the port. A gateway that is being replaced holds it until its requests have ended.
+    """Take the gRPC address; returns the port. A gateway that is being replaced gives it up when it begins to leave.
 
     Raises:
         ConfigError: the address is still in use after `patience_s`, or a TLS file cannot be read.
