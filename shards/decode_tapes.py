@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_TAPES: Final = 256
 """A call of a tape takes 256 bytes, a step some 60 to 800 calls."""
+_MOST_UNEVEN: Final = 4096
+"""Kinds that are remembered for having come once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +91,27 @@ class DecodeTapes:
         """Of the step that `run` began."""
         self._begun: tuple[StepTensors, Tensor] | None = None
         """What is to be recorded of it still: its tensors and hidden states [T, C]."""
+        self._uneven: set[tuple[int, int]] = set()
+        """Numbers of rows and tokens of steps whose rows verify different numbers of drafts, which came before."""
         self._refused = ""
         """Why this model has no tapes."""
 
     def takes(self, batch: StepBatch) -> bool:
-        """Whether `run` can carry out the batch: every row draws a token behind each of its positions."""
+        """Whether `run` should carry out the batch: every row draws a token behind each of its positions.
+
+        Rows that verify different numbers of drafts make kinds without number, most of which come once: to write down
+        costs more than to run, so that is done with those that come again.
+        """
         rows = len(batch.rows_S)
         draws = rows + sum(batch.verifies_S)
-        return 0 < rows == sum(batch.samples_S) and sum(batch.counts_S) == draws and not self._refused
+        if not 0 < rows == sum(batch.samples_S) or sum(batch.counts_S) != draws or self._refused:
+            return False
+        if draws % rows == 0 or (rows, draws) in self._uneven:
+            return True
+        if len(self._uneven) >= _MOST_UNEVEN:
+            self._uneven.clear()
+        self._uneven.add((rows, draws))
+        return False
 
     def run(self, batch: StepBatch, *, plain: bool) -> Tensor:
         """Compute a step's tokens -> with `plain` the best behind each, int64 [T], or logits [T, V].

@@ -227,6 +227,21 @@ def test_a_greedy_step_with_drafts_runs_next_to_none_of_torch_s_operators(tmp_pa
     assert all(len(names) <= 4 for names in pair.counted[2:]), pair.counted[2:]
 
 
+def test_steps_whose_rows_verify_different_numbers_of_drafts_are_written_down_when_they_come_again(
+    tmp_path: Path,
+) -> None:
+    make_mtp_reference(tmp_path, disturbance=1.4)
+    pair = Pair(tmp_path, "float32", [RowSampling(temperature=0.0)] * 2)
+    done = [4, 4]
+    pair.step(StepBatch(rows_S=[0, 1], first_S=[0, 0], counts_S=[4, 4], samples_S=[1, 1], drafts_S=[2, 1]))
+    for _ in range(4):
+        uneven = {"counts_S": [3, 2], "verifies_S": [2, 1], "drafts_S": [2, 1]}
+        output = pair.step(StepBatch(rows_S=[0, 1], first_S=list(done), samples_S=[1, 1], **uneven))
+        done = [first + count for first, count in zip(done, output.counts_N, strict=True)]
+    # Run as it is, written down, and played twice.
+    assert [len(names) <= 4 for names in pair.counted[1:]] == [False, False, True, True]
+
+
 def test_the_tape_that_was_not_played_for_longest_is_given_up_for_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +250,7 @@ def test_the_tape_that_was_not_played_for_longest_is_given_up_for_a_new_one(
     work = Work(prompts=[[1, 2], [3, 4], [5, 6]], new_tokens=9, samplings=[RowSampling(temperature=0.0)] * 3)
     rank = make_rank(tmp_path, Place(layout=Layout(), rank=0), Comms.local(), max_rows=3, kernels="native")
     rank.step(lane_batches(work, 0, 1)[0])
-    done, played = [2] * 3, []
+    done, played = [2] * 3, list[bool]()
     for rows in (1, 2, 1, 3, 1, 2):
         batch = StepBatch(rows_S=list(range(rows)), first_S=done[:rows], counts_S=[1] * rows, samples_S=[1] * rows)
         with Operators() as operators:
