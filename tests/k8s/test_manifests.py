@@ -200,6 +200,11 @@ def test_the_operator_finds_the_port_of_its_service() -> None:
         assert ports["serve"] == config.http.port
 
 
+def test_http_is_served_by_the_head_too() -> None:
+    # Or a rolling update of the only other gateway leaves the operator's Service with none.
+    assert at(ray_service(), "spec", "excludeHeadPodFromServeSvc") is False
+
+
 def test_versions_agree() -> None:
     pins = dict(
         line.split("==")
