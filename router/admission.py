@@ -77,9 +77,10 @@ def member_priority(priority: int, *, saver: bool) -> int:
 
     Args:
         priority: its client's.
-        saver: of `Decisions.savers`.
+        saver: of `Decisions.savers`; what its client can wait for is not put before others for it.
     """
-    return _class_of(priority) + (3 if saver else 0)
+    own = _class_of(priority)
+    return own + (2 if saver and own >= 0 else 0)
 
 
 def entrant_of(request: Request) -> Entrant:

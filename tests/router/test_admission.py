@@ -254,7 +254,9 @@ def test_whoever_left_the_members_free_has_its_part_of_them_beside_those_who_fil
 
 def test_what_a_client_says_of_its_requests_moves_them_at_a_member_among_those_alike_alone() -> None:
     assert [member_priority(each, saver=False) for each in (-100, 0, 1, 100)] == [-1, 0, 1, 1]
-    assert member_priority(-100, saver=True) > member_priority(100, saver=False)
+    assert member_priority(0, saver=True) > member_priority(100, saver=False)
+    # What can wait is not put before anybody's, however seldom its tenant asks.
+    assert [member_priority(each, saver=True) for each in (-100, 0, 1)] == [-1, 2, 3]
 
 
 def test_gateways_that_share_members_give_turns_for_their_part_of_them_and_for_one_at_least() -> None:
