@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Final, Protocol
@@ -57,14 +58,18 @@ def _make_agent() -> _Agent:
     return agent
 
 
+@cache
+def _errors() -> tuple[type[Exception], ...]:
+    bindings = import_module("nixl._bindings")
+    return tuple(getattr(bindings, name) for name in dir(bindings) if name.endswith("Error"))
+
+
 @contextmanager
 def _told(problem: str) -> Iterator[None]:
     """The library's errors, which have no class in common, as HandoffError."""
-    bindings = import_module("nixl._bindings")
-    errors = tuple(getattr(bindings, name) for name in dir(bindings) if name.endswith("Error"))
     try:
         yield
-    except errors as error:
+    except _errors() as error:
         raise HandoffError(f"hand-off: NIXL {problem} see what it logs ({type(error).__name__}: {error})") from error
 
 
