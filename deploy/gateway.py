@@ -46,9 +46,11 @@ class RunningGateway:
     drain_s: float
 
     def check_health(self) -> None:
-        """Raises MemberLostError when the HTTP server or the watch of the directory has ended by itself."""
-        if self.http_server.has_ended or self.follower.done():
-            raise MemberLostError("the gateway's HTTP server or its watch of the directory has ended")
+        """Raises MemberLostError, which tells why, when the HTTP server or the watch of the directory has ended."""
+        if self.http_server.has_ended:
+            raise _lost("HTTP server", self.http_server.failure)
+        if self.follower.done():
+            raise _lost("watch of the directory", None if self.follower.cancelled() else self.follower.exception())
 
     async def stop(self) -> None:
         """Take no more requests, let those that run end, and leave all members."""
@@ -57,6 +59,13 @@ class RunningGateway:
         await asyncio.wait([self.follower])
         await asyncio.gather(self.http_server.stop(), self.grpc_server.stop(self.drain_s))
         await self.dispatcher.close()
+
+
+def _lost(part: str, failure: BaseException | None) -> MemberLostError:
+    why = "without an error" if failure is None else f"by {type(failure).__name__}: {failure}"
+    error = MemberLostError(f"the gateway's {part} has ended {why}")
+    error.__cause__ = failure
+    return error
 
 
 async def start_gateway(config: ServeConfig) -> RunningGateway:

@@ -135,6 +135,12 @@ class HttpServer:
         """It takes no connections (any more)."""
         return self._serving is None or self._serving.done()
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended it, where it was not told to."""
+        task = self._serving
+        return None if task is None or not task.done() or task.cancelled() else task.exception()
+
     async def start(self) -> None:
         """Take connections from now on."""
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
