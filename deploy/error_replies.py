@@ -33,6 +33,10 @@ class BodyTooLargeError(MoefleetError):
     """The request's body is over the limit."""
 
 
+class BodyLateError(MoefleetError):
+    """The request's body did not come in time."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorReply:
     """One error as clients see it."""
@@ -60,6 +64,8 @@ def error_reply(error: MoefleetError) -> ErrorReply:
             return _refusal(401, "UNAUTHENTICATED", "invalid_api_key", message)
         case BodyTooLargeError():
             return _refusal(413, "INVALID_ARGUMENT", "body_too_large", message)
+        case BodyLateError():
+            return _refusal(408, "DEADLINE_EXCEEDED", "body_late", message)
         case OverloadedError(retry_after_s=retry_after_s):
             return _failure(429, "RESOURCE_EXHAUSTED", "overloaded", message, retry_after_s)
         case MemberLostError() | HandoffError():

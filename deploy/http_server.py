@@ -87,6 +87,14 @@ class _Connection(HttpToolsProtocol):
         self._head_timer.cancel()
         super().connection_lost(exc)
 
+    @override
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            # Refused before its body was here: uvicorn reads the rest, however long it takes.
+            self._head_timer.cancel()
+            self._head_timer = self.loop.call_later(_KEEP_ALIVE_S, self._head_is_late)
+
     def _expect_head(self) -> None:
         self._head_bytes = 0
         self._head_timer = self.loop.call_later(_KEEP_ALIVE_S, self._head_is_late)

@@ -1,5 +1,6 @@
 """The HTTP API: OpenAI's chat and text completions, models, health and metrics."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -13,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from deploy.chat import ChatPrompt
-from deploy.error_replies import BodyTooLargeError, ErrorReply, error_reply
+from deploy.error_replies import BodyLateError, BodyTooLargeError, ErrorReply, error_reply
 from deploy.generation import Generation, GenerationService, UsageCount
 from deploy.http_guard import ApiKey, KeyCheck, KeyRing, SizeLimit
 from deploy.metrics import CONTENT_TYPE, GatewayMetrics
@@ -40,7 +41,7 @@ from deploy.schema import (
     SamplingFields,
 )
 from deploy.sse import EventStream, JsonReply, error_response, event
-from router.errors import MoefleetError, UnknownModelError
+from router.errors import MoefleetError, OverloadedError, UnknownModelError
 
 _PRIORITY: Final = b'"priority"'
 
@@ -54,6 +55,8 @@ class HttpConfig:
     max_body_bytes: int = 16 * 2**20
     request_timeout_s: float | None = None
     """A request that takes longer is ended with 504; None waits as long as the client does."""
+    body_timeout_s: float = 75.0
+    """A body that takes longer to come is refused: what has come of it is held in memory."""
     split_reasoning: bool = True
     """Give `<think>` text as `reasoning`; otherwise it stays in the content."""
 
@@ -113,11 +116,30 @@ class OpenAiApi:
 
     async def _worth_reading(self, request: HttpRequest) -> bytes:
         """The body, unless its tenant is refused at present: to parse and encode it is most of what a refusal costs."""
-        body = await request.body()
+        self._check_any_room(_tenant(request))
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                body = await request.body()
+        except TimeoutError as error:
+            late = f"body: did not come within {self._config.body_timeout_s:g} s; send a smaller one, or send it faster"
+            raise BodyLateError(late) from error
         # One that names a priority is told apart when it is parsed.
         if _PRIORITY not in body:
             self._service.check_room(_tenant(request), 0)
         return body
+
+    def _check_any_room(self, tenant: str) -> None:
+        """Refuse what is refused whatever priority it names, before any of its body is held."""
+        refusal = None
+        for priority in (1, -1, 0):
+            try:
+                self._service.check_room(tenant, priority)
+            except OverloadedError as error:
+                refusal = error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
 
     async def models(self) -> Response:
         """GET /v1/models."""

@@ -1,5 +1,6 @@
 """Who may call, and how much may be sent."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import httpx
@@ -35,6 +36,22 @@ async def test_a_chunked_body_over_the_limit_is_refused_as_soon_as_it_is_too_lon
 
     assert reply.status_code == 413
     assert sent <= 200
+
+
+async def test_a_body_that_takes_too_long_to_come_is_refused() -> None:
+    async def dribble() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b"x"
+            await asyncio.sleep(0.05)
+
+    backend = make_backend("x")
+    async with client_of(backend, HttpConfig(body_timeout_s=0.2)) as client:
+        reply = await asyncio.wait_for(client.post("/v1/completions", content=dribble()), 3.0)
+        metrics = await client.get("/metrics")
+
+    assert (reply.status_code, reply.json()["error"]["code"]) == (408, "body_late")
+    assert "within 0.2 s; send a smaller one" in reply.json()["error"]["message"]
+    assert 'code="body_late"' in metrics.text
 
 
 async def test_every_route_but_health_is_denied_without_a_known_key() -> None:

@@ -1,6 +1,7 @@
 """The gateway's HTTP server on a real port: what runs when it leaves, and who comes after it."""
 
 import asyncio
+import contextlib
 
 import httpx
 import pytest
@@ -86,6 +87,26 @@ async def test_a_head_that_does_not_come_is_not_waited_for(sent: bytes, monkeypa
     assert told.endswith(b"ok") == sent.endswith(b"GET")
     writer.close()
     await server.stop()
+
+
+async def test_the_rest_of_a_body_that_was_refused_is_not_waited_for() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploy.http_server._KEEP_ALIVE_S", 0.3)
+        server = HttpServer(PlainTextResponse("ok"), listen("127.0.0.1", 0), drain_s=0.5)
+        await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST / HTTP/1.1\r\ncontent-length: 1000000\r\n\r\n")
+        reading = asyncio.create_task(reader.read())
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                writer.write(b"a")
+                await writer.drain()
+                if reading.done():
+                    break
+                await asyncio.sleep(0.05)
+        assert reading.done()
+        writer.close()
+        await server.stop()
 
 
 async def test_an_answer_takes_longer_than_the_next_head_may() -> None:

@@ -208,3 +208,21 @@ async def test_who_is_refused_anyway_is_not_read() -> None:
         again = await up.http.post("/v1/completions", content=b"this is no JSON", headers=headers)
     assert (refused.status_code, read.status_code, again.status_code) == (429, 400, 400)
     assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_the_body_of_who_is_refused_whatever_it_asks_for_is_not_taken() -> None:
+    taken: list[bytes] = []
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for part in (b"this ", b"is no ", b"JSON"):
+            taken.append(part)
+            yield part
+
+    async with gateway(AdmissionConfig(max_in_flight=1, max_queue=1)) as up:
+        up.member.engine.hold.set()
+        tasks = up.flood(1)
+        await asyncio.sleep(0.2)
+        assert not up.dispatcher.waiting()[0]
+        refused = await up.http.post("/v1/completions", content=chunks())
+        await cancel(tasks)
+    assert (refused.status_code, taken) == (429, [])
