@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import math
+import resource
 import socket
 from typing import Final
 
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from deploy.http_guard import PUBLIC_PATHS
 from router.errors import ConfigError
 
 _KEEP_ALIVE_S: Final = 75
@@ -19,6 +21,9 @@ as long to come."""
 _MOST_HEAD_BYTES: Final = 1 << 19
 """Of a request's head, or all that was read with it at once."""
 _BACKLOG: Final = 2048
+_MOST_CONNECTIONS: Final = 8192
+_ROOM_PART: Final = 16
+"""Of the connections that a server may hold, so small a part is closed at once for new ones."""
 _START_S: Final = 0.01
 
 
@@ -50,17 +55,32 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def most_connections() -> int:
+    """That a server may hold: half of the files that this process may open, which members and logs need too."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(_MOST_CONNECTIONS, files // 2)
+
+
 class _Connection(HttpToolsProtocol):
-    """Closes itself where a request's head is too long or does not come: whoever sends it has shown no key yet."""
+    """Closes itself where a request's head is too long or does not come: whoever sends it has shown no key yet.
+
+    Where there are too many connections, those on which nothing is answered are closed for new ones; if there are none,
+    uvicorn's `limit_concurrency` refuses requests, but none for health.
+    """
 
     _head_timer: asyncio.TimerHandle
     _head_bytes: int | None = None
     """Of the head that is being read; None: there is none."""
+    _idle_since: float
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._expect_head()
+        self._idle_since = self.loop.time()
+        most = self.limit_concurrency
+        if most is not None and len(self.connections) >= most:
+            self._make_room(most // _ROOM_PART + 1)
 
     @override
     def on_message_begin(self) -> None:
@@ -72,6 +92,8 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_timer.cancel()
         self._head_bytes = None
+        public = self.url.partition(b"?")[0].decode("latin-1") in PUBLIC_PATHS
+        self.limit_concurrency = None if public else self.config.limit_concurrency
         super().on_headers_complete()
 
     @override
@@ -90,6 +112,7 @@ class _Connection(HttpToolsProtocol):
     @override
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._idle_since = self.loop.time()
         if self.cycle.response_complete and self.cycle.more_body:
             # Refused before its body was here: uvicorn reads the rest, however long it takes.
             self._head_timer.cancel()
@@ -99,8 +122,19 @@ class _Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer = self.loop.call_later(_KEEP_ALIVE_S, self._head_is_late)
 
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _make_room(self, count: int) -> None:
+        """Close so many connections on which nothing has been answered for longest."""
+        others = [each for each in self.connections if isinstance(each, _Connection) and each is not self]
+        idle = sorted((each for each in others if each._is_idle), key=lambda each: each._idle_since)
+        for each in idle[:count]:
+            each.transport.close()
+
     def _head_is_late(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_idle:
             self.transport.close()
         else:
             # It came behind a request that is still answered.
@@ -114,9 +148,12 @@ class HttpServer:
         app: what to serve.
         listener: from `listen`; closed with the server.
         drain_s: requests that run when it is stopped may take this long to end.
+        max_connections: None: `most_connections()`.
     """
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, *, drain_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, listener: socket.socket, *, drain_s: float, max_connections: int | None = None
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=_Connection,
@@ -126,6 +163,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            limit_concurrency=max_connections or most_connections(),
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(drain_s),
         )

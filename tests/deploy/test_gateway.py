@@ -96,7 +96,7 @@ async def test_a_gateway_whose_watch_has_failed_is_unhealthy_and_still_ends_in_o
     )
     gateway.check_health()
     await asyncio.sleep(0)
-    with pytest.raises(MemberLostError, match="watch of the directory .* ValueError: a member that cannot be used"):
+    with pytest.raises(MemberLostError, match=r"watch of the directory .* ValueError: a member that cannot be used"):
         gateway.check_health()
     await gateway.stop()
     with pytest.raises(MemberLostError, match="HTTP server has ended without an error"):

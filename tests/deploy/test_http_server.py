@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import resource
 
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from deploy.http_server import HttpServer, listen
+from deploy.http_server import HttpServer, listen, most_connections
 
 pytestmark = pytest.mark.anyio
 
@@ -122,3 +123,46 @@ async def test_an_answer_takes_longer_than_the_next_head_may() -> None:
         assert (await asyncio.wait_for(reader.read(), 5.0)).endswith(b"ok")
         writer.close()
         await server.stop()
+
+
+async def test_connections_without_requests_keep_nobody_out() -> None:
+    server = HttpServer(PlainTextResponse("ok"), listen("127.0.0.1", 0), drain_s=0.5, max_connections=8)
+    await server.start()
+    silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(40)]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+        assert (await client.get("/v1/models")).text == "ok"
+    closed = [await asyncio.wait_for(reader.read(), 5.0) for reader, _ in silent[:32]]
+    assert closed == [b""] * 32
+    for _, writer in silent:
+        writer.close()
+    await server.stop()
+
+
+async def test_more_requests_than_connections_are_refused_but_for_health() -> None:
+    app = Slow()
+
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        await (PlainTextResponse("well") if scope["path"] == "/health" else app)(scope, receive, send)
+
+    server = HttpServer(routed, listen("127.0.0.1", 0), drain_s=0.5, max_connections=4)
+    await server.start()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+        running = [asyncio.create_task(client.get("/")) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        refused = await client.get("/")
+        health = await client.get("/health?x")
+        again = await client.get("/")
+        app.go.set()
+        assert [(await each).text for each in running] == ["ok"] * 3
+        assert (await client.get("/")).text == "ok"
+    assert (refused.status_code, health.text, again.status_code) == (503, "well", 503)
+    await server.stop()
+
+
+@pytest.mark.parametrize(("files", "most"), [(1024, 512), (1 << 20, 8192), (resource.RLIM_INFINITY, 8192)])
+def test_connections_leave_files_for_the_rest(files: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def limit(_: int) -> tuple[int, int]:
+        return files, files
+
+    monkeypatch.setattr(resource, "getrlimit", limit)
+    assert most_connections() == most
