@@ -8,7 +8,7 @@ import re
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import psutil
@@ -155,8 +155,20 @@ def _wait_http(config: ServeConfig) -> None:
     addresses = _http_addresses(config)
     while not any(_answers(address) for address in addresses):
         if time.monotonic() > until:
-            raise StartError(f"no gateway answers at http://{' or '.join(addresses)}/health; see Serve's logs")
+            raise StartError(no_gateway(config, addresses))
         time.sleep(_POLL_S)
+
+
+def no_gateway(config: ServeConfig, addresses: Sequence[str]) -> str:
+    """That nothing answers at these addresses, and what is most likely wrong."""
+    told = f"no gateway answers at http://{' or '.join(addresses)}/health"
+    if config.ray.address == "local":
+        return f"{told}; see Serve's logs"
+    where = "the head node" if config.gateway.replicas == 1 else f"{config.gateway.replicas} nodes of the cluster"
+    return (
+        f"{told}: gateways listen on {where}, and http.host={config.http.host} must be an address of theirs that is "
+        "reached from here; use 0.0.0.0 (with http.api_keys_file) or start it on the head node, else see Serve's logs"
+    )
 
 
 def _http_addresses(config: ServeConfig) -> list[str]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.directory import MemberStatus, RankStatus
 from cluster.members import MemberInfo
-from deploy.cli_fleet import failure_reason
+from deploy.cli_fleet import failure_reason, no_gateway
 from deploy.config import ServeConfig, parse_config
 from deploy.serve_command import (
     StopSignals,
@@ -51,6 +51,17 @@ def make_status() -> MemberStatus:
         ep=1,
         max_model_len=100,
         since_unix_s=0.0,
+    )
+
+
+def test_a_gateway_that_cannot_be_reached_is_told_of_with_where_it_listens() -> None:
+    local = no_gateway(make_config(), ["127.0.0.1:8000"])
+    assert local == "no gateway answers at http://127.0.0.1:8000/health; see Serve's logs"
+    head = no_gateway(make_config(ray={"address": "10.0.0.1:6379"}), ["127.0.0.1:8000"])
+    assert "listen on the head node, and http.host=127.0.0.1 must be" in head
+    several = make_config(ray={"address": "auto"}, gateway={"replicas": 2}, http={"host": "10.0.0.7"})
+    assert "listen on 2 nodes of the cluster, and http.host=10.0.0.7" in no_gateway(
+        several, ["10.0.0.7:8000", "x:8000"]
     )
 
 
