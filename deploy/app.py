@@ -8,7 +8,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.member import PoolMember, PoolMemberConfig
 from deploy.config import PoolConfig, ServeConfig, engine_config, parse_config
-from deploy.gateway import RunningGateway, start_gateway
+from deploy.gateway import LEAVE_S, RunningGateway, start_gateway
 from deploy.scaling_policy import POLICY_PATH, load_numbers
 from router.request import Role
 
@@ -75,7 +75,7 @@ def build(args: dict[str, object]) -> Application:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_wait_loop_s=_STOP_WAIT_S,
-        graceful_shutdown_timeout_s=max(pool.drain_s for _, pool in config.pools.roles) + _STOP_MARGIN_S,
+        graceful_shutdown_timeout_s=max(pool.drain_s for _, pool in config.pools.roles) + LEAVE_S + _STOP_MARGIN_S,
     )(GatewayReplica)
     if config.gateway.replicas > 1:
         # Each gateway listens on the ports of its node.

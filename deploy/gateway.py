@@ -30,6 +30,8 @@ from router.errors import ConfigError, MemberLostError
 from router.router import Router
 
 logger = logging.getLogger(__name__)
+LEAVE_S: Final = 10.0
+"""One of several gateways says so long that it leaves before it does: who sends requests to it asks now and then."""
 _WATCH_S: Final = 10.0
 _RETRY_S: Final = 0.5
 _BIND_MARGIN_S: Final = 10.0
@@ -39,11 +41,14 @@ _BIND_MARGIN_S: Final = 10.0
 class RunningGateway:
     """A gateway that serves, until it is stopped."""
 
+    service: GenerationService
     dispatcher: Dispatcher
     http_server: HttpServer
     grpc_server: grpc.aio.Server
     follower: asyncio.Task[None]
     drain_s: float
+    leave_s: float = 0.0
+    """Health tells so long that it leaves before its ports are closed."""
 
     def check_health(self) -> None:
         """Raises MemberLostError, which tells why, when the HTTP server or the watch of the directory has ended."""
@@ -54,6 +59,8 @@ class RunningGateway:
 
     async def stop(self) -> None:
         """Take no more requests, let those that run end, and leave all members."""
+        self.service.leave()
+        await asyncio.sleep(self.leave_s)
         self.follower.cancel()
         # One that failed before does not keep requests from ending in order.
         await asyncio.wait([self.follower])
@@ -82,13 +89,7 @@ async def start_gateway(config: ServeConfig) -> RunningGateway:
     max_model_len = min(membership.max_model_len[role] for role, _ in config.pools.roles)
     model = load_served_model(Path(config.model), name=config.served_name, max_model_len=max_model_len)
     metrics = GatewayMetrics(model.name)
-    admission = AdmissionConfig(
-        max_in_flight=config.gateway.max_in_flight,
-        max_queue=config.gateway.max_queue,
-        gateways=config.gateway.replicas,
-        tenant_weights=config.gateway.tenant_weights,
-    )
-    dispatcher = Dispatcher(Router(), Admission(admission), token, on_trace=metrics.stages)
+    dispatcher = Dispatcher(Router(), Admission(_admission_config(config)), token, on_trace=metrics.stages)
     dispatcher.update_members(membership.members)
     tokenizer = await asyncio.to_thread(load_tokenizer, Path(config.model))
     service = GenerationService(backend=dispatcher, tokenizer=tokenizer, model=model, metrics=metrics)
@@ -102,11 +103,13 @@ async def start_gateway(config: ServeConfig) -> RunningGateway:
     await server.start()
     await http_server.start()
     return RunningGateway(
+        service=service,
         dispatcher=dispatcher,
         http_server=http_server,
         grpc_server=server,
         follower=asyncio.create_task(_follow(directory, dispatcher, membership)),
         drain_s=drain_s,
+        leave_s=LEAVE_S if config.gateway.replicas > 1 else 0.0,
     )
 
 
@@ -178,6 +181,15 @@ def members_to_serve(known: tuple[MemberInfo, ...], told: Membership) -> tuple[M
     if told.settled:
         return told.members
     return tuple({info.member_id: info for info in (*known, *told.members)}.values())
+
+
+def _admission_config(config: ServeConfig) -> AdmissionConfig:
+    return AdmissionConfig(
+        max_in_flight=config.gateway.max_in_flight,
+        max_queue=config.gateway.max_queue,
+        gateways=config.gateway.replicas,
+        tenant_weights=config.gateway.tenant_weights,
+    )
 
 
 def _http_config(config: ServeConfig, keys: tuple[ApiKey, ...]) -> HttpConfig:

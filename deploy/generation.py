@@ -25,7 +25,7 @@ from deploy.validation import (
     check_text_length,
     validate,
 )
-from router.errors import DeadlineExceededError, MemberLostError, MoefleetError
+from router.errors import DeadlineExceededError, MemberLostError, MoefleetError, NoMemberError
 from router.load import MemberLoad
 from router.request import Request, TokenEvent, TokenLogprob
 
@@ -195,6 +195,7 @@ class GenerationService:
         self.metrics = metrics
         self._backend = backend
         self._limits = limits or Limits()
+        self._leaving = False
         self._max_chars = model.max_model_len * tokenizer.longest_token_chars
 
     def check_room(self, tenant: str, priority: int) -> None:
@@ -246,8 +247,14 @@ class GenerationService:
             self.metrics.request_ended(generation.trace, complete=open_choices == 0)
             logger.debug("%s %s", generation.id, generation.trace.describe())
 
+    def leave(self) -> None:
+        """Tell whoever asks for health to send requests elsewhere; those that come are served."""
+        self._leaving = True
+
     async def health(self) -> HealthReport:
-        """Whether requests can be served now."""
+        """Whether requests can be served now, and still will be in a while."""
+        if self._leaving:
+            return health_report(self.loads(), NoMemberError("this gateway is leaving; use another one"))
         try:
             await self._backend.health()
         except MoefleetError as error:

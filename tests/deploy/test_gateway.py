@@ -4,6 +4,7 @@ import asyncio
 import socket
 
 import grpc
+import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 
@@ -13,10 +14,12 @@ from cluster.members import MemberInfo
 from deploy.gateway import RunningGateway, bind_when_free, listen_when_free, members_to_serve
 from deploy.grpc_service import GrpcConfig
 from deploy.http_server import HttpServer, listen
+from deploy.openai_routes import HttpConfig, create_app
 from router.admission import Admission
 from router.errors import ConfigError, MemberLostError
 from router.request import MemberId
 from router.router import Router
+from tests.support.serving import make_backend, make_service
 
 
 def make_member(name: str, *, generation: int = 0) -> MemberInfo:
@@ -85,10 +88,12 @@ async def test_a_gateway_whose_watch_has_failed_is_unhealthy_and_still_ends_in_o
     async def failing() -> None:
         raise ValueError("a member that cannot be used")
 
+    dispatcher = Dispatcher(Router(), Admission(), "token")
     http_server = HttpServer(PlainTextResponse("ok"), listen("127.0.0.1", 0), drain_s=1.0)
     await http_server.start()
     gateway = RunningGateway(
-        dispatcher=Dispatcher(Router(), Admission(), "token"),
+        service=make_service(dispatcher),
+        dispatcher=dispatcher,
         http_server=http_server,
         grpc_server=grpc.aio.server(),
         follower=asyncio.create_task(failing()),
@@ -101,3 +106,31 @@ async def test_a_gateway_whose_watch_has_failed_is_unhealthy_and_still_ends_in_o
     await gateway.stop()
     with pytest.raises(MemberLostError, match="HTTP server has ended without an error"):
         gateway.check_health()
+
+
+@pytest.mark.anyio
+async def test_one_of_several_gateways_tells_that_it_leaves_and_serves_until_it_does() -> None:
+    service = make_service(make_backend("x"))
+    http_server = HttpServer(create_app(service, HttpConfig()), listen("127.0.0.1", 0), drain_s=1.0)
+    await http_server.start()
+    gateway = RunningGateway(
+        service=service,
+        dispatcher=Dispatcher(Router(), Admission(), "token"),
+        http_server=http_server,
+        grpc_server=grpc.aio.server(),
+        follower=asyncio.create_task(asyncio.sleep(60.0)),
+        drain_s=1.0,
+        leave_s=1.0,
+    )
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_server.port}") as client:
+        before = [(await client.get(path)).status_code for path in ("/health", "/-/healthz")]
+        stopping = asyncio.create_task(gateway.stop())
+        await asyncio.sleep(0.1)
+        health = await client.get("/health")
+        after = [(await client.get("/-/healthz")).status_code, (await client.get("/v1/models")).status_code]
+        assert not gateway.follower.done()
+        await stopping
+        with pytest.raises(httpx.ConnectError):
+            await client.get("/v1/models")
+    assert (before, health.status_code, after) == ([200, 200], 503, [503, 200])
+    assert "is leaving; use another one" in health.json()["reason"]

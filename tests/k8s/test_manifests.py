@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 
 from deploy.config import load_config_file, parse_config
 from deploy.config_check import logical_cpus
+from deploy.gateway import LEAVE_S
 from deploy.render import render_document
 from tests.support.source_tree import ROOT
 
@@ -151,7 +152,7 @@ def test_pods_outlive_the_drain(name: str) -> None:
     config = parse_config(load_config_file(CONFIG))
     grace = at(pod(name), "spec", "terminationGracePeriodSeconds")
     assert isinstance(grace, int)
-    assert grace >= max(pool.drain_s for _, pool in config.pools.roles) + 15
+    assert grace >= max(pool.drain_s for _, pool in config.pools.roles) + LEAVE_S + 15
 
 
 def test_worker_replicas_lie_within_their_bounds() -> None:
@@ -203,6 +204,19 @@ def test_the_operator_finds_the_port_of_its_service() -> None:
 def test_http_is_served_by_the_head_too() -> None:
     # Or a rolling update of the only other gateway leaves the operator's Service with none.
     assert at(ray_service(), "spec", "excludeHeadPodFromServeSvc") is False
+
+
+def test_pods_of_gateways_that_leave_are_found_unready_before_the_port_closes() -> None:
+    probes = [
+        at(container, "readinessProbe")
+        for name in GROUP_NAMES
+        for container in items(pod(name), "spec", "containers")
+        if "httpGet" in cast(Values, container["readinessProbe"])
+    ]
+    assert len(probes) == 1
+    for probe in probes:
+        # Then kube-proxy has to be told.
+        assert cast(int, at(probe, "periodSeconds")) * cast(int, at(probe, "failureThreshold")) <= LEAVE_S - 3
 
 
 def test_versions_agree() -> None:
