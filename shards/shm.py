@@ -74,6 +74,7 @@ class ShmComm:
         self._timeout_s = timeout_s
         self._timeout_ns = int(timeout_s * 1e9)
         self._busy = threading.Lock()
+        self._recorded = False
         self._closing = threading.Lock()
         self._handle: int | None = None
         try:
@@ -213,7 +214,14 @@ class ShmComm:
                 self._handle = None
 
     def go_through(self, recorder: Recorder) -> None:
-        """Call the library through a recorder from now on, whose tapes `play` can then play."""
+        """Call the library through a recorder from now on, whose tapes `play` can then play.
+
+        Raises:
+            ValueError: the group goes through another rank's already, on whose tapes its operations would lack.
+        """
+        if self._recorded:
+            raise ValueError("the group's operations go onto the tapes of another rank; form a group for each")
+        self._recorded = True
         self._library = _declare(cast("ctypes.CDLL", recorder))
 
     def play(self, tape: Tape, *, timed: bool) -> None:

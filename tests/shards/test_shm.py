@@ -15,6 +15,7 @@ from torch.distributed import HashStore, PrefixStore
 from shards.comm import CommError
 from shards.kernels.library import load_library
 from shards.shm import SLOT_BYTES, ShmComm
+from shards.tape import Recorder
 from tests.support.comm_checks import check_operations, check_sum, make_part
 
 LIBRARY = load_library()
@@ -170,6 +171,17 @@ def test_a_peer_that_never_joins_is_an_error() -> None:
     assert LIBRARY is not None
     with pytest.raises(CommError, match=r"rank 1 of 2 cannot join the shared-memory group.*one_host=False"):
         ShmComm(LIBRARY, HashStore(), rank=1, size=2, timeout_s=0.2)
+
+
+@needs_library
+def test_a_group_goes_onto_the_tapes_of_one_rank_alone() -> None:
+    def main(comm: ShmComm) -> None:
+        assert LIBRARY is not None
+        comm.go_through(Recorder(LIBRARY))
+        with pytest.raises(ValueError, match="tapes of another rank; form a group for each"):
+            comm.go_through(Recorder(LIBRARY))
+
+    run_threads(2, main)
 
 
 def test_sizes_out_of_range_are_refused() -> None:

@@ -14,6 +14,7 @@ from torch.distributed import FileStore
 
 from shards.batch import LaneOutput, StepBatch
 from shards.collectives import make_comms
+from shards.comm import Comms
 from shards.mesh import Layout, Place
 from shards.rank import Rank
 from tests.support.fork_server import fork_server
@@ -172,18 +173,24 @@ def _rank_process(
 def _serve(
     model: Path, layout: Layout, index: int, folder: str, one_host: bool, pipe: "Connection[object, _Order | None]"
 ) -> None:
-    """A rank's process: its ranks in both members, which take turns and so can share their groups."""
+    """A rank's process: its ranks in both members, which take turns and so can share gloo's groups."""
     torch.set_num_threads(1)
     place = Place(layout=layout, rank=index)
     store = FileStore(f"{folder}/store", layout.world)
-    comms = make_comms(store, place, generation=0, device="cpu", deterministic=True, one_host=one_host)
-    ranks = [open_rank(model, drafts=MOST_DRAFTS, place=place, comms=comms) for _ in range(2)]
+
+    def meet(generation: int) -> Comms:
+        return make_comms(store, place, generation=generation, device="cpu", deterministic=True, one_host=one_host)
+
+    # Operations in shared memory go onto the tapes of one rank.
+    groups = [meet(0), meet(1)] if one_host else [meet(0)]
+    ranks = [open_rank(model, drafts=MOST_DRAFTS, place=place, comms=groups[member * one_host]) for member in range(2)]
     while (order := pipe.recv()) is not None:
         pipe.send(_carry_out(ranks[order.member], order))
-    comms.world.barrier()
+    groups[0].world.barrier()
     for rank in ranks:
         rank.close()
-    comms.close()
+    for comms in groups:
+        comms.close()
 
 
 def _carry_out(rank: Rank, order: _Order) -> object:

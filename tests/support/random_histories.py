@@ -20,7 +20,7 @@ def configs(vocab_size: int, lanes: int) -> st.SearchStrategy[SchedulerConfig]:
     return st.builds(
         replace,
         st.just(limits(vocab_size, lanes)),
-        num_blocks=st.sampled_from((13, 16, MOST_BLOCKS)),
+        num_blocks=st.sampled_from((13, 13, 16, MOST_BLOCKS)),
         num_slots=st.sampled_from((2, 4, 6, MOST_SLOTS)),
         max_rows=st.sampled_from((2, 3, MOST_ROWS)),
         chunk_tokens=st.sampled_from((5, 16, 64)),
