@@ -8,7 +8,7 @@ from pathlib import Path
 import torch  # noqa: F401
 
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI = 6
+ABI = 7
 
 
 def load_library() -> ctypes.CDLL | None:

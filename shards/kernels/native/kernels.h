@@ -12,7 +12,7 @@
 
 namespace kernels {
 
-constexpr int ABI = 6;
+constexpr int ABI = 7;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
