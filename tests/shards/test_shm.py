@@ -97,10 +97,10 @@ def test_an_absent_rank_is_named_when_the_time_is_up() -> None:
         gone.wait()
 
     run_threads(3, main, timeout_s=0.5)
-    # The first to give up leaves the group, which may be what the other one sees.
-    named = "timed out after 0.5 s: rank 2 of 3 did not come"
-    assert reasons[0].endswith(named)
-    assert reasons[1].endswith(named) or "lost a peer" in reasons[1]
+    # The first to give up leaves the group, which may be what the other one sees and tells before it.
+    named = [reason.endswith("timed out after 0.5 s: rank 2 of 3 did not come") for reason in reasons]
+    assert any(named)
+    assert all(told or "lost a peer" in reason for told, reason in zip(named, reasons, strict=True))
 
 
 @needs_library
