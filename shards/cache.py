@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shards.config import ModelConfig
 from shards.cuts import even_range, kv_head_range
+from shards.first_touch import FirstTouch
 from shards.host_memory import available_memory
 from shards.states import Int8States, LayerStates
 
@@ -249,6 +250,7 @@ class KvCache:
         self.fd = -1
         """Memory file of the flat buffer; -1 when other processes cannot map it."""
         self._map: mmap.mmap | None = None
+        self._touch: FirstTouch | None = None
         self.buffer = self._allocate(max(shape.total_bytes, ALIGNMENT_BYTES), torch.device(device))
         """The flat buffer, uint8."""
         self.k_pools = [self._view(pool) for pool in shape.k_pools]
@@ -272,7 +274,9 @@ class KvCache:
         self.fd = os.memfd_create("moefleet-kv")
         os.ftruncate(self.fd, num_bytes)
         self._map = mmap.mmap(self.fd, num_bytes)
-        return torch.frombuffer(self._map, dtype=torch.uint8)
+        buffer = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._touch = FirstTouch(buffer)
+        return buffer
 
     def _view(self, pool: Pool) -> Tensor:
         flat = self.buffer[pool.offset_bytes : pool.offset_bytes + pool.num_bytes]
@@ -310,6 +314,8 @@ class KvCache:
         for pools in (self.k_pools, self.v_pools, self.conv_states, self.delta_states, self.states):
             pools.clear()
         self.buffer = torch.empty(0, dtype=torch.uint8)
+        if self._touch is not None:
+            self._touch.stop()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

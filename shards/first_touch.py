@@ -1,0 +1,45 @@
+"""Makes the pages of a large buffer before they are needed, in a thread of its own.
+
+Memory files begin as holes: the system makes and clears a page when it is first touched, which costs four times what
+writing it does. A prompt's KV, or a pull's, is not to pay for that.
+"""
+
+import ctypes
+import os
+import threading
+from typing import Final
+
+from torch import Tensor
+
+_POPULATE_WRITE: Final = 23
+"""Advice that makes pages as a write would, whatever is in them; of Linux 5.14, older kernels refuse it."""
+_LEAST_PRIORITY: Final = 19
+"""As Linux counts: cores are for whoever loads weights meanwhile."""
+_PIECE_BYTES: Final = 2 << 20
+"""About a millisecond of the system's time."""
+
+
+class FirstTouch:
+    """Touches a buffer from its beginning to its end. Others may use it meanwhile: no byte of it changes.
+
+    Args:
+        buffer: flat, uint8, beginning on a page; kept until the thread has ended.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, args=(buffer,), name="first-touch", daemon=True).start()
+
+    def stop(self) -> None:
+        """The buffer is not needed any more; returns at once."""
+        self._stopped.set()
+
+    def _run(self, buffer: Tensor) -> None:
+        # Linux knows threads by their own ids here; other systems refuse, and have no memory files either.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+        advise = ctypes.CDLL(None, use_errno=True).madvise
+        address, end = buffer.data_ptr(), buffer.numel()
+        for at in range(0, end, _PIECE_BYTES):
+            size = ctypes.c_size_t(min(_PIECE_BYTES, end - at))
+            if self._stopped.is_set() or advise(ctypes.c_void_p(address + at), size, _POPULATE_WRITE):
+                return
