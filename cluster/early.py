@@ -87,8 +87,12 @@ class EarlyPulls:
 
     def _order(self, request_id: RequestId, offered: _Offered, pull_ids: Iterator[int]) -> PullOrder | None:
         lane, hashes, ticket = self._expected[request_id], offered.hashes, offered.ticket
-        known = len(lane.blocks.find(hashes))
+        found = lane.blocks.find(hashes)
+        known = len(found)
+        # Or room might be made of them.
+        lane.blocks.share(found)
         blocks = lane.blocks.allocate(len(hashes) - known, keep=len(lane.active)) if known < len(hashes) else None
+        lane.blocks.release(found)
         if blocks is None:
             return None
         pull_id = next(pull_ids)

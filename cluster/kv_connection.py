@@ -65,12 +65,16 @@ class KvConnection:
             self._sock = socket.create_connection((self._host, int(port)), timeout=timeout_s)
         except (OSError, ValueError) as error:
             raise HandoffError(f"hand-off: source rank at {address} cannot be reached: {error}") from error
+        met = False
         try:
             tune(self._sock)
             client_hello(self._sock, token, timeout_s=timeout_s)
-        except CorruptDataError:
-            self._sock.close()
-            raise
+            met = True
+        except OSError as error:
+            raise self._lost(error) from error
+        finally:
+            if not met:
+                self._sock.close()
 
     def set_timeout(self, seconds: float) -> None:
         """Longest wait of each following send and receive."""

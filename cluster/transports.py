@@ -258,6 +258,7 @@ class SocketTransport:
         self._lock = threading.Lock()
         self._idle: list[KvConnection] = []
         self._used: set[KvConnection] = set()
+        self._closed = False
 
     def reaches(self, rank: SourceRank) -> bool:
         """As `Transport.reaches`: every rank has a KV server."""
@@ -345,22 +346,28 @@ class SocketTransport:
             if not formed:
                 made.close()
         with self._lock:
-            self._used.add(made)
+            late = self._closed
+            if not late:
+                self._used.add(made)
+        if late:
+            made.close()
+            raise HandoffError(f"hand-off: pulls of this rank ended while it connected to {address}")
         return made
 
     def _put_back(self, connection: KvConnection, *, usable: bool) -> None:
         """Keep a connection for the next pull, or close it."""
         with self._lock:
             self._used.discard(connection)
-            keep = usable and len(self._idle) < _MAX_IDLE_CONNECTIONS
+            keep = usable and not self._closed and len(self._idle) < _MAX_IDLE_CONNECTIONS
             if keep:
                 self._idle.append(connection)
         if not keep:
             connection.close()
 
     def close(self) -> None:
-        """Cut all connections."""
+        """Cut all connections, for good."""
         with self._lock:
+            self._closed = True
             connections = [*self._idle, *self._used]
             self._idle.clear()
         for connection in connections:

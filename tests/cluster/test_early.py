@@ -133,6 +133,16 @@ def test_only_blocks_that_are_not_known_are_pulled_early() -> None:
     assert order_of(bench).first == 8
 
 
+def test_room_for_an_early_pull_is_not_made_of_the_blocks_before_it() -> None:
+    bench = Bench(replace(CONFIG, num_blocks=4))
+    bench.add(make_request("b", PROMPT[:9], max_tokens=1))
+    bench.drain()
+    expected(bench, 20)
+    assert bench.scheduler.schedule(0.0) is None
+    bench.add(make_request("c", PROMPT[:9], max_tokens=1))
+    assert bench.plan().lanes[0].first_S == [8]
+
+
 def test_a_request_waits_for_its_own_early_pull_and_for_no_other() -> None:
     bench = Bench()
     expected(bench)

@@ -301,6 +301,40 @@ def test_many_pulls_run_one_after_the_other_over_kept_connections(way: KvTranspo
         assert_moved([cache], source.state, BLOCKS, (2, 1))
 
 
+def test_a_connection_that_is_made_while_its_transport_closes_is_cut() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    came, closed = threading.Event(), threading.Event()
+    asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            came.set()
+            closed.wait(5)
+            server_hello(sock, TOKEN)
+            asked.put(sock.recv(1))
+
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        ranks = (dataclasses.replace(source.ticket.ranks[0], address=address),)
+        (cache,) = make_lane(source.model, Geometry(tp=1))
+        (way,) = make_transports("tcp", RankMemory(cache.buffer), TOKEN)
+        done: queue.SimpleQueue[PullDone] = queue.SimpleQueue()
+        layout = Geometry(tp=1).layout(source.model)
+        puller = Puller(cache, source.model, layout, tp_rank=0, transports=(way,), on_done=done.put)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        puller.start(make_order(dataclasses.replace(source.ticket, ranks=ranks)))
+        assert came.wait(5)
+        way.close()
+        closed.set()
+        assert asked.get(timeout=5) == b""
+        assert "ended while it connected" in done.get(timeout=5).error
+        puller.close()
+        thread.join(5)
+    listener.close()
+
+
 def test_the_source_rank_of_a_cache_can_be_reached_as_it_says() -> None:
     with sourcing(make_moe_config(), Geometry(tp=1)) as source:
         rank = source.ticket.ranks[0]

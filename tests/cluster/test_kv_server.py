@@ -250,6 +250,19 @@ def test_nobody_listening_is_a_handoff_error() -> None:
         Reader(address)
 
 
+def test_a_connection_that_is_lost_before_it_can_be_used_leaves_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[socket.socket] = []
+
+    def lose(sock: socket.socket) -> None:
+        lost.append(sock)
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr("cluster.kv_connection.tune", lose)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(HandoffError, match="lost: reset"):
+        Reader(f"127.0.0.1:{listener.getsockname()[1]}")
+    assert [sock.fileno() for sock in lost] == [-1]
+
+
 def test_closing_the_server_cuts_its_readers() -> None:
     with serving(make_buffer()) as server, connected(server.address) as reader:
         assert read_one(reader) == 0
