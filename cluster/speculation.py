@@ -15,7 +15,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-_ALLOWANCE = 0.015
+_ALLOWANCE = 0.01
 """Part of the time that tries may cost."""
 _OVERDRAFT_STEPS = 2
 """A try that costs this many steps without drafts more than was saved up for it ends at once."""
@@ -197,12 +197,13 @@ class DraftPolicy:
         batch = self._batch(rows)
         batch.steps += 1
         self._idle += 1
+        self.keeps = batch.times[0].is_known
+        if not self.keeps:
+            # Nor could a nap be long enough, in debt or not, without what a step takes.
+            return 0
         tries = batch.tries_left > 0 or self._warm_up_left > 0
         if tries and self._credit_s < -_OVERDRAFT_STEPS * batch.plain_s:
             return self._fall_asleep(batch)
-        self.keeps = batch.times[0].is_known
-        if not self.keeps:
-            return 0
         if self._is_new or self.acceptance(0) < _HOPELESS:
             return self._fall_asleep(batch)
         if self._warm_up_left:

@@ -2,9 +2,13 @@
 the compiled library instead of hundreds.
 
 What a step computes depends on the rows, positions and counts that a tape reads, and its calls on the numbers of rows
-and tokens, and on what is done behind the draws: for each kind that comes, a tape is recorded while its first step
+and tokens, and on what is done behind the draws: for each kind that comes, a tape is recorded before its first step
 runs. Where tokens are not simply the best ones, the host draws them between two tapes. A model that computes with
 torch's own operators somewhere gets no tapes and runs as it is, as do steps with prompts, or several lanes.
+
+To record takes some milliseconds of Python, nothing beside a step of a large model but ten steps of a very small one.
+A model with a draft layer, which has many kinds of steps, has those of few rows recorded when it loads: nobody waits
+then, and whoever tries drafts learns what they cost and not what their first step does.
 
 S rows and T tokens of the step, C hidden size, V vocabulary held here.
 """
@@ -12,7 +16,7 @@ S rows and T tokens of the step, C hidden size, V vocabulary held here.
 import ctypes
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -27,13 +31,16 @@ from shards.model import Model
 from shards.mtp import Mtp
 from shards.rows import Rows, StepTensors
 from shards.shm import ShmComm
-from shards.tape import Recorder, Tape, Workspace
+from shards.tape import Recorder, Tape, UnrecordableError, Workspace
 
 logger = logging.getLogger(__name__)
 
 
 _MOST_TAPES: Final = 256
 """A call of a tape takes 256 bytes, a step some 60 to 800 calls."""
+_ROWS_AHEAD: Final = 4
+"""Steps of so many rows are recorded when a model with drafts loads: those of more rows take longer themselves."""
+_MOST_AHEAD: Final = 128
 _MOST_UNEVEN: Final = 4096
 """Kinds that are remembered for having come once."""
 
@@ -86,67 +93,59 @@ class DecodeTapes:
         self._model, self._cache = model, cache
         self._workspace = Workspace()
         self._inputs = DecodeInputs(self._recorder, rows, rotary, draft_tokens)
+        self._most_rows, self._draft_tokens = len(rows.tables_RB), draft_tokens
         self._recorded: dict[_Kind, _Recorded] = {}
         self._kind = _Kind(0, 0, False, False, 0)
-        """Of the step that `run` began."""
-        self._begun: tuple[StepTensors, Tensor] | None = None
-        """What is to be recorded of it still: its tensors and hidden states [T, C]."""
+        """Of the step that `prepare` saw last."""
         self._uneven: set[tuple[int, int]] = set()
         """Numbers of rows and tokens of steps whose rows verify different numbers of drafts, which came before."""
-        self._refused = ""
-        """Why this model has no tapes."""
+        self._refused = False
+        """This model has no tapes."""
 
-    def takes(self, batch: StepBatch) -> bool:
-        """Whether `run` should carry out the batch: every row draws a token behind each of its positions.
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tokens of the step that `prepare` saw are the best ones."""
+        return self._kind.plain
 
-        Rows that verify different numbers of drafts make kinds without number, most of which come once: to write down
+    def record_ahead(self) -> None:
+        """Record what steps of few rows that keep, draft and verify come to, greedy and sampled."""
+        for rows in range(1, min(self._most_rows, _ROWS_AHEAD) + 1):
+            for kind in _kinds_ahead(rows, self._draft_tokens):
+                if len(self._recorded) >= _MOST_AHEAD or not self._record(kind):
+                    return
+
+    def prepare(self, batch: StepBatch, *, plain: bool) -> bool:
+        """Whether `run` can carry out the batch: every row draws a token behind each of its positions.
+
+        Rows that verify different numbers of drafts make kinds without number, most of which come once: to record
         costs more than to run, so that is done with those that come again.
+
+        Args:
+            plain: tokens are the best ones.
         """
         rows = len(batch.rows_S)
         draws = rows + sum(batch.verifies_S)
         if not 0 < rows == sum(batch.samples_S) or sum(batch.counts_S) != draws or self._refused:
             return False
-        if draws % rows == 0 or (rows, draws) in self._uneven:
-            return True
-        if len(self._uneven) >= _MOST_UNEVEN:
-            self._uneven.clear()
-        self._uneven.add((rows, draws))
-        return False
+        if draws % rows and (rows, draws) not in self._uneven:
+            if len(self._uneven) >= _MOST_UNEVEN:
+                self._uneven.clear()
+            self._uneven.add((rows, draws))
+            return False
+        keeps, drafts = self._model.mtp is not None and batch.keeps_mtp, max(batch.drafts_S, default=0)
+        self._kind = _Kind(rows, draws, plain, keeps, drafts)
+        return self._kind in self._recorded or self._record(self._kind)
 
-    def run(self, batch: StepBatch, *, plain: bool) -> Tensor:
-        """Compute a step's tokens -> with `plain` the best behind each, int64 [T], or logits [T, V].
+    def run(self, batch: StepBatch) -> Tensor:
+        """Compute a step's tokens -> where it is plain the best behind each, int64 [T], else logits [T, V].
 
-        `follow` has to be called behind it. The result is valid until the next call.
+        `prepare` has to be called before it, `follow` behind it. The result is valid until the next call.
         """
         self._inputs.take(batch)
-        rows, tokens = len(batch.rows_S), sum(batch.counts_S)
-        keeps, drafts = self._model.mtp is not None and batch.keeps_mtp, max(batch.drafts_S, default=0)
-        self._kind = kind = _Kind(rows, tokens, plain, keeps, drafts)
-        self._begun = None
-        found = self._recorded.pop(kind, None)
-        if found is not None:
-            # Behind all others: what was not played for longest is given up for new ones.
-            self._recorded[kind] = found
-            self._play(found.tapes[0])
-            return found.result
-        begun: list[tuple[StepTensors, Tensor]] = []
-
-        def compute() -> Tensor:
-            step, hidden_TC, result = self._compute(kind)
-            begun.append((step, hidden_TC))
-            if kind.plain:
-                self._follow(kind, step, hidden_TC, result)
-            return result
-
-        result, tape = self._record(compute)
-        if not plain:
-            self._begun = begun[0]
-        if tape is not None:
-            # Valid until the next call, so that all tapes can share the memory of their results.
-            if len(self._recorded) >= _MOST_TAPES:
-                del self._recorded[next(iter(self._recorded))]
-            self._recorded[kind] = _Recorded(tapes=[tape], result=Workspace.borrowed(result))
-        return result
+        # Behind all others: what was not played for longest is given up for new ones.
+        found = self._recorded[self._kind] = self._recorded.pop(self._kind)
+        self._play(found.tapes[0])
+        return found.result
 
     def follow(self, tokens_T: Tensor) -> list[int]:
         """Store the tokens drawn, keep and draft what the batch asks for -> how many draws of each row stay.
@@ -156,25 +155,42 @@ class DecodeTapes:
         """
         kind, inputs = self._kind, self._inputs
         if not kind.plain:
-            drawn_T = inputs.drawn_T[: kind.tokens]
-            drawn_T.copy_(tokens_T)
-            if self._begun is None:
-                self._play(self._recorded[kind].tapes[1])
-            else:
-                step, hidden_TC = self._begun
-                self._begun = None
-                _, tape = self._record(lambda: self._follow(kind, step, hidden_TC, drawn_T))
-                found = self._recorded.pop(kind, None)
-                if tape is not None and found is not None:
-                    self._recorded[kind] = dataclasses.replace(found, tapes=[*found.tapes, tape])
+            inputs.drawn_T[: kind.tokens].copy_(tokens_T)
+            self._play(self._recorded[kind].tapes[1])
         return inputs.kept(kind.rows) if kind.tokens > kind.rows else [1] * kind.rows
 
-    def _record(self, compute: Callable[[], Tensor]) -> tuple[Tensor, Tape | None]:
-        result, tape, problem = self._recorder.record(compute, self._workspace)
-        if tape is None:
-            logger.info("decode steps are not recorded: %s", problem)
-            self._refused = problem
-        return result, tape
+    def _record(self, kind: _Kind) -> bool:
+        """Whether it could be done."""
+        try:
+            recorded = self._recording(kind)
+        except UnrecordableError as error:
+            logger.info("decode steps are not recorded: %s", error)
+            self._refused = True
+            return False
+        if len(self._recorded) >= _MOST_TAPES:
+            del self._recorded[next(iter(self._recorded))]
+        self._recorded[kind] = recorded
+        return True
+
+    def _recording(self, kind: _Kind) -> _Recorded:
+        begun: list[tuple[StepTensors, Tensor]] = []
+
+        def compute() -> Tensor:
+            step, hidden_TC, result = self._compute(kind)
+            begun.append((step, hidden_TC))
+            if kind.plain:
+                self._follow(kind, step, hidden_TC, result)
+            return result
+
+        result, tape = self._recorder.record(compute, self._workspace)
+        tapes = [tape]
+        if not kind.plain:
+            step, hidden_TC = begun[0]
+            drawn_T = self._inputs.drawn_T[: kind.tokens]
+            _, follow = self._recorder.record(lambda: self._follow(kind, step, hidden_TC, drawn_T), self._workspace)
+            tapes.append(follow)
+        # Valid until the next call, so that all tapes can share the memory of their results.
+        return _Recorded(tapes=tapes, result=Workspace.borrowed(result))
 
     def _compute(self, kind: _Kind) -> tuple[StepTensors, Tensor, Tensor]:
         """The step's tensors, hidden states and tokens, or logits."""
@@ -219,3 +235,16 @@ class DecodeTapes:
             assert failed is None, failed
         if profile is not None:
             profile.add_calls(tape.labels, tape.ns)
+
+
+def _kinds_ahead(rows: int, draft_tokens: int) -> Iterator[_Kind]:
+    """Of this many rows that all draft alike: before drafts, the first ones, as many once more, and behind the last."""
+    for plain in (True, False):
+        for keeps in (True, False):
+            yield _Kind(rows, rows, plain, keeps, 0)
+        for drafts in range(1, draft_tokens + 1):
+            tokens = rows * (1 + drafts)
+            yield _Kind(rows, rows, plain, True, drafts)
+            yield _Kind(rows, tokens, plain, True, drafts)
+            yield _Kind(rows, tokens, plain, True, 0)
+            yield _Kind(rows, tokens, plain, False, 0)

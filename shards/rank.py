@@ -201,8 +201,10 @@ class Rank:
             if self._device.type == "cuda" and self._runtime.kernels.name == "triton":
                 rotary_dim = self.model_config.rope.rotary_dim
                 warm_up(self._model, self._runtime, self.cache, layout=config.place.layout, rotary_dim=rotary_dim)
+            self._tapes = self._make_tapes(self._model)
+            if self._tapes is not None and config.draft_tokens:
+                self._tapes.record_ahead()
         self._graphs = self._make_graphs(self._model)
-        self._tapes = self._make_tapes(self._model)
         reader.finish(tuple(_tensors_without_use(self.model_config, reader.root)))
 
     def step(self, batch: StepBatch) -> LaneOutput | None:
@@ -272,7 +274,7 @@ class Rank:
     def _compute(
         self, model: Model, batch: StepBatch, lane_tokens: tuple[int, ...], lane_drafts: list[tuple[int, ...]]
     ) -> LaneOutput:
-        if self._tapes is not None and self._tapes.takes(batch):
+        if self._tapes is not None and self._tapes.prepare(batch, plain=self._rows.are_plain(batch.rows_S)):
             return self._decode(model, self._tapes, batch)
         with part(self._profile, "inputs"):
             step = self._rows.tensors(batch, self._cos_LR, self._sin_LR, lane_tokens)
@@ -295,10 +297,10 @@ class Rank:
 
     def _decode(self, model: Model, tapes: DecodeTapes, batch: StepBatch) -> LaneOutput:
         """A step in which every row draws behind each of its positions."""
-        logprobs, plain, draws = None, self._rows.are_plain(batch.rows_S), Draws.of(batch)
-        result = tapes.run(batch, plain=plain)
+        logprobs, draws = None, Draws.of(batch)
+        result = tapes.run(batch)
         with part(self._profile, "sampling"):
-            if not plain:
+            if not tapes.is_plain:
                 logits_NV = model.lm_head.joined(self._runtime, result)
                 result, logprobs = self._sample(logits_NV, draws.rows_N, draws.positions_N)
         kept = tapes.follow(result)

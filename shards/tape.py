@@ -1,17 +1,19 @@
-"""Calls of the compiled library written down while they are made, to be made again without Python between them.
+"""Calls of the compiled library written down instead of made, to be made later without Python between them.
 
-A tape holds addresses. What is computed on the way lies in a `Workspace`, whose memory is used again within a
-recording, and by the next one, as soon as no tensor refers to it. A torch operator that computes could not be made
-again, so a recording in which one runs gives no tape.
+While a tape is recorded nothing is computed: no call is made, tensors have their shapes and no contents that mean
+anything. So one can be recorded at any time. It holds addresses. What is computed on the way lies in a `Workspace`,
+whose memory is used again within a recording, and by the next one, as soon as no tensor refers to it. The library
+could not call a torch operator that computes, so a recording ends where one is about to run.
 """
 
 import ctypes
 import math
 import struct
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import numpy as np
 import torch
@@ -31,9 +33,16 @@ _ALIGNED: Final = 64
 """Bytes: a line of the processor's cache."""
 _UNUSED: Final = 2
 """References to a piece of memory that no tensor has: the workspace's, and that of the call that counts them."""
-_NEW: Final = frozenset({"aten::empty", "aten::empty_like", "aten::new_empty"})
+_NEW: Final = frozenset(
+    {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
+)
+_WHOLE: Final = frozenset({int, bool})
 
 Numbers = NDArray[np.int64]
+
+
+class UnrecordableError(Exception):
+    """What runs cannot be written down; says why."""
 
 
 class Foreign(Protocol):
@@ -52,6 +61,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._pieces: list[NDArray[np.uint8]] = []
+        """Smaller ones first."""
 
     @property
     def num_bytes(self) -> int:
@@ -60,19 +70,19 @@ class Workspace:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor whose memory is nobody else's until nothing refers to it."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        # A tensor's storage refers to the array that it was made from.
-        unused = [i for i in range(len(self._pieces)) if sys.getrefcount(self._pieces[i]) == _UNUSED]
-        fitting = [i for i in unused if self._pieces[i].nbytes >= num_bytes]
-        if fitting:
-            piece = self._pieces[min(fitting, key=lambda i: self._pieces[i].nbytes)]
+        pieces, num_bytes = self._pieces, math.prod(shape) * dtype.itemsize
+        for i in range(bisect_left(pieces, num_bytes, key=len), len(pieces)):
+            # A tensor's storage refers to the array that it was made from.
+            if sys.getrefcount(pieces[i]) == _UNUSED:
+                piece = pieces[i]
+                break
         else:
             # Powers of two, so that steps of ever more rows do not leave a piece of each size behind.
             size = 1 << max(num_bytes - 1, _ALIGNED - 1).bit_length()
             room = np.empty(size + _ALIGNED, dtype=np.uint8)
             begin = -room.ctypes.data % _ALIGNED
             piece = room[begin : begin + size]
-            self._pieces.append(piece)
+            pieces.insert(bisect_left(pieces, size, key=len), piece)
         return torch.from_numpy(piece)[:num_bytes].view(dtype).view(tuple(shape))
 
     @staticmethod
@@ -108,7 +118,7 @@ class Tape:
 
 
 class Recorder:
-    """Stands for the compiled library. Its functions are called as ever, and written down while a tape is recorded.
+    """Stands for the compiled library. Its functions are called as ever, or written down while a tape is recorded.
 
     Args:
         where: tells what a call is part of.
@@ -119,66 +129,69 @@ class Recorder:
         library.kernels_carry_out.restype = ctypes.c_int64
         self._library = library
         self._where = where
-        self._calls: list[list[int]] | None = None
+        self.calls: list[list[int]] | None = None
+        """Those written down so far; None: they are made."""
         self._names: list[str] = []
         self._labels: list[Label] = []
-        self._problem = ""
 
     def __getattr__(self, name: str) -> "_Function":
-        function = _Function(getattr(self._library, name), name, self)
+        replay = getattr(self._library, name + _REPLAY, None)
+        address = None if replay is None else ctypes.cast(replay, ctypes.c_void_p).value
+        function = _Function(getattr(self._library, name), name, address, self)
         # Found without this method from now on.
         setattr(self, name, function)
         return function
 
-    def record(self, run: Callable[[], Tensor], workspace: Workspace) -> tuple[Tensor, Tape | None, str]:
-        """Run something once -> its result; the tape that makes it again, in the same place, or why there is none."""
+    def record(self, run: Callable[[], Tensor], workspace: Workspace) -> tuple[Tensor, Tape]:
+        """Write down what something would compute -> where its result will be, and the tape that computes it.
+
+        Raises:
+            UnrecordableError: it computes with more than the library.
+        """
         calls: list[list[int]] = []
-        self._calls, self._problem = calls, ""
+        self.calls = calls
         self._names.clear()
         self._labels.clear()
         try:
-            with _Watch(workspace) as watch:
+            with _Watch(workspace):
                 result = run()
-            problem = self._problem or watch.problem
         finally:
-            self._calls = None
-        if problem:
-            return result, None, problem
+            self.calls = None
+        numbers: Numbers = np.zeros((len(calls), PITCH), dtype=np.int64)
+        for row, call in zip(numbers, calls, strict=True):
+            row[: len(call)] = call
         tape = Tape(
             library=self._library,
-            calls=np.array(calls, dtype=np.int64).reshape(len(calls), PITCH),
+            calls=numbers,
             names=tuple(self._names),
             labels=tuple(self._labels),
             ns=np.zeros(len(calls), dtype=np.int64),
             code=ctypes.c_int64(0),
         )
-        return result, tape, ""
+        return result, tape
 
-    def write(self, name: str, function: Foreign, arguments: Sequence[object]) -> None:
-        """Note a call, while a tape is recorded."""
-        if self._calls is None:
-            return
-        replay = getattr(self._library, name + _REPLAY, None)
-        try:
-            if replay is None or len(arguments) >= PITCH:
-                raise TypeError(f"{name} cannot be called from numbers")
-            numbers = [_number(kind, value) for kind, value in zip(function.argtypes or (), arguments, strict=True)]
-        except (TypeError, ValueError) as error:
-            self._problem = self._problem or str(error)
-            return
-        address = ctypes.cast(replay, ctypes.c_void_p).value or 0
-        self._calls.append([address, *numbers, *[0] * (PITCH - 1 - len(numbers))])
+    def note(self, name: str, call: list[int]) -> None:
+        """Write a call down, while a tape is recorded."""
+        assert self.calls is not None
+        self.calls.append(call)
         self._names.append(name)
         self._labels.append(self._where())
 
 
 class _Function:
-    """One function of a recorder's library."""
+    """One function of a recorder's library.
 
-    def __init__(self, function: Foreign, name: str, recorder: Recorder) -> None:
+    Args:
+        address: of what makes the call from numbers; None: nothing does.
+    """
+
+    def __init__(self, function: Foreign, name: str, address: int | None, recorder: Recorder) -> None:
         self._function = function
         self._name = name
+        self._address = address
         self._recorder = recorder
+        self._floats: list[int] = []
+        """Places of the arguments that are no whole numbers."""
 
     @property
     def restype(self) -> type | None:
@@ -197,34 +210,34 @@ class _Function:
     @argtypes.setter
     def argtypes(self, kinds: Sequence[type]) -> None:
         self._function.argtypes = kinds
+        self._floats = [place for place, kind in enumerate(kinds) if kind is ctypes.c_float]
 
     def __call__(self, *arguments: object) -> int:
-        result = self._function(*arguments)
-        self._recorder.write(self._name, self._function, arguments)
-        return result
-
-
-def _number(kind: type, value: object) -> int:
-    """An argument as the number that native/replay.h makes it of.
-
-    Raises:
-        TypeError: it is none that lasts, such as an array made for the call.
-    """
-    if kind is ctypes.c_float and isinstance(value, (int, float)):
-        return int(struct.unpack("<i", struct.pack("<f", value))[0])
-    if value is None:
+        if self._recorder.calls is None:
+            return self._function(*arguments)
+        if self._address is None or len(arguments) >= PITCH:
+            raise UnrecordableError(f"{self._name} cannot be called from numbers")
+        numbers = [0 if argument is None else argument for argument in arguments]
+        for place in self._floats:
+            numbers[place] = _bits(numbers[place])
+        if not _WHOLE.issuperset(map(type, numbers)):
+            # Such as an array made for the call.
+            raise UnrecordableError(f"{self._name} has an argument that does not last")
+        self._recorder.note(self._name, [self._address, *cast("list[int]", numbers)])
         return 0
-    if isinstance(value, int):
-        return int(value)
-    raise TypeError(f"an argument {value!r} cannot be written down")
+
+
+def _bits(value: object) -> int:
+    """A float argument as the number that native/replay.h makes it of."""
+    assert isinstance(value, (int, float))
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 class _Watch(TorchDispatchMode):
-    """Takes new tensors from a workspace, and notices operators that compute."""
+    """Takes new tensors from a workspace, and refuses operators that compute."""
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__()
-        self.problem = ""
         self._workspace = workspace
 
     @override
@@ -241,12 +254,13 @@ class _Watch(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if name in _NEW and isinstance(result, Tensor) and result.is_contiguous():
-            return self._workspace.empty(result.shape, result.dtype)
-        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
-        views = isinstance(result, Tensor) and result.untyped_storage().data_ptr() in given
-        if not views or func._schema.is_mutable:
-            self.problem = self.problem or f"{name} computes"
-        return result
+        new = func in _NEW
+        if new or func.is_view:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                if new and result.is_contiguous():
+                    return self._workspace.empty(result.shape, result.dtype)
+                storage = result.untyped_storage().data_ptr()
+                if any(isinstance(arg, Tensor) and arg.untyped_storage().data_ptr() == storage for arg in args):
+                    return result
+        raise UnrecordableError(f"{func._schema.name} computes")

@@ -223,8 +223,45 @@ def test_a_greedy_step_with_drafts_runs_next_to_none_of_torch_s_operators(tmp_pa
             )
         )
         done = [first + count for first, count in zip(done, output.counts_N, strict=True)]
-    # The first one is written down.
-    assert all(len(names) <= 4 for names in pair.counted[2:]), pair.counted[2:]
+    # The prompts' step aside: with drafts steps of few rows were recorded when the model was loaded.
+    assert all(len(names) <= 4 for names in pair.counted[1:]), pair.counted[1:]
+
+
+KINDS = [
+    (4, 0, 0, False), (4, 0, 0, True), (4, 0, 2, True), (4, 2, 2, True), (4, 2, 0, True), (4, 0, 3, True),
+    (4, 3, 0, False), (1, 0, 1, True), (1, 1, 1, True), (5, 0, 1, True),
+]  # fmt: skip
+"""Rows, what each verifies and drafts, and whether the layer's KV is kept."""
+
+
+@pytest.mark.parametrize("sampling", [RowSampling(temperature=0.0), RowSampling(temperature=0.9, seed=5)])
+def test_what_up_to_four_rows_with_drafts_come_to_is_recorded_when_the_model_is_loaded(
+    sampling: RowSampling, tmp_path: Path
+) -> None:
+    make_mtp_reference(tmp_path, disturbance=1.4)
+    pair = Pair(tmp_path, "float32", [sampling] * 5)
+    pair.step(StepBatch(rows_S=list(range(5)), first_S=[0] * 5, counts_S=[4] * 5, samples_S=[1] * 5))
+    done = [4] * 5
+    for rows, verifies, drafts, keeps in KINDS * 2:
+        output = pair.step(
+            StepBatch(
+                rows_S=list(range(rows)),
+                first_S=done[:rows],
+                counts_S=[1 + verifies] * rows,
+                samples_S=[1] * rows,
+                verifies_S=[verifies] * rows,
+                drafts_S=[drafts] * rows,
+                keeps_mtp=keeps,
+            )
+        )
+        for row, count in enumerate(output.counts_N or [1] * rows):
+            done[row] += count
+    counts = [len(names) for names in pair.counted[1:]]
+    first, again = counts[: len(KINDS)], counts[len(KINDS) :]
+    assert first[:-1] == again[:-1]
+    assert first[-1] > again[-1], "five rows are recorded when they come"
+    for one, other in pair.held():
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def test_steps_whose_rows_verify_different_numbers_of_drafts_are_written_down_when_they_come_again(
