@@ -8,7 +8,8 @@ from typer.models import OptionInfo
 
 from cluster.config import DeterministicChoice, Device, Dtype, ExpertWeights, KernelChoice, StateCheckpoints
 from deploy.cli_flags import FLAG_KEYS, overlay
-from deploy.config import config_keys, load_config_file, parse_config
+from deploy.config import config_keys, parse_config
+from deploy.config_file import load_config_file
 from deploy.render import render_document
 
 _MODEL: Final = "Model"

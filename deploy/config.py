@@ -6,7 +6,6 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Final, get_args, get_type_hints
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
@@ -273,26 +272,6 @@ def parse_config(mapping: Mapping[str, object]) -> ServeConfig:
     except ValidationError as error:
         told = [_tell(each["type"], each["loc"], each["msg"], each["input"]) for each in error.errors()]
         raise ConfigError("; ".join(told)) from error
-
-
-def load_config_file(path: Path) -> dict[str, object]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: the file cannot be read or is no YAML mapping; names file and line.
-    """
-    try:
-        loaded: object = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}; name a YAML file") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"config file {path}{line}: {error.problem or 'is no YAML'}; mend the YAML") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path}: {error}; mend the YAML") from error
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(f"config file {path} must hold keys such as `model: DIR`, got {loaded!r:.80}")
-    return loaded
 
 
 def config_mapping(config: ServeConfig) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import Final
 from cluster.config import EngineConfig
 from deploy.config import ServeConfig, engine_config
 from deploy.config_keys import read_api_keys
+from deploy.tokenizer import check_tokenizer_file
 from router.errors import CheckpointError, ConfigError
 from shards.host_memory import available_memory
 
@@ -42,6 +43,9 @@ def check_config(config: ServeConfig) -> None:
             _check_free(key, host, port)
     if local or Path(config.model).exists():
         _check_engines(config, memory=local)
+        check_tokenizer_file(Path(config.model))
+    if local and config.engine.device == "cuda":
+        _check_gpus(config)
 
 
 def check_ray_address(address: str) -> None:
@@ -109,6 +113,19 @@ def _check_cpus(config: ServeConfig) -> None:
         raise ConfigError(
             f"ray.num_cpus: {given} is less than the {needed} that the ranks of all members take; raise it "
             "(--num-cpus; more than the machine's cores is allowed), leave it out, or lower members, tp or dp"
+        )
+
+
+def _check_gpus(config: ServeConfig) -> None:
+    # Imports torch, as below.
+    import torch
+
+    needed = sum(pool.members * pool.layout.world for _, pool in config.pools.roles)
+    found = torch.cuda.device_count()
+    if found < needed:
+        raise ConfigError(
+            f"engine.device: cuda needs a GPU for each of the {needed} ranks of all members, torch sees {found} here; "
+            "use cpu (--device), lower members, tp or dp, or name a cluster that has them (--ray-address)"
         )
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Final, Literal
 
-from deploy.config import ServeConfig, load_config_file, parse_config
+from deploy.config import ServeConfig, parse_config
+from deploy.config_file import load_config_file
 
 DemoArch = Literal["qwen3_next", "qwen3_moe"]
 

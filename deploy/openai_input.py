@@ -204,6 +204,8 @@ def _refusal(problems: list[ErrorDetails]) -> InvalidRequestError:
     if problem["type"] == "json_invalid":
         return InvalidRequestError("body: is not JSON in UTF-8, or is nested too deep", field="body")
     field = _path(problem["loc"]) or "body"
+    if unknown and field.startswith("response_format."):
+        return _invalid("response_format", f"{_REMEDIES['response_format']}; leave it out")
     if unknown:
         return _invalid(field, "is unknown or not supported; remove it")
     if problem["type"] == "missing":

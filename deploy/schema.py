@@ -104,6 +104,11 @@ class Message(StrictModel):
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCallMessage], _FIRST_ERROR] | None = None
     tool_call_id: str | None = None
+    # What replies and clients' own classes carry beside, so that an assistant's message can be sent back as it came.
+    refusal: None = None
+    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
 
 class FunctionDescription(StrictModel):

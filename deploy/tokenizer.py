@@ -126,6 +126,16 @@ class TransformersTemplate:
         return text
 
 
+def check_tokenizer_file(path: Path) -> None:
+    """Refuse a checkpoint folder without a tokenizer, in no time.
+
+    Raises:
+        CheckpointError: the file is missing.
+    """
+    if not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{path}/tokenizer.json: missing; the checkpoint needs a fast tokenizer")
+
+
 def load_tokenizer(path: Path) -> TextTokenizer:
     """Load the tokenizer and chat template of a checkpoint folder. Code in the checkpoint is never run.
 
@@ -135,8 +145,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     # Lazy: importing transformers takes seconds, and commands such as `moefleet status` need none of it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path}/tokenizer.json: missing; the checkpoint needs a fast tokenizer")
+    check_tokenizer_file(path)
     try:
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

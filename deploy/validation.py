@@ -121,7 +121,7 @@ def validate(given: GenerationInput, model: ServedModel, limits: Limits) -> None
             _check_prompt_count(len(prompts), given.n, limits)
             for ids in prompts:
                 # The length first: it is no work.
-                _check_prompt_length(len(ids), model)
+                _check_prompt_length("prompt", len(ids), model)
                 _check_token_ids("prompt", ids, model)
 
 
@@ -204,7 +204,7 @@ def _given_or(given: float | None, default: float) -> float:
 def _max_tokens(given: GenerationInput, num_prompt_tokens: int, model: ServedModel) -> int:
     """How many new tokens one prompt may get."""
     limit = model.max_model_len
-    _check_prompt_length(num_prompt_tokens, model)
+    _check_prompt_length("messages" if isinstance(given.prompt, ChatPrompt) else "prompt", num_prompt_tokens, model)
     room = limit - num_prompt_tokens
     asked = given.sampling.max_tokens
     if asked is None:
@@ -219,15 +219,15 @@ def _max_tokens(given: GenerationInput, num_prompt_tokens: int, model: ServedMod
     return asked
 
 
-def _check_prompt_length(num_tokens: int, model: ServedModel) -> None:
+def _check_prompt_length(field: str, num_tokens: int, model: ServedModel) -> None:
     limit = model.max_model_len
     if num_tokens == 0:
-        raise InvalidRequestError("prompt: is empty; it must have at least one token", field="prompt")
+        raise InvalidRequestError(f"{field}: is empty; it must have at least one token", field=field)
     if num_tokens >= limit:
         raise InvalidRequestError(
-            f"prompt: {num_tokens} tokens leave no room for output in the model's context of {limit} tokens "
+            f"{field}: {num_tokens} tokens leave no room for output in the model's context of {limit} tokens "
             f"(max_model_len); send at most {limit - 1}",
-            field="prompt",
+            field=field,
         )
 
 
@@ -258,8 +258,8 @@ def _check_range(field: str, value: float | None, low: float, high: float, *, cl
     """Refuse a value outside [low, high], or ]low, high] if not closed; NaN is outside."""
     if value is None or (low < value <= high) or (closed and value == low):
         return
-    lower = f"at least {low:g}" if closed else f"above {low:g}"
-    upper = "" if math.isinf(high) else f" and at most {high:g}"
+    lower = f"at least {low}" if closed else f"above {low}"
+    upper = "" if math.isinf(high) else f" and at most {high}"
     raise InvalidRequestError(f"{field}: must be {lower}{upper}, got {value}", field=field)
 
 

@@ -40,9 +40,9 @@ OWN_VARIABLES = (
 )
 
 
-def fenced(kind: str) -> list[str]:
-    """The README's code blocks of one kind, lines joined where the shell would join them."""
-    blocks = re.findall(rf"^```{kind}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def fenced(kind: str, text: str = README) -> list[str]:
+    """The code blocks of one kind in a text, lines joined where the shell would join them."""
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [block.strip() for block in blocks]
 
 
@@ -190,6 +190,12 @@ class TestCommands:
         script = demo.folder / "snippet.py"
         script.write_text(snippet.replace(":8000", f":{demo.http_port}"), encoding="utf-8")
         assert "demo model" in demo.run(".venv/bin/python snippet.py")
+
+    def test_grpc_stub_of_the_api_text_streams(self, demo: Demo) -> None:
+        (snippet,) = fenced("python", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+        script = demo.folder / "stub.py"
+        script.write_text(snippet.replace(":9000", f":{demo.grpc_port}"), encoding="utf-8")
+        assert "finish_reason" in demo.run(".venv/bin/python stub.py")
 
     def test_generate_lines_agree(self, demo: Demo) -> None:
         spawned = demo.run(command_with("moefleet generate ")).splitlines()

@@ -1,3 +1,4 @@
+import shutil
 import socket
 from collections.abc import Mapping
 from contextlib import closing
@@ -13,10 +14,10 @@ from deploy.config import (
     config_keys,
     config_mapping,
     engine_config,
-    load_config_file,
     parse_config,
 )
 from deploy.config_check import check_config
+from deploy.config_file import load_config_file
 from deploy.config_keys import read_api_keys
 from router.errors import CheckpointError, ConfigError
 from shards.mesh import Layout
@@ -122,6 +123,8 @@ def test_all_mistakes_of_a_config_are_told_at_once() -> None:
         ("- model\n", r"must hold keys such as `model: DIR`, got \['model'\]"),
         ("", "must hold keys"),
         ("model: \x01\n", "mend the YAML"),
+        ("model: x\nengine: {dtype: float32}\nengine: {block_size: 32}\n", "line 3: engine comes a second time"),
+        ("model: x\nhttp:\n  port: 1\n  port: 2\n", "line 4: port comes a second time"),
     ],
 )
 def test_a_config_file_that_is_no_yaml_mapping_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -201,6 +204,26 @@ def test_several_gateways_on_a_local_cluster_are_refused_for_they_share_a_grpc_p
 def test_a_checkpoint_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         check_config(make_config(str(tmp_path / "none")))
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_starts(
+    next_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(next_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer.json"))
+
+    with pytest.raises(CheckpointError, match=r"model/tokenizer\.json: missing"):
+        check_config(make_config(str(tmp_path / "model")))
+
+
+@pytest.mark.parametrize("seen", [0, 2])
+def test_ranks_without_a_gpu_each_are_refused(
+    next_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seen: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    config = make_config(str(next_checkpoint), engine={"device": "cuda"}, pools={"mixed": {"tp": 2, "members": 2}})
+
+    with pytest.raises(ConfigError, match=rf"engine\.device: cuda .* 4 ranks .* torch sees {seen} here; use cpu"):
+        check_config(config)
 
 
 def test_a_checkpoint_that_only_other_nodes_have_is_left_to_them(tmp_path: Path) -> None:

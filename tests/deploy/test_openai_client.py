@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import openai
 import pytest
@@ -53,6 +54,19 @@ async def test_chat_is_whole_or_streamed_with_usage() -> None:
     assert whole.choices[0].logprobs is not None
     assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == "hello there"
     assert chunks[-1].usage == whole.usage
+
+
+async def test_an_answer_can_be_sent_back_as_it_came_in_every_form_that_the_client_has() -> None:
+    question: Any = {"role": "user", "content": "hi"}
+    async with client_of(make_backend("hello there")) as client:
+        first = await client.chat.completions.create(model="tiny", messages=[question])
+        said = first.choices[0].message
+        forms: list[Any] = [said, said.model_dump(), said.model_dump(exclude_unset=True)]
+        for form in forms:
+            reply = await client.chat.completions.create(model="tiny", messages=[question, form, question])
+            assert reply.usage is not None
+            assert first.usage is not None
+            assert reply.usage.prompt_tokens > first.usage.prompt_tokens
 
 
 async def test_completions_take_several_prompts() -> None:

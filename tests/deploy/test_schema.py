@@ -45,6 +45,8 @@ def completion(**fields: object) -> CompletionRequest:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"messages": [{"role": "assistant", "content": "no", "refusal": "no"}]}, "messages[0].refusal"),
         ({"parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs.documents"),
     ],

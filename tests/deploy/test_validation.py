@@ -125,6 +125,17 @@ def test_a_prompt_that_leaves_no_room_names_both_lengths(length: int) -> None:
     assert caught.value.field == "prompt"
 
 
+def test_a_chat_that_leaves_no_room_names_its_messages() -> None:
+    given = make_input(prompt=ChatPrompt(messages=(ChatMessage(role="user", content="hi"),)))
+    with pytest.raises(InvalidRequestError, match=r"^messages: 300 tokens leave no room") as caught:
+        build_requests(given, [(1,) * 300], make_model(), request_id="r")
+    assert caught.value.field == "messages"
+
+
+def test_a_limit_is_told_in_full() -> None:
+    assert str(2**64 - 1) in str(refusal(make_input(SamplingInput(seed=2**64))))
+
+
 def test_more_new_tokens_than_the_context_has_room_for_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match="ask for at most 253") as caught:
         build_requests(make_input(SamplingInput(max_tokens=254)), [HI], make_model(), request_id="r")

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from deploy.config import load_config_file, parse_config
+from deploy.config import parse_config
 from deploy.config_check import logical_cpus
+from deploy.config_file import load_config_file
 from deploy.gateway import LEAVE_S
 from deploy.render import render_document
 from tests.support.source_tree import ROOT
