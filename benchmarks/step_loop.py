@@ -21,6 +21,7 @@ from router.errors import MoefleetError
 from router.request import Request, RequestId, SamplingParams, TokenEvent
 from shards.batch import LaneOutput
 
+BLOCK = 16
 PROMPT = 128
 NEW = 512
 
@@ -37,7 +38,9 @@ class InstantRanks:
         """As `Ranks.launch`."""
         (batch,) = plan.lanes
         self.launches.append((len(batch.rows_S), time.thread_time()))
-        rows = [row for row, samples in zip(batch.rows_S, batch.samples_S, strict=True) if samples]
+        rows = batch.rows_S
+        if 0 in batch.samples_S:
+            rows = [row for row, samples in zip(rows, batch.samples_S, strict=True) if samples]
         self._outputs.append(StepOutput(step=plan.step, lanes=(LaneOutput(rows_N=rows, tokens_N=[7] * len(rows)),)))
 
     def result(self) -> StepOutput:
@@ -56,11 +59,11 @@ class InstantRanks:
 
 
 def step_seconds(rows: int) -> list[float]:
-    """CPU seconds of each step in which `rows` sequences decode."""
+    """CPU seconds of each step in which `rows` sequences decode; they fill blocks at different steps."""
     ranks, ended = InstantRanks(), threading.Event()
     engine = Engine(limits_for(rows), ranks, make_outlets(rows, ended))
     for index in range(rows):
-        prompt = tuple(range(index * PROMPT, (index + 1) * PROMPT))
+        prompt = tuple(range(index * PROMPT, (index + 1) * PROMPT - index % BLOCK))
         sampling = SamplingParams(max_tokens=NEW, temperature=0.0)
         engine.submit(Request(id=RequestId(str(index)), prompt_ids=prompt, sampling=sampling))
     engine.start()
@@ -75,9 +78,9 @@ def limits_for(rows: int) -> SchedulerConfig:
     """Room for all rows at once."""
     return SchedulerConfig(
         lanes=1,
-        num_blocks=rows * (PROMPT + NEW) // 16 + rows,
+        num_blocks=rows * (PROMPT + NEW) // BLOCK + rows,
         num_slots=0,
-        block_size=16,
+        block_size=BLOCK,
         max_rows=rows,
         max_step_tokens=max(rows * PROMPT, 64),
         chunk_tokens=PROMPT,

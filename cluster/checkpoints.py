@@ -1,6 +1,9 @@
-"""Where a prompt's recurrent state is kept on the way, so that later prompts can go on from there. Pure."""
+"""Where a sequence's recurrent state is kept on the way, so that later prompts can go on from there. Pure."""
 
+from cluster.decode_run import Saves, Work
 from cluster.scheduler_config import SchedulerConfig
+from cluster.sequence import Sequence
+from cluster.states import StatePool
 
 
 def checkpoint_ends(config: SchedulerConfig, *, first: int, shared: int, length: int) -> list[int]:
@@ -34,3 +37,38 @@ def _spacing_behind(config: SchedulerConfig, position: int) -> int:
     slots = max(1, config.num_checkpoints // 2)
     widest = max(config.state_spacing, -(-config.max_model_len // slots))
     return min(doubled, widest)
+
+
+def reserve_saves(seq: Sequence, end: int, states: StatePool, block_size: int) -> Saves:
+    """The states to keep up to `end`, where its next positions end: where it pays, as far as there are slots.
+
+    While a sequence decodes that is every block boundary, and the state kept last is given up for the new one.
+    """
+    wanted = [position for position in seq.checkpoint_ends if position <= end]
+    del seq.checkpoint_ends[: len(wanted)]
+    if end >= seq.known_len and end % block_size == 0:
+        if not states.num_blank and seq.newest_state is not None:
+            states.replace(seq.newest_state)
+        wanted.append(end)
+    slots = ((position, states.take()) for position in reversed(wanted))
+    return tuple((position, slot) for position, slot in slots if slot is not None)[::-1]
+
+
+def commit_saves(work: Work, states: StatePool, block_size: int, *, sound: bool) -> None:
+    """Keep the states that a committed plan saved, or give up their slots.
+
+    Args:
+        sound: its tokens can be found, and all of its drafts were accepted.
+    """
+    seq = work.seq
+    if not sound or seq.phase != "running":
+        for _, slot in work.saves:
+            states.give(slot)
+        return
+    for end, slot in work.saves:
+        hashes = seq.hashes(end // block_size, block_size)
+        if end >= seq.known_len:
+            if seq.newest_state is not None:
+                states.replace(seq.newest_state)
+            seq.newest_state = hashes[-1]
+        states.keep(slot, hashes, block_size)

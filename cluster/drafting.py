@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from cluster.lane_draft import LaneDraft, Work
+from cluster.decode_run import Work
+from cluster.lane_draft import LaneDraft
 from cluster.plan import StepOutput, StepPlan
 from cluster.scheduler_config import SchedulerConfig
 from cluster.speculation import DraftPolicy
-from shards.batch import StepBatch
 
 _MOST_ROWS_SHORT: Final = 0.25
 """A step counts as one of d drafts when its rows lack at most this part of them: a row near the end of a block, of its
@@ -54,13 +54,13 @@ class Drafting:
     def keeps_mtp(self, lanes: Iterable[LaneDraft]) -> bool:
         """Whether the step just chosen for keeps what later drafts need: not in a nap, nor where that is measured."""
         policy = self._policy
-        return policy.keeps or (policy.keeps_prompts and not all(_only_decodes(lane.batch) for lane in lanes))
+        return policy.keeps or (policy.keeps_prompts and not all(lane.batch.only_decodes for lane in lanes))
 
     def planned(self, plan: StepPlan, drafts: int, now: float) -> None:
         """A plan with rows is given out; `drafts` were chosen for it."""
         if not self._policy.most:
             return
-        if self._policy.asleep or not all(_only_decodes(lane) for lane in plan.lanes):
+        if self._policy.asleep or not all(lane.only_decodes for lane in plan.lanes):
             self._planned.append(_OTHER_WORK)
             return
         rows = [len(lane.rows_S) for lane in plan.lanes]
@@ -92,8 +92,3 @@ class Drafting:
                 seconds=now - began,
             )
         self._ended = now if busy else None
-
-
-def _only_decodes(batch: StepBatch) -> bool:
-    """Whether each row computes one position and the drafts behind it."""
-    return sum(batch.counts_S) - sum(batch.verifies_S) == len(batch.rows_S)

@@ -22,7 +22,7 @@ from cluster.scheduler_config import SchedulerConfig
 from cluster.speculation import DraftPolicy
 from router.errors import MemberLostError, MoefleetError, OverloadedError
 from router.load import CacheEvents, MemberLoad
-from router.request import MemberId, Request, RequestId, Role, TokenEvent
+from router.request import MemberId, Request, RequestId, Role, TokenColumns, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Rejected:
     error: MoefleetError
 
 
-EngineEvent = TokenEvent | TicketReady | Rejected
+EngineEvent = TokenEvent | TokenColumns | TicketReady | Rejected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class EngineOutlets:
     """Where an engine's results go; all are called in the engine's thread and must not block."""
 
     on_events: Callable[[list[EngineEvent]], None]
-    """Once a step, with that step's events."""
+    """Once a step, with that step's events; rows that merely go on come together, as `TokenColumns`."""
     make_ticket: Callable[[HandoffReady], KvTicket]
     on_failure: Callable[[MoefleetError], None]
     """Once, when the ranks have failed; every request has had its last event by then."""
@@ -248,16 +248,17 @@ class Engine:
         plan = self._scheduler.schedule(now)
         decided = time.monotonic()
         self._stats.schedule_s += decided - began
+        has_rows = plan is not None and plan.has_rows
         if plan is not None:
             self._ranks.launch(plan)
             self._stats.launch_s += time.monotonic() - decided
-            self._stats.steps += plan.has_rows
+            self._stats.steps += has_rows
             self._stats.computed_tokens += sum(sum(lane.counts_S) for lane in plan.lanes)
             self._stats.admissions += sum(len(lane.starts) for lane in plan.lanes)
             self._stats.preemptions = self._scheduler.num_preemptions
         if self._pending is not None:
             self._take_result()
-        self._pending = plan if plan is not None and plan.has_rows else None
+        self._pending = plan if has_rows else None
         return plan
 
     def _take_result(self) -> None:
@@ -273,15 +274,16 @@ class Engine:
         self._stats.accepted_tokens = self._scheduler.num_accepted
         self._stats.commit_s += time.monotonic() - came_at
 
-    def _emit(self, event: TokenEvent | HandoffReady) -> None:
+    def _emit(self, event: TokenEvent | TokenColumns | HandoffReady) -> None:
         if isinstance(event, HandoffReady):
             if not event.partial:
                 self._live.discard(event.request_id)
             self._events.append(TicketReady(request_id=event.request_id, ticket=self._outlets.make_ticket(event)))
             return
-        self._stats.cached_tokens += event.cached_tokens
-        if event.finish is not None:
-            self._live.discard(event.request_id)
+        if isinstance(event, TokenEvent):
+            self._stats.cached_tokens += event.cached_tokens
+            if event.finish is not None:
+                self._live.discard(event.request_id)
         self._events.append(event)
 
     def _flush(self) -> None:

@@ -2,17 +2,17 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import grpc
 
-from cluster.engine import EngineEvent, Rejected, TicketReady
-from cluster.member_codec import rejection_message, step_message
+from cluster.engine import Rejected, TicketReady
+from cluster.member_codec import HandleColumns, rejection_message, step_message
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
 from router.errors import MoefleetError
-from router.request import RequestId, TokenEvent
+from router.request import RequestId, TokenColumns, TokenEvent
 
 
 class GatewayConnection:
@@ -66,16 +66,42 @@ class GatewayConnection:
                 yield self._outbox.popleft()
 
 
+class Routes:
+    """Which of a step's columns are whose, looked up once for as long as its requests stay the same.
+
+    Args:
+        owners: (place in the columns, connection, handle) of each request that somebody waits for.
+    """
+
+    def __init__(self, request_ids: list[RequestId], owners: Iterable[tuple[int, GatewayConnection, int]]) -> None:
+        self.request_ids = request_ids
+        self._places: dict[GatewayConnection, tuple[list[int], list[int]]] = {}
+        for place, connection, handle in owners:
+            places, handles = self._places.setdefault(connection, ([], []))
+            places.append(place)
+            handles.append(handle)
+
+    def parts(self, columns: TokenColumns) -> Iterator[tuple[GatewayConnection, HandleColumns]]:
+        """Each gateway's part of a step."""
+        for connection, (places, handles) in self._places.items():
+            indices, token_ids = columns.indices, columns.token_ids
+            if len(places) < len(token_ids):
+                indices, token_ids = [indices[i] for i in places], [token_ids[i] for i in places]
+            yield connection, HandleColumns(handles=handles, indices=indices, token_ids=token_ids)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepColumns:
     """One gateway's part of one step."""
 
+    columns: list[HandleColumns] = field(default_factory=list)
+    """One a lane at most."""
     tokens: list[tuple[int, TokenEvent]] = field(default_factory=list)
     tickets: list[tuple[int, KvTicket]] = field(default_factory=list)
     rejected: list[tuple[int, MoefleetError]] = field(default_factory=list)
     """All with the handle of their request."""
 
-    def add(self, handle: int, event: EngineEvent) -> None:
+    def add(self, handle: int, event: TokenEvent | TicketReady | Rejected) -> None:
         """Sort one event in."""
         match event:
             case TokenEvent():
@@ -86,7 +112,7 @@ class StepColumns:
                 self.rejected.append((handle, event.error))
 
     def messages(self) -> list[pb.MemberMessage]:
-        """One message for the tokens and tickets, one for each refusal.
+        """One message for the tokens and tickets (of several lanes one each), one for each refusal.
 
         Prompt log probabilities are long: events that carry them go ahead in a message each, so that none exceeds the
         size limit however many come in a step.
@@ -95,6 +121,7 @@ class StepColumns:
         long = [(handle, event) for handle, event in self.tokens if event.prompt_logprobs]
         short = [(handle, event) for handle, event in self.tokens if not event.prompt_logprobs]
         steps = [step_message([each], []) for each in long]
-        if short or self.tickets:
-            steps.append(step_message(short, self.tickets))
+        steps += [step_message([], [], columns) for columns in self.columns[1:]]
+        if short or self.tickets or self.columns:
+            steps.append(step_message(short, self.tickets, *self.columns[:1]))
         return [*steps, *refusals]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from cluster.blocks import BlockPool
-from cluster.checkpoints import checkpoint_ends
-from cluster.lane_draft import LaneDraft, Work
+from cluster.checkpoints import checkpoint_ends, commit_saves, reserve_saves
+from cluster.decode_run import DecodeRun, DecodeStep, Saves, Work, decoding
+from cluster.lane_draft import LaneDraft, LaneWork
 from cluster.plan import PullOrder
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Sequence
@@ -49,6 +50,8 @@ class Lane:
         self.num_preemptions = 0
         """Running sequences that had to give up their room."""
         self._config = config
+        self._run = DecodeRun([], [])
+        """Who decoded in the last step that had no drafts."""
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self._keeps_states = config.prefix_cache and config.num_slots > 0
 
@@ -73,11 +76,6 @@ class Lane:
         insort(self.waiting, seq, key=_ORDER)
 
     @property
-    def num_decoding(self) -> int:
-        """Sequences whose next step samples a token behind the last."""
-        return sum(seq.decodes for seq in self.active)
-
-    @property
     def is_uncertain(self) -> bool:
         """True while a given-out plan verifies drafts."""
         return any(seq.uncertain for seq in self.active)
@@ -88,16 +86,15 @@ class Lane:
         Args:
             drafts: how many to verify and to draft a decoding row, at most.
         """
-        draft, size = LaneDraft(budget=self._config.max_step_tokens), self._config.block_size
-        decoding = [seq for seq in self.active if seq.decodes]
+        draft = LaneDraft(budget=self._config.max_step_tokens)
+        ready = decoding(self.active)
         # None of these begins to decode by what follows, but any may be preempted.
-        longer = [seq for seq in self.active if seq.remaining > 1] if len(decoding) < len(self.active) else []
-        spare = draft.budget - len(decoding)
-        for seq in decoding:
-            if seq.phase == "running" and (seq.computed < len(seq.blocks) * size or self._grow(seq, draft)):
-                verifies, ahead = self._speculate(seq, draft, drafts, spare) if drafts else (0, 0)
-                spare -= verifies
-                self._compute(seq, 1 + verifies, draft, verifies=verifies, drafts=ahead)
+        longer = [seq for seq in self.active if seq.remaining > 1] if len(ready) < len(self.active) else []
+        ready = self._with_room(ready, draft)
+        if drafts:
+            self._speculate(ready, draft, drafts)
+        elif ready:
+            self._decode(ready, draft)
         for seq in [seq for seq in longer if seq.phase == "running"]:
             if self.waiting and not draft.preempted:
                 self._admit(draft, now, pull_ids, before=seq)
@@ -113,7 +110,36 @@ class Lane:
         if count:
             self._compute(seq, count, draft)
 
-    def _speculate(self, seq: Sequence, draft: LaneDraft, drafts: int, spare: int) -> tuple[int, int]:
+    def _with_room(self, ready: list[Sequence], draft: LaneDraft) -> list[Sequence]:
+        """Give a block to those that have none for their next position -> those that have one."""
+        size = self._config.block_size
+        short = [seq for seq in ready if seq.computed >= len(seq.blocks) * size]
+        waits = [seq for seq in short if seq.phase == "running" and not self._grow(seq, draft)]
+        if waits or draft.preempted:
+            return [seq for seq in ready if seq.phase == "running" and seq not in waits]
+        return ready
+
+    def _decode(self, ready: list[Sequence], draft: LaneDraft) -> None:
+        """Add the next position of each."""
+        rows, size = [seq.row for seq in ready], self._config.block_size
+        if not self._run.is_of(ready, rows):
+            self._run = DecodeRun(ready, rows)
+        first_S = self._run.advance()
+        filled: dict[int, Saves] = {i: () for i, first in enumerate(first_S) if not (first + 1) % size}
+        if self._keeps_states:
+            marked = {*filled, *(i for i, seq in enumerate(ready) if seq.checkpoint_ends)}
+            filled = {i: reserve_saves(ready[i], first_S[i] + 1, self.states, size) for i in sorted(marked)}
+        draft.decode(DecodeStep(run=self._run, first_S=first_S, filled=filled))
+
+    def _speculate(self, ready: list[Sequence], draft: LaneDraft, drafts: int) -> None:
+        """Add the next position of each with up to so many drafts behind it, and draft as many anew."""
+        spare = draft.budget - len(ready)
+        for seq in ready:
+            verifies, ahead = self._fit_drafts(seq, draft, drafts, spare)
+            spare -= verifies
+            self._compute(seq, 1 + verifies, draft, verifies=verifies, drafts=ahead)
+
+    def _fit_drafts(self, seq: Sequence, draft: LaneDraft, drafts: int, spare: int) -> tuple[int, int]:
         """How many of a decoding sequence's drafts to verify, and how many to draft behind it.
 
         Not beyond its last token, nor beyond blocks that are free. Where states are kept not beyond the next block's
@@ -126,7 +152,7 @@ class Lane:
         positions = min(1 + verifies + max(drafts - 1, 0), self._config.max_model_len - seq.computed)
         room = self._room_without_preempting(seq, draft, positions)
         verifies = min(verifies, room - 1)
-        end = len(seq.tokens) + seq.pending + verifies
+        end = seq.length + verifies
         return verifies, max(0, min(drafts, left - 2, room - verifies, self._config.max_model_len - end))
 
     def _room_without_preempting(self, seq: Sequence, draft: LaneDraft, positions: int) -> int:
@@ -141,23 +167,10 @@ class Lane:
         return len(seq.blocks) * size - seq.computed
 
     def _compute(self, seq: Sequence, count: int, draft: LaneDraft, *, verifies: int = 0, drafts: int = 0) -> None:
-        """Add a sequence's next positions; keep states behind them where it pays, as far as there are slots.
-
-        While a sequence decodes that is every block boundary, and the state kept last is given up for the new one.
-        """
-        if not self._keeps_states and not seq.checkpoint_ends:
-            draft.add(seq, count, (), verifies=verifies, drafts=drafts)
-            return
-        end = seq.computed + count
-        wanted = [position for position in seq.checkpoint_ends if position <= end]
-        del seq.checkpoint_ends[: len(wanted)]
-        if self._keeps_states and end >= seq.known_len and end % self._config.block_size == 0:
-            if not self.states.num_blank and seq.newest_state is not None:
-                self.states.replace(seq.newest_state)
-            wanted.append(end)
-        slots = ((position, self.states.take()) for position in reversed(wanted))
-        saves = [(position, slot) for position, slot in slots if slot is not None][::-1]
-        draft.add(seq, count, tuple(saves), verifies=verifies, drafts=drafts)
+        """Add a sequence's next positions."""
+        end, size = seq.computed + count, self._config.block_size
+        saves = reserve_saves(seq, end, self.states, size) if self._keeps_states else ()
+        draft.add(seq, count, saves, verifies=verifies, drafts=drafts)
 
     def _grow(self, seq: Sequence, draft: LaneDraft) -> bool:
         """Add a block for the next position, by preempting later sequences if need be; False: wait a step."""
@@ -294,23 +307,9 @@ class Lane:
                 self._settle_to(seq, seq.settled)
 
     def settle_state(self, work: Work, *, sound: bool) -> None:
-        """Keep the states that a committed plan saved, or give up their slots; after `settle`.
-
-        Args:
-            sound: its tokens can be found, and all of its drafts were accepted.
-        """
-        seq, size = work.seq, self._config.block_size
-        if not sound or seq.phase != "running":
-            for _, slot in work.saves:
-                self.states.give(slot)
-            return
-        for end, slot in work.saves:
-            hashes = seq.hashes(end // size, size)
-            if end >= seq.known_len:
-                if seq.newest_state is not None:
-                    self.states.replace(seq.newest_state)
-                seq.newest_state = hashes[-1]
-            self.states.keep(slot, hashes, size)
+        """As `commit_saves`; after `settle`."""
+        if work.saves:
+            commit_saves(work, self.states, self._config.block_size, sound=sound)
 
     def _settle_to(self, seq: Sequence, end: int) -> None:
         seq.settled = end
@@ -378,7 +377,7 @@ class Lane:
             f"{self.blocks.num_free} blocks, {len(self._free_rows)} rows and {self.slots.num_free} slots free"
         )
 
-    def check_integrity(self, pinned: list[Pinned], uncommitted: list[Work], early: list[list[int]]) -> None:
+    def check_integrity(self, pinned: list[Pinned], uncommitted: list[LaneWork], early: list[list[int]]) -> None:
         """Raise AssertionError unless blocks, rows and slots are each free or owned as often as they should be."""
         held = [*(seq.blocks for seq in self.active), *(pin.blocks for pin in pinned), *early]
         self.blocks.check_integrity(held)
@@ -386,7 +385,7 @@ class Lane:
         assert rows == list(range(self._config.max_rows)), f"lane {self.index}: rows free or held: {rows}"
         owners = (self.active, pinned)
         slots = [owner.slot for group in owners for owner in group if owner.slot >= 0]
-        saved = [slot for work in uncommitted for _, slot in work.saves]
+        saved = [slot for work in uncommitted for saves in work.saves for _, slot in saves]
         if self.slots is self.states:
             self.states.check_integrity([*slots, *saved])
         else:

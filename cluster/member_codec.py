@@ -234,19 +234,36 @@ def read_hello(message: pb.Hello) -> MemberHello:
     )
 
 
-def step_message(events: Sequence[tuple[int, TokenEvent]], tickets: Sequence[tuple[int, KvTicket]]) -> pb.MemberMessage:
-    """One step's events of one gateway, each with its request's handle, as columns."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandleColumns:
+    """`TokenColumns` as one gateway gets them: its requests by their handles."""
+
+    handles: list[int]
+    indices: list[int]
+    token_ids: list[int]
+
+
+_NO_COLUMNS = HandleColumns(handles=[], indices=[], token_ids=[])
+
+
+def step_message(
+    events: Sequence[tuple[int, TokenEvent]],
+    tickets: Sequence[tuple[int, KvTicket]],
+    columns: HandleColumns = _NO_COLUMNS,
+) -> pb.MemberMessage:
+    """One step's events of one gateway, each with its request's handle, as columns behind those that are columns."""
+    plain = len(columns.handles)
     details = [
-        _detail_message(entry, event)
+        _detail_message(plain + entry, event)
         for entry, (_, event) in enumerate(events)
         if event.cached_tokens or event.logprob or event.prompt_logprobs or event.error
     ]
     return pb.MemberMessage(
         step=pb.StepEvents(
-            handles=[handle for handle, _ in events],
-            indices=[event.index for _, event in events],
-            token_ids=[-1 if event.token_id is None else event.token_id for _, event in events],
-            finishes=[_FINISHES.index(event.finish) for _, event in events],
+            handles=columns.handles + [handle for handle, _ in events],
+            indices=columns.indices + [event.index for _, event in events],
+            token_ids=columns.token_ids + [-1 if event.token_id is None else event.token_id for _, event in events],
+            finishes=[0] * plain + [_FINISHES.index(event.finish) for _, event in events],
             details=details,
             tickets=[pb.TicketReady(handle=handle, ticket=ticket_message(ticket)) for handle, ticket in tickets],
         )

@@ -7,15 +7,16 @@ gateway does not read in time costs that gateway its stream, never the step loop
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import grpc
 import grpc.aio
 
-from cluster.engine import EngineEvent, TicketReady
-from cluster.gateway_connection import GatewayConnection, StepColumns
+from cluster.engine import EngineEvent, Rejected, TicketReady
+from cluster.gateway_connection import GatewayConnection, Routes, StepColumns
 from cluster.load_codec import cache_message, load_message
 from cluster.member_codec import MemberHello, hello_message, read_submit, read_ticket, rejection_message
 from cluster.plan import KvTicket
@@ -24,7 +25,7 @@ from cluster.protos.member_pb2_grpc import MemberServicer, add_MemberServicer_to
 from cluster.security import check_token, metadata_has_token
 from router.errors import CorruptDataError, InvalidRequestError, MoefleetError
 from router.load import CacheEvents, MemberLoad
-from router.request import Request, RequestId, TokenEvent
+from router.request import Request, RequestId, TokenColumns, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ class MemberService(MemberServicer):
         self._reporter: asyncio.Task[None] | None = None
         self._connections: set[GatewayConnection] = set()
         self._live: dict[RequestId, _Live] = {}
+        self._routes = Routes([], [])
+        """Of the latest columns."""
         self._reported_s = 0.0
 
     @property
@@ -271,20 +274,23 @@ class MemberService(MemberServicer):
         if self._engine.failure is not None:
             self._fail(self._engine.failure)
             return
-        steps: dict[GatewayConnection, StepColumns] = {}
+        steps: defaultdict[GatewayConnection, StepColumns] = defaultdict(StepColumns)
         for event in events:
-            live = self._live.get(event.request_id)
-            if live is None:
-                continue
-            if _is_last(event):
-                self._end(event.request_id, live)
-            if live.connection.closed:
-                self._drop(event, live.connection)
-                continue
-            columns = steps.get(live.connection)
-            if columns is None:
-                columns = steps[live.connection] = StepColumns()
-            columns.add(live.handle, event)
+            if isinstance(event, TokenColumns):
+                for connection, part in self._routes_of(event).parts(event):
+                    if not connection.closed:
+                        steps[connection].columns.append(part)
+            elif (live := self._live.get(event.request_id)) is not None:
+                if _is_last(event):
+                    self._end(event.request_id, live)
+                if live.connection.closed:
+                    self._drop(event, live.connection)
+                else:
+                    steps[live.connection].add(live.handle, event)
+        self._send(steps)
+        self._report_with_step()
+
+    def _send(self, steps: Mapping[GatewayConnection, StepColumns]) -> None:
         for connection, columns in steps.items():
             connection.tickets.update(ticket.id for _, ticket in columns.tickets)
             for message in columns.messages():
@@ -292,7 +298,13 @@ class MemberService(MemberServicer):
             if connection.closed:
                 # Cut for reading too slowly; its handler may still wait for the network.
                 self._forget(connection)
-        self._report_with_step()
+
+    def _routes_of(self, columns: TokenColumns) -> Routes:
+        if self._routes.request_ids is not columns.request_ids:
+            lives = [(i, self._live.get(name)) for i, name in enumerate(columns.request_ids)]
+            owners = [(i, live.connection, live.handle) for i, live in lives if live is not None]
+            self._routes = Routes(columns.request_ids, owners)
+        return self._routes
 
     def _end(self, request_id: RequestId, live: _Live) -> None:
         del self._live[request_id]
@@ -353,7 +365,7 @@ class MemberService(MemberServicer):
             connection.cache_sequence = events.sequence
 
 
-def _is_last(event: EngineEvent) -> bool:
+def _is_last(event: TokenEvent | TicketReady | Rejected) -> bool:
     match event:
         case TokenEvent():
             return event.finish is not None

@@ -7,8 +7,9 @@ whichever gateway, can end the steps of all others.
 from collections.abc import Sequence
 from typing import Final
 
+from cluster.plan import KvTicket
 from cluster.scheduler_config import SchedulerConfig
-from router.errors import InvalidRequestError
+from router.errors import HandoffError, InvalidRequestError
 from router.request import Request, SamplingParams
 
 MAX_PROMPT_LOGPROBS: Final = 500_000
@@ -51,6 +52,21 @@ def check_request(request: Request, config: SchedulerConfig, *, prefill_only: bo
     _check_ids("output_ids", request.output_ids, config.vocab_size)
     _check_ids("stop_token_ids", request.sampling.stop_token_ids, config.vocab_size)
     _check_ids("logit_bias", [token_id for token_id, _ in request.sampling.logit_bias], config.vocab_size)
+
+
+def check_ticket(request: Request, ticket: KvTicket) -> None:
+    """Refuse to go on with a request behind KV that is not a part of its own.
+
+    Raises:
+        HandoffError: says what does not fit.
+    """
+    num_tokens = len(request.prompt_ids) + len(request.output_ids)
+    room = len(ticket.blocks) * ticket.layout.block_size
+    if not 0 < ticket.num_tokens < num_tokens or ticket.num_tokens > room:
+        raise HandoffError(
+            f"{request.id}: ticket has {ticket.num_tokens} positions in {len(ticket.blocks)} blocks for a request "
+            f"of {num_tokens} tokens; send it again without the ticket"
+        )
 
 
 def _check_sampling(sampling: SamplingParams, prompt: int) -> None:

@@ -7,23 +7,24 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 from cluster.cache_log import CacheChanges
+from cluster.decode_run import DecodeStep, Work, decoding
 from cluster.drafting import Drafting
 from cluster.early import EarlyPulls
 from cluster.lane import Lane
-from cluster.lane_draft import Work
+from cluster.lane_draft import LaneWork
 from cluster.leases import Leases
 from cluster.plan import HandoffReady, KvTicket, PullDone, StepOutput, StepPlan
-from cluster.request_check import check_request
+from cluster.request_check import check_request, check_ticket
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode, Sequence, token_logprob
 from cluster.speculation import DraftPolicy
 from cluster.step_calibration import StepCalibration
-from router.errors import HandoffError, InvalidRequestError, MoefleetError, OverloadedError
+from router.errors import InvalidRequestError, MoefleetError, OverloadedError
 from router.load import MemberLoad
-from router.request import MemberId, Request, RequestId, Role, TokenEvent
+from router.request import MemberId, Request, RequestId, Role, TokenColumns, TokenEvent
 from shards.batch import NO_TOKEN, LaneOutput
 
-Events = list[TokenEvent | HandoffReady]
+Events = list[TokenEvent | TokenColumns | HandoffReady]
 _RETRY_AFTER_S = 1.0
 _DESCRIBED = 8
 """Sequences that `describe` names."""
@@ -34,7 +35,7 @@ class _Uncommitted:
     """A plan given out, by lane."""
 
     step: int
-    works: tuple[tuple[Work, ...], ...]
+    lanes: list[LaneWork]
 
 
 class Scheduler:
@@ -60,6 +61,8 @@ class Scheduler:
         self._steps = count()
         self._pull_ids = count()
         self._reports = count()
+        self._first_deadline = math.inf
+        """Unix seconds before which no request's is over."""
 
     @property
     def is_idle(self) -> bool:
@@ -128,21 +131,12 @@ class Scheduler:
         """
         del now
         try:
-            self._check_handoff(request, ticket)
+            self._check(request, "full")
+            check_ticket(request, ticket)
         except MoefleetError:
             self._early.forget(request.id)
             raise
         self._place(request, "full", ticket)
-
-    def _check_handoff(self, request: Request, ticket: KvTicket) -> None:
-        self._check(request, "full")
-        num_tokens = len(request.prompt_ids) + len(request.output_ids)
-        room = len(ticket.blocks) * ticket.layout.block_size
-        if not 0 < ticket.num_tokens < num_tokens or ticket.num_tokens > room:
-            raise HandoffError(
-                f"{request.id}: ticket has {ticket.num_tokens} positions in {len(ticket.blocks)} blocks for a request "
-                f"of {num_tokens} tokens; send it again without the ticket"
-            )
 
     def _check(self, request: Request, mode: Mode) -> None:
         if request.id in self._sequences:
@@ -166,6 +160,7 @@ class Scheduler:
         elif len(self._lanes) > 1:
             seq.lane = min(range(len(self._lanes)), key=lambda index: self._lanes[index].expected_load(seq))
         self._sequences[request.id] = seq
+        self._first_deadline = min(self._first_deadline, seq.deadline)
         self._lanes[seq.lane].enqueue(seq)
 
     def abort(self, request_id: RequestId, now: float) -> TokenEvent | None:
@@ -196,13 +191,13 @@ class Scheduler:
     def expire(self, now: float) -> list[TokenEvent]:
         """Free tickets whose lease and grace are over, and end requests whose deadline is: their last events."""
         self._leases.expire(now)
-        events = []
-        for seq in tuple(self._sequences.values()):
-            deadline = seq.request.deadline_unix_s
-            if deadline is not None and deadline <= now:
-                self._drop(seq)
-                events.append(seq.end("error", f"deadline passed after {seq.num_output} tokens"))
-        return events
+        if now < self._first_deadline:
+            return []
+        late = [seq for seq in self._sequences.values() if seq.deadline <= now]
+        for seq in late:
+            self._drop(seq)
+        self._first_deadline = min((seq.deadline for seq in self._sequences.values()), default=math.inf)
+        return [seq.end("error", f"deadline passed after {seq.num_output} tokens") for seq in late]
 
     def schedule(self, now: float) -> StepPlan | None:
         """Plan the next step, or None when there is nothing to do. At most one plan may be uncommitted.
@@ -214,11 +209,11 @@ class Scheduler:
         drafting = self.config.draft_tokens > 0
         if drafting and any(lane.is_uncertain for lane in self._lanes):
             return None
-        tokens = self._drafting.choose([lane.num_decoding for lane in self._lanes]) if drafting else 0
+        tokens = self._drafting.choose([len(decoding(lane.active)) for lane in self._lanes]) if drafting else 0
         drafts = [lane.plan(now, self._pull_ids, tokens) for lane in self._lanes]
         # Behind them: who is here goes before who may come.
         orders = self._early.orders(now, self._pull_ids)
-        if not (orders or any(draft.works or draft.starts for draft in drafts)):
+        if not orders and all(draft.is_empty for draft in drafts):
             return None
         for draft in drafts:
             for order, seq in draft.pulls:
@@ -228,17 +223,18 @@ class Scheduler:
         lanes = tuple(draft.finish(keeps_mtp=keeps_mtp) for draft in drafts)
         plan = StepPlan(step=next(self._steps), lanes=lanes, pulls=tuple(orders))
         if plan.has_rows:
-            self._uncommitted.append(_Uncommitted(step=plan.step, works=tuple(tuple(draft.works) for draft in drafts)))
+            lane_works = [LaneWork(draft.decodes, draft.works) for draft in drafts]
+            self._uncommitted.append(_Uncommitted(step=plan.step, lanes=lane_works))
             self._drafting.planned(plan, tokens, now)
             self._calibration.planned(plan, now)
         return plan
 
-    def commit(self, output: StepOutput, now: float) -> list[TokenEvent | HandoffReady]:
+    def commit(self, output: StepOutput, now: float) -> Events:
         """Take in the results of the oldest uncommitted plan. Outputs of plans without rows change nothing."""
         events: Events = []
         if self._uncommitted and self._uncommitted[0].step == output.step:
-            for works, lane_output in zip(self._uncommitted.popleft().works, output.lanes, strict=True):
-                self._commit_lane(works, lane_output, now, events)
+            for planned, lane_output in zip(self._uncommitted.popleft().lanes, output.lanes, strict=True):
+                self._commit_lane(planned, lane_output, now, events)
             busy = bool(self._sequences)
             self._drafting.committed(output, now, busy=busy)
             self._calibration.committed(now, busy=busy)
@@ -246,18 +242,37 @@ class Scheduler:
             assert not any(lane.rows_N for lane in output.lanes), f"results of step {output.step} out of order"
         return [*events, *self.expire(now)]
 
-    def _commit_lane(self, works: Iterable[Work], output: LaneOutput, now: float, events: Events) -> None:
-        sampled = [work.row for work in works if work.samples]
+    def _commit_lane(self, planned: LaneWork, output: LaneOutput, now: float, events: Events) -> None:
+        sampled, decodes = planned.rows_N, planned.decodes
         assert sampled == output.rows_N, f"ranks sampled rows {output.rows_N}, the plan rows {sampled}"
-        counts = iter(output.counts_N or [1] * len(sampled))
         end = 0
-        for work in works:
+        if decodes is not None:
+            end = len(decodes.first_S)
+            self._commit_decodes(decodes, output, now, events)
+        counts = iter((output.counts_N or [1] * len(sampled))[end:])
+        for work in planned.works:
             begin, end = end, end + (next(counts) if work.samples else 0)
             if work.verifies:
                 self._drafting.verified(work, end - begin - 1)
             self._commit_work(work, output, range(begin, end), now, events)
             if not work.samples and (offer := self._leases.offer(work.seq, now)) is not None:
                 events.append(offer)
+
+    def _commit_decodes(self, step: DecodeStep, output: LaneOutput, now: float, events: Events) -> None:
+        """The rows that decode, together but for those of which there is more to tell."""
+        run, tokens_S = step.run, output.tokens_N[: len(step.first_S)]
+        singly = run.singled_out(step.first_S, tokens_S)
+        if len(singly) < len(tokens_S):
+            events.append(run.take(step.first_S, tokens_S, but=singly))
+        for work in [step.work(index) for index in step.filled if index not in singly]:
+            self._settle(work)
+        for index in sorted(singly):
+            self._commit_work(step.work(index), output, range(index, index + 1), now, events)
+
+    def _settle(self, work: Work) -> None:
+        lane = self._lanes[work.seq.lane]
+        lane.settle(work)
+        lane.settle_state(work, sound=True)
 
     def _commit_work(self, work: Work, output: LaneOutput, indices: range, now: float, events: Events) -> None:
         """One sequence's part: `indices` are its tokens in the output, accepted drafts first."""
@@ -270,8 +285,7 @@ class Scheduler:
         if work.row in output.prompt_logprobs:
             seq.collect(output.prompt_logprobs[work.row])
         if not indices:
-            lane.settle(work)
-            lane.settle_state(work, sound=True)
+            self._settle(work)
         for accepted, index in enumerate(indices):
             if output.tokens_N[index] == NO_TOKEN:
                 # Before its blocks can be found by others.
@@ -328,6 +342,8 @@ class Scheduler:
 
     def first_lease_end(self) -> float:
         """Unix seconds when the first pull under way must have ended, well or not; infinity: there is none."""
+        if not self._pulls and self._early.is_idle:
+            return math.inf
         leases = [seq.ticket.expires_unix_s for seq in self._pulls.values() if seq.ticket is not None]
         return min([*leases, *self._early.leases()], default=math.inf)
 
@@ -375,7 +391,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError naming what is off, unless all room is free or owned exactly as it should be."""
         for lane in self._lanes:
-            uncommitted = [work for plan in self._uncommitted for work in plan.works[lane.index]]
+            uncommitted = [plan.lanes[lane.index] for plan in self._uncommitted]
             lane.check_integrity(self._leases.pinned(lane), uncommitted, self._early.blocks(lane))
         here = {seq.request.id for lane in self._lanes for seq in (*lane.waiting, *lane.active)}
         missing = self._sequences.keys() - here

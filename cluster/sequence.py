@@ -1,5 +1,6 @@
 """One member's running state of a request: tokens, what is computed of them, and the room it holds."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +25,8 @@ class Offer:
 class Sequence:
     """State with one writer, the scheduler. Positions count from the first prompt token.
 
-    `tokens` are known; `pending` more are sampled on the ranks (or will be, by plans given out) and not committed.
-    `computed` counts positions whose KV given-out plans write, `settled` those whose plans are committed.
+    `tokens` are known; `length` counts those too that plans given out sample. `computed` counts positions whose KV such
+    plans write, `settled` those whose plans are committed, but for the ones in a block that decoding has not filled.
     """
 
     def __init__(self, request: Request, *, mode: Mode, lane: int, order: tuple[int, int]) -> None:
@@ -38,7 +39,8 @@ class Sequence:
         self.ticket: KvTicket | None = None
         self.tokens = [*request.prompt_ids, *request.output_ids]
         self.prompt_len = len(request.prompt_ids)
-        self.pending = 0
+        self.deadline = math.inf if request.deadline_unix_s is None else request.deadline_unix_s
+        self.length = len(self.tokens)
         self.drafts_ready = 0
         """Drafts behind the last token that stand in its row on the ranks."""
         self.uncertain = False
@@ -61,11 +63,13 @@ class Sequence:
         """What can be fetched of it while the rest of its prompt is computed."""
         self.awaits_pull = False
         """Blocks of it are being pulled that were offered before its ticket."""
-        self.num_emitted = 0
+        self.told = False
+        """Its first token here went out."""
         self._hashes: list[int] = []
         self._prompt_logprobs: list[TokenLogprob | None] = []
         new_tokens = 1 if mode == "prefill" else request.sampling.max_tokens - len(request.output_ids)
-        self._last_len = len(self.tokens) + new_tokens
+        self.last_len = len(self.tokens) + new_tokens
+        """Its tokens when it has all that it may have here."""
 
     def __str__(self) -> str:
         return (
@@ -79,21 +83,19 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def pending(self) -> int:
+        """Tokens sampled by plans that are not committed."""
+        return self.length - len(self.tokens)
+
+    @property
     def remaining(self) -> int:
         """Positions to compute before the next token can be sampled."""
-        return len(self.tokens) + self.pending - self.computed
+        return self.length - self.computed
 
     @property
     def tokens_left(self) -> int:
         """Tokens that may still be sampled for it here, beyond those of given-out plans."""
-        return self._last_len - len(self.tokens) - self.pending
-
-    @property
-    def decodes(self) -> bool:
-        """True when its next step computes its last token (and drafts behind it) and samples."""
-        # Asked of every row in every step, so what `remaining` and `all_sampled` say stands here once more.
-        known = len(self.tokens) + self.pending
-        return known - self.computed == 1 and known < self._last_len and self.phase == "running"
+        return self.last_len - self.length
 
     @property
     def all_sampled(self) -> bool:
@@ -114,9 +116,9 @@ class Sequence:
 
     def hashes(self, num_blocks: int, block_size: int) -> list[int]:
         """Hashes of the first `num_blocks` blocks; their tokens must be known."""
-        if len(self._hashes) < num_blocks:
-            tokens = self.tokens[: num_blocks * block_size]
-            extend_hashes(self._hashes, tokens, block_size, self.request.cache_salt)
+        lacking = num_blocks - len(self._hashes)
+        if lacking > 0:
+            extend_hashes(self._hashes, self.tokens, block_size, self.request.cache_salt, max_blocks=lacking)
         return self._hashes[:num_blocks]
 
     def admit(self, blocks: list[int], *, registered: int, cached: int, row: int, slot: int) -> None:
@@ -126,7 +128,7 @@ class Sequence:
         self.computed = self.settled = cached
         self.known_len = len(self.tokens)
         self._prompt_logprobs.clear()
-        if self.num_emitted == 0:
+        if not self.told:
             self.cached_tokens = min(cached, self.prompt_len)
 
     def vacate(self) -> None:
@@ -157,16 +159,15 @@ class Sequence:
         """A plan that verified drafts is committed: this many of them count, as computed and as sampled."""
         self.uncertain = False
         self.computed += accepted
-        self.pending += accepted
+        self.length += accepted
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Commit one sampled token and tell it."""
-        request, first = self.request, self.num_emitted == 0
+        request, first = self.request, not self.told
         wanted = first and self.wants_prompt_logprobs
         prompt_logprobs = (None, *self._prompt_logprobs[: self.prompt_len - 1]) if wanted else ()
         self.tokens.append(token_id)
-        self.pending -= 1
-        self.num_emitted += 1
+        self.told = True
         num_output, sampling = len(self.tokens) - self.prompt_len, request.sampling
         finish: FinishReason | None = "length" if num_output >= sampling.max_tokens else None
         if token_id in sampling.stop_token_ids and num_output > sampling.min_tokens:

@@ -1,7 +1,7 @@
 """What a member's steps take, learnt from those it has carried out: a least-squares fit of router.step_time's model."""
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import mul, truediv
 from typing import Final
 
@@ -10,7 +10,6 @@ from router.step_time import StepTime, experts_read
 
 _WINDOW: Final = 128
 """Steps remembered of each kind; what steps took before is forgotten, a slow start among it."""
-_REFIT_STEPS: Final = 16
 _DOUBT: Final = 1e-3
 """Weight of the first guess against the steps seen: it decides where these leave a price open, and nothing else."""
 _SWEEPS: Final = 200
@@ -104,7 +103,8 @@ class StepCalibration:
 
     def __init__(self, *, expert_share: float = 0.0) -> None:
         self._guess = StepTime(expert_share=expert_share)
-        self._planned: deque[tuple[float, MeasuredStep]] = deque()
+        self._planned: deque[tuple[float, int, int, int]] = deque()
+        """When each was given out, its prefill tokens, decode rows and context tokens."""
         self._prefills: deque[MeasuredStep] = deque(maxlen=_WINDOW)
         self._decodes: deque[MeasuredStep] = deque(maxlen=_WINDOW)
         self._new = 0
@@ -116,6 +116,11 @@ class StepCalibration:
         """A plan with rows is given out."""
         prefill = rows = context = 0
         for lane in plan.lanes:
+            if lane.only_decodes:
+                # Each plain decode step: no loop over rows.
+                rows += len(lane.rows_S)
+                context += sum(lane.first_S) + sum(lane.counts_S)
+                continue
             verifies = lane.verifies_S or [0] * len(lane.rows_S)
             for first, count, drafts in zip(lane.first_S, lane.counts_S, verifies, strict=True):
                 if count - drafts == 1:
@@ -123,25 +128,24 @@ class StepCalibration:
                     context += first + count
                 else:
                     prefill += count
-        step = MeasuredStep(prefill_tokens=prefill, decode_rows=rows, context_tokens=context, seconds=0.0)
-        self._planned.append((now, step))
+        self._planned.append((now, prefill, rows, context))
 
     def committed(self, now: float, *, busy: bool) -> None:
         """The oldest plan is done. `busy`: there is more to do, so that the next step's time begins now."""
-        began, step = self._planned.popleft()
+        began, prefill, rows, context = self._planned.popleft()
         seconds = now - (began if self._ended is None else max(began, self._ended))
         self._ended = now if busy else None
         if seconds <= 0:
             return
-        measured = replace(step, seconds=seconds)
-        (self._prefills if step.prefill_tokens else self._decodes).append(measured)
+        step = MeasuredStep(prefill_tokens=prefill, decode_rows=rows, context_tokens=context, seconds=seconds)
+        (self._prefills if prefill else self._decodes).append(step)
         self._new += 1
 
     def step_time(self) -> StepTime:
         """What steps take, by those of the last while; a first guess before there are any."""
         seen = len(self._prefills) + len(self._decodes)
-        # The first steps are all there is to know; later ones change little each.
-        if self._new >= min(_REFIT_STEPS, seen) > 0:
+        # The first steps are all there is to know; later ones change little each, and a fit takes 2.5 ms.
+        if self._new >= min(_WINDOW, seen) > 0:
             self._fitted = fit_step_time([*self._prefills, *self._decodes], self._guess)
             self._new = 0
         return self._fitted

@@ -12,7 +12,7 @@ from cluster.resolve import ResolvedEngine
 from cluster.speculation import DraftPolicy
 from cluster.ticket import ticket_maker
 from router.errors import MoefleetError
-from router.request import MemberId, Request, RequestId, TokenEvent
+from router.request import MemberId, Request, RequestId, TokenColumns, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +59,21 @@ def stream_all(
     open_requests = {request.id for request in requests}
     try:
         while open_requests:
-            yield [_token_event(event, open_requests) for event in arrived.get()]
+            yield [event for events in arrived.get() for event in _token_events(events, open_requests)]
     finally:
         runner.halt()
 
 
-def _token_event(event: EngineEvent, open_requests: set[RequestId]) -> TokenEvent:
+def _token_events(event: EngineEvent, open_requests: set[RequestId]) -> list[TokenEvent]:
     match event:
+        case TokenColumns():
+            return event.events()
         case TokenEvent():
             if event.finish == "error":
                 raise MoefleetError(event.error)
             if event.finish is not None:
                 open_requests.discard(event.request_id)
-            return event
+            return [event]
         case Rejected():
             raise event.error
         case TicketReady():

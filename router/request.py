@@ -88,3 +88,18 @@ class TokenEvent:
     """On the first event, if asked for; the first prompt token has None."""
     error: str = ""
     """Why, when finish is "error"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenColumns:
+    """One new token of each of several requests that go on, with nothing else to tell: as many `TokenEvent`s."""
+
+    request_ids: list[RequestId]
+    """The same object in step after step, while these stay the same."""
+    indices: list[int]
+    token_ids: list[int]
+
+    def events(self) -> list[TokenEvent]:
+        """One by one."""
+        columns = zip(self.request_ids, self.indices, self.token_ids, strict=True)
+        return [TokenEvent(request_id=name, index=index, token_id=token) for name, index, token in columns]

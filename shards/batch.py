@@ -57,9 +57,10 @@ class RowStart:
     sampling: RowSampling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: one is filled row by row for every step, and to make it again of its columns takes three times as long.
+@dataclass(slots=True, kw_only=True)
 class StepBatch:
-    """One lane's part of a step. Ranks carry batches out in the order they get them.
+    """One lane's part of a step. Never changed once given out; ranks carry batches out in the order they get them.
 
     Row i of the step computes positions first_S[i] .. first_S[i] + counts_S[i] - 1 of row rows_S[i]. Where
     samples_S[i] is 1 the rank samples the token behind the last computed position and stores it in the row, so that
@@ -95,6 +96,11 @@ class StepBatch:
     """The state of row save_rows[i] behind its first save_ends[i] positions, the last of which this step computes, is
     copied to the place save_to[i] of kept states, which is no row's slot. Rows that verify drafts keep none behind
     their middle."""
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether each row computes one position and the drafts behind it."""
+        return sum(self.counts_S) - sum(self.verifies_S) == len(self.rows_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

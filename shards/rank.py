@@ -216,8 +216,7 @@ class Rank:
         assert self._model is not None
         started = time.monotonic()
         if self._profile is not None:
-            prompts = sum(batch.counts_S) - sum(batch.verifies_S) > len(batch.rows_S)
-            self._profile.begin("prefill" if prompts else "decode")
+            self._profile.begin("decode" if batch.only_decodes else "prefill")
         with torch.inference_mode():
             with part(self._profile, "inputs"):
                 self._rows.update(batch)

@@ -39,6 +39,7 @@ ENVIRONMENT_USERS = {
 
 MUTABLE_DATACLASSES = {
     "router/request.py TokenEvent": "one is made for every token, and making a frozen one takes three times as long",
+    "shards/batch.py StepBatch": "filled row by row for every step, by its lane alone",
     "router/policy.py Extra": "counters of what was routed to one member, written by the router alone",
     "router/pool.py Seat": "the newest report of one member and those counters, written by the router alone",
     "router/policy.py Price": "two are made for every decision, and making a frozen one takes three times as long",

@@ -13,6 +13,7 @@ from cluster.ticket import ticket_maker
 from router.errors import InvalidRequestError, MemberLostError, MoefleetError, OverloadedError
 from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent
 from tests.support.counting_ranks import CountingRanks, continued
+from tests.support.events import one_by_one
 
 LAYOUT = KvLayout(fingerprint="test", tp=1, block_size=4, num_blocks=64, num_slots=0, dtype="float32")
 
@@ -41,6 +42,9 @@ def make_request(name: str, prompt: tuple[int, ...] = (5, 11, 2), max_tokens: in
     return Request(id=RequestId(name), prompt_ids=prompt, sampling=sampling, output_ids=output_ids)
 
 
+Event = TokenEvent | TicketReady | Rejected
+
+
 @dataclass
 class Running:
     engine: Engine
@@ -48,12 +52,12 @@ class Running:
     events: SimpleQueue[list[EngineEvent]] = field(default_factory=SimpleQueue)
     failures: list[MoefleetError] = field(default_factory=list)
 
-    def until_end(self, count: int = 1, timeout_s: float = 5) -> list[EngineEvent]:
+    def until_end(self, count: int = 1, timeout_s: float = 5) -> list[Event]:
         """Events until `count` requests have ended, in whichever way."""
-        found: list[EngineEvent] = []
+        found: list[Event] = []
         while count:
             try:
-                arrived = self.events.get(timeout=timeout_s)
+                arrived = one_by_one(self.events.get(timeout=timeout_s))
             except Empty:
                 pytest.fail(f"no end within {timeout_s} s; so far {found}")
             found += arrived
@@ -79,7 +83,7 @@ def running(
         engine.stop()
 
 
-def tokens_of(events: list[EngineEvent], name: str) -> list[int]:
+def tokens_of(events: list[Event], name: str) -> list[int]:
     mine = [event for event in events if isinstance(event, TokenEvent) and event.request_id == name]
     assert [event.index for event in mine] == list(range(mine[0].index, mine[0].index + len(mine)))
     return [event.token_id for event in mine if event.token_id is not None]
@@ -187,7 +191,7 @@ def test_request_that_never_fits_is_rejected_with_the_field() -> None:
 def test_draining_engine_finishes_what_runs_and_refuses_the_rest() -> None:
     with running() as run:
         run.engine.submit(make_request("r", max_tokens=40))
-        first = run.events.get(timeout=5)
+        first = one_by_one(run.events.get(timeout=5))
         assert run.engine.drain(5)
         run.engine.submit(make_request("late"))
         *events, refused = first + run.until_end(2)

@@ -6,6 +6,7 @@ import pytest
 
 from cluster.load_codec import cache_message, load_message, read_cache, read_load
 from cluster.member_codec import (
+    HandleColumns,
     MemberHello,
     hello_message,
     read_hello,
@@ -128,6 +129,14 @@ def test_one_step_carries_the_events_of_many_requests_and_the_rare_details() -> 
     ids = {1: RequestId("a"), 2: RequestId("b"), 3: RequestId("c")}
     assert read_step(message.step, ids) == [(1, first), (2, failed), (3, plain)]
     assert [ready.handle for ready in message.step.tickets] == [1]
+
+
+def test_the_rare_details_of_events_behind_columns_stay_theirs() -> None:
+    failed = TokenEvent(request_id=RequestId("b"), index=4, token_id=None, finish="error", error="broken")
+    columns = HandleColumns(handles=[1], indices=[3], token_ids=[9])
+    message = from_member(step_message([(2, failed)], [], columns))
+    plain = TokenEvent(request_id=RequestId("a"), index=3, token_id=9)
+    assert read_step(message.step, {1: RequestId("a"), 2: RequestId("b")}) == [(1, plain), (2, failed)]
 
 
 def test_events_of_forgotten_handles_are_left_out() -> None:

@@ -7,6 +7,7 @@ import pytest
 from cluster.plan import HandoffReady, PullDone
 from router.request import MemberId, RequestId, TokenEvent
 from shards.batch import NO_TOKEN, LogprobColumns
+from tests.support.events import one_by_one
 from tests.support.scheduler_bench import CONFIG, Bench, make_request, make_ticket, tokens_of
 
 
@@ -134,7 +135,7 @@ def test_prompt_log_probabilities_of_all_chunks_are_on_the_first_event() -> None
             logprobs_N=values, ranks_N=[1] * len(values), top_ids_NK=[[]] * 2, top_logprobs_NK=[[]] * 2
         )
         output = replace(output, lanes=(replace(output.lanes[0], prompt_logprobs={0: columns}),))
-        events += bench.scheduler.commit(output, 0.0)
+        events += one_by_one(bench.scheduler.commit(output, 0.0))
     (event,) = events
     assert isinstance(event, TokenEvent)
     assert [entry and entry.logprob for entry in event.prompt_logprobs] == [None, -1.0, -2.0, -3.0]

@@ -3,6 +3,7 @@ from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
 from router.request import Request, RequestId, SamplingParams, TokenEvent
 from tests.support.content_ranks import BLOCK, FakeLane, next_token
+from tests.support.events import one_by_one
 
 
 def make_scheduler(draft_tokens: int = 2, *, num_blocks: int = 20) -> Scheduler:
@@ -35,7 +36,7 @@ def planned(scheduler: Scheduler) -> StepPlan:
 
 
 def tokens_of(scheduler: Scheduler, lane: FakeLane, plan: StepPlan) -> list[int]:
-    events = scheduler.commit(StepOutput(step=plan.step, lanes=(lane.run(plan.lanes[0]),)), 0.0)
+    events = one_by_one(scheduler.commit(StepOutput(step=plan.step, lanes=(lane.run(plan.lanes[0]),)), 0.0))
     return [event.token_id for event in events if isinstance(event, TokenEvent) and event.token_id is not None]
 
 

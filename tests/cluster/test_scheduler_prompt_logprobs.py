@@ -8,6 +8,7 @@ import pytest
 from cluster.plan import StepOutput, StepPlan
 from router.request import Request, TokenEvent
 from shards.batch import LogprobColumns
+from tests.support.events import one_by_one
 from tests.support.scheduler_bench import CONFIG, Bench, make_request
 
 PROMPT_LEN = 16
@@ -40,7 +41,7 @@ class AskedRows:
         return replace(output, lanes=(replace(output.lanes[0], prompt_logprobs=told),))
 
     def commit(self, plan: StepPlan) -> list[TokenEvent]:
-        events = self.bench.scheduler.commit(self.answer(plan), 0.0)
+        events = one_by_one(self.bench.scheduler.commit(self.answer(plan), 0.0))
         self.bench.scheduler.check_integrity()
         return [event for event in events if isinstance(event, TokenEvent)]
 

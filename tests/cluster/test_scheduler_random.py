@@ -14,6 +14,7 @@ from router.errors import OverloadedError
 from router.prefix import block_hashes
 from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent
 from tests.support.content_ranks import BLOCK, VOCAB, FakeLane, next_token
+from tests.support.events import one_by_one
 
 STOP = 7
 
@@ -49,7 +50,7 @@ class Member:
         return True
 
     def commit(self, now: float) -> list[TokenEvent | HandoffReady]:
-        return self.scheduler.commit(self.outputs.popleft(), now)
+        return one_by_one(self.scheduler.commit(self.outputs.popleft(), now))
 
 
 def make_config(rng: random.Random) -> SchedulerConfig:

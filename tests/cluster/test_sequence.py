@@ -59,15 +59,15 @@ def test_a_moved_sequence_counts_what_others_generated() -> None:
 
 def test_tokens_in_flight_count_against_the_length() -> None:
     seq = make_sequence(max_tokens=2)
-    seq.pending = 1
+    seq.length += 1
     assert not seq.all_sampled
-    seq.pending = 2
+    seq.length += 1
     assert seq.all_sampled
 
 
 def test_a_prefill_sequence_samples_one_token_only() -> None:
     seq = make_sequence(mode="prefill", output=(5,), max_tokens=9)
-    seq.pending = 1
+    seq.length += 1
     assert seq.all_sampled
 
 

@@ -13,6 +13,7 @@ from cluster.spawn import LocalReplica
 from cluster.ticket import ticket_maker
 from router.load import MemberLoad
 from router.request import MemberId, Request, RequestId, TokenEvent
+from tests.support.events import one_by_one
 
 _MEMBER = MemberId("engine")
 Queue = asyncio.Queue[TokenEvent | Rejected]
@@ -66,7 +67,7 @@ class EngineBackend:
         return (self.engine.load(),)
 
     def _deliver(self, events: list[EngineEvent]) -> None:
-        for event in events:
+        for event in one_by_one(events):
             assert not isinstance(event, TicketReady)
             found = self._queues.get(event.request_id)
             if found is not None:

@@ -16,6 +16,7 @@ from cluster.spawn import LocalReplica
 from cluster.ticket import ticket_maker
 from router.request import MemberId, Request, RequestId, TokenEvent
 from shards.mesh import Layout
+from tests.support.events import one_by_one
 from tests.support.exactness import (
     LOGPROB_TOLERANCE,
     MOST_TIES,
@@ -181,7 +182,7 @@ class Serving:
         tickets: dict[RequestId, TicketReady] = {}
         waiting = set(ids)
         while waiting:
-            for event in self.arrived.get(timeout=120):
+            for event in one_by_one(self.arrived.get(timeout=120)):
                 if isinstance(event, Rejected):
                     raise event.error
                 if isinstance(event, TicketReady):

@@ -27,6 +27,7 @@ from cluster.scheduler_config import SchedulerConfig
 from router.errors import OverloadedError
 from router.prefix import block_hashes
 from router.request import Request, RequestId, TokenEvent
+from tests.support.events import one_by_one
 from tests.support.history_counts import Counts
 from tests.support.history_engine import HistoryMember, id_of
 from tests.support.history_members import MemberRanks
@@ -231,7 +232,7 @@ class HistoryMachine(RuleBasedStateMachine):
         self.world.counts.failed_pulls += torn
 
     def _take_all(self, member: HistoryMember, events: list[EngineEvent]) -> None:
-        for event in events:
+        for event in one_by_one(events):
             match event:
                 case TokenEvent(finish="abort"):
                     self._let_go_of(member, event.request_id)

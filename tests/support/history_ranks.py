@@ -15,6 +15,7 @@ from shards.comm import Comms
 from shards.families import load_model_config
 from shards.mesh import Layout, Place
 from shards.rank import Rank, RankConfig
+from tests.support.events import one_by_one
 from tests.support.history_plan import GREEDY, LEASE_S, LONGEST_ANSWER, SAMPLED
 
 BLOCK: Final = 8
@@ -49,7 +50,7 @@ class Answers:
         while (plan := scheduler.schedule(0.0)) is not None:
             lane = self._rank.step(plan.lanes[0])
             assert lane is not None
-            events = scheduler.commit(StepOutput(step=plan.step, lanes=(lane,)), 0.0)
+            events = one_by_one(scheduler.commit(StepOutput(step=plan.step, lanes=(lane,)), 0.0))
             tokens += [
                 event.token_id for event in events if isinstance(event, TokenEvent) and event.token_id is not None
             ]

@@ -12,6 +12,7 @@ from cluster.spawn import LocalReplica
 from cluster.ticket import ticket_maker
 from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId, TokenEvent
+from tests.support.events import one_by_one
 
 _MEMBER = MemberId("live")
 
@@ -36,7 +37,7 @@ class LiveEngine:
             self._engine.submit(request)
         left = len(requests)
         while left:
-            for event in self._arrived.get(timeout=60):
+            for event in one_by_one(self._arrived.get(timeout=60)):
                 if isinstance(event, Rejected):
                     raise event.error
                 assert isinstance(event, TokenEvent)

@@ -8,6 +8,7 @@ from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Mode
 from router.request import MemberId, Request, RequestId, SamplingParams, TokenEvent
 from shards.batch import LaneOutput, LogprobColumns
+from tests.support.events import one_by_one
 
 CONFIG = SchedulerConfig(
     lanes=1,
@@ -80,7 +81,7 @@ class Bench:
         return StepOutput(step=plan.step, lanes=tuple(lanes))
 
     def commit(self, plan: StepPlan, now: float = 0.0) -> list[TokenEvent | HandoffReady]:
-        events = self.scheduler.commit(self.answer(plan), now)
+        events = one_by_one(self.scheduler.commit(self.answer(plan), now))
         self.scheduler.check_integrity()
         return events
 

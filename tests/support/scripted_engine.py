@@ -17,7 +17,7 @@ from cluster.member_service import MemberService
 from cluster.plan import KvLayout, KvTicket
 from router.errors import MoefleetError
 from router.load import CacheEvents, MemberLoad
-from router.request import MemberId, Request, RequestId, Role, TokenEvent, TokenLogprob
+from router.request import MemberId, Request, RequestId, Role, TokenColumns, TokenEvent, TokenLogprob
 
 LAYOUT = KvLayout(fingerprint="scripted", tp=1, block_size=16, num_blocks=64, num_slots=0, dtype="float32")
 
@@ -81,6 +81,7 @@ class ScriptedEngine:
         self._commands: SimpleQueue[tuple[str, Request | str, KvTicket | None]] = SimpleQueue()
         self._stopping = threading.Event()
         self._sequence = 0
+        self._gathered_ids: list[RequestId] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self, service: MemberService) -> None:
@@ -138,7 +139,21 @@ class ScriptedEngine:
                     events += self._advance(running)
             self.num_running = len(self._running)
             if events and self._service is not None:
-                self._service.on_events(events)
+                self._service.on_events(self._gathered(events))
+
+    def _gathered(self, events: list[EngineEvent]) -> list[EngineEvent]:
+        """As an engine gives them out: tokens that there is nothing else to tell of come together."""
+        plain = [event for event in events if isinstance(event, TokenEvent) and _is_plain(event)]
+        request_ids = [event.request_id for event in plain]
+        if request_ids != self._gathered_ids:
+            self._gathered_ids = request_ids
+        columns = TokenColumns(
+            request_ids=self._gathered_ids,
+            indices=[event.index for event in plain],
+            token_ids=[event.token_id for event in plain if event.token_id is not None],
+        )
+        rest = [event for event in events if not (isinstance(event, TokenEvent) and _is_plain(event))]
+        return [columns, *rest] if plain else rest
 
     def _take_commands(self, events: list[EngineEvent]) -> None:
         while True:
@@ -222,3 +237,7 @@ class ScriptedEngine:
             num_tokens=running.length - 1,
             expires_unix_s=time.time() + self._lease_s,
         )
+
+
+def _is_plain(event: TokenEvent) -> bool:
+    return event.token_id is not None and event.finish is None and event.logprob is None and not event.cached_tokens
