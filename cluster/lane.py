@@ -232,8 +232,9 @@ class Lane:
         cached = usable * self._config.block_size
         seq.admit(known + fresh, registered=len(known), cached=cached, row=self._free_rows.pop(), slot=slot)
         if self._keeps_states and seq.ticket is None:
-            shared, length = len(known) * self._config.block_size, len(seq.tokens)
-            seq.checkpoint_ends = checkpoint_ends(self._config, first=cached, shared=shared, length=length)
+            shared, length, blank = len(known) * self._config.block_size, len(seq.tokens), self.states.num_blank
+            ends = checkpoint_ends(self._config, first=cached, shared=shared, length=length, blank=blank)
+            seq.checkpoint_ends = ends
         return True
 
     def _slot(self, seq: Sequence, usable: int, draft: LaneDraft) -> int:

@@ -31,7 +31,7 @@ class SchedulerConfig:
     """Token ids of the model are below this."""
     prefix_cache: bool
     state_spacing: int = 256
-    """Tokens between two recurrent states that are kept of a prompt for others, at least."""
+    """Tokens between two states that are kept of a prompt for others, at least, unless there is ample room."""
     token_bytes: int = 0
     """KV of one token on all ranks of a lane, for load reports."""
     state_bytes: int = 0

@@ -12,8 +12,6 @@ LayerType = Literal["full_attention", "linear_attention"]
 PackedForm = Literal["gptq", "pack-quantized"]
 Bits = Literal[4, 8]
 """Of an integer weight."""
-MTP_FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
-"""Families whose checkpoints may hold a multi-token prediction head, under `mtp.`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +71,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    may_have_mtp: bool = False
+    """Checkpoints of the family may hold a multi-token prediction head, under `mtp.`, even where no field says so."""
     num_nextn_predict_layers: int = 0
     """Multi-token prediction layers: in a checkpoint's config those it says to hold, in a served model's those used."""
     weight_block_size: tuple[int, int] | None = None
@@ -103,7 +103,7 @@ class ModelConfig:
         Raises:
             ValueError: the architecture has no multi-token prediction head, or the checkpoint one of several layers.
         """
-        if draft_tokens and self.architecture not in MTP_FAMILIES:
+        if draft_tokens and not self.may_have_mtp:
             raise ValueError(
                 f"draft_tokens={draft_tokens} needs a multi-token prediction head, which {self.architecture} has not; "
                 "use draft_tokens=0"

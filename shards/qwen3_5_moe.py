@@ -41,6 +41,7 @@ def _read_text(fields: Fields) -> ModelConfig:
         zero_centred_norm=True,
         norm_topk_prob=True,
         linear_split_projections=True,
+        may_have_mtp=True,
         num_nextn_predict_layers=fields.integer("mtp_num_hidden_layers", 0, minimum=0),
     )
 

@@ -17,6 +17,7 @@ def _read(fields: Fields) -> ModelConfig:
         attention_gated=True,
         zero_centred_norm=True,
         norm_topk_prob=fields.flag("norm_topk_prob", True),
+        may_have_mtp=True,
         num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0),
     )
 

@@ -84,6 +84,24 @@ def test_states_kept_in_int8_are_found_as_deep_as_exact_ones_and_mean_the_same_i
     assert tokens_of(one) == tokens_of(two)
 
 
+def test_at_least_half_of_a_prefix_of_any_depth_is_found_the_second_time(next_checkpoint: Path) -> None:
+    config = replace(make_config(next_checkpoint), kv_memory_bytes=32 << 20)
+    depths = (16, 40, 100, 250, 480)
+    shared = {depth: tuple((7 * depth + 3 * i) % 97 for i in range(depth)) for depth in depths}
+    first, second = (
+        [make_request(f"{part}{depth}", (*shared[depth], *range(begin, begin + 9))) for depth in depths]
+        for part, begin in (("a", 5), ("b", 60))
+    )
+    with live_engine(config) as engine:
+        engine.serve(*first)
+        warm = engine.serve(*second)
+    with live_engine(replace(config, prefix_cache=False)) as engine:
+        cold = engine.serve(*second)
+    assert tokens_of(warm) == tokens_of(cold)
+    for depth, events in zip(depths, warm, strict=True):
+        assert depth // config.block_size * config.block_size <= 2 * events[0].cached_tokens <= 2 * depth
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2, ep=2)], ids=["one", "tp2", "dp2"])
 def test_prompts_with_a_common_beginning_get_the_tokens_each_gets_cold(next_checkpoint: Path, layout: Layout) -> None:

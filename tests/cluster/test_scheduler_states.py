@@ -39,15 +39,15 @@ def test_a_prompts_state_is_kept_at_its_last_block_and_the_same_prompt_goes_on_f
     bench = Bench(STATES)
     bench.add(make_request("a", PROMPT, max_tokens=1))
     first = first_batch(bench)
-    assert (first.counts_S, first.save_rows, first.save_ends) == ([10], [0], [8])
-    assert first.save_to != [first.starts[0].state_slot]
+    assert (first.counts_S, first.save_rows, first.save_ends) == ([10], [0, 0], [4, 8])
+    assert first.starts[0].state_slot not in first.save_to
     bench = Bench(STATES)
     bench.add(make_request("a", PROMPT, max_tokens=1))
     run(bench)
     bench.add(make_request("b", PROMPT, max_tokens=1))
     again = first_batch(bench)
     assert (again.first_S, again.counts_S) == ([8], [2])
-    assert again.restore_from == first.save_to
+    assert again.restore_from == first.save_to[1:]
     assert again.restore_to == [again.starts[0].state_slot]
 
 
@@ -59,9 +59,15 @@ def test_a_state_is_not_found_before_its_step_is_committed() -> None:
     assert first_batch(bench).first_S == [10, 0]
 
 
-def test_the_second_sighting_of_a_shared_beginning_pays_and_the_third_finds_it() -> None:
+def test_the_second_sighting_of_a_shared_beginning_finds_half_of_it_and_the_third_all() -> None:
     shared = tuple(range(20))
-    assert cached(STATES, (*shared, *range(50, 60)), (*shared, 60, 61), (*shared, 70, 71)) == [0, 0, 20]
+    assert cached(STATES, (*shared, *range(50, 60)), (*shared, 60, 61), (*shared, 70, 71)) == [0, 16, 20]
+
+
+def test_where_most_slots_are_taken_the_second_sighting_of_a_short_beginning_pays_and_the_third_finds_it() -> None:
+    shared, before = tuple(range(20)), [tuple(range(start, start + 30)) for start in (200, 300)]
+    prompts = [(*shared, *range(50, 60)), (*shared, 60, 61), (*shared, 70, 71)]
+    assert cached(replace(STATES, num_blocks=40), *before, *prompts)[2:] == [0, 0, 20]
 
 
 def test_states_spaced_over_a_prompt_serve_the_second_sighting() -> None:
@@ -137,7 +143,7 @@ def test_states_in_places_of_their_own_leave_all_slots_to_running_sequences() ->
     assert again.first_S == [1, 8]
     assert (again.restore_from, again.restore_to) == ([0], [again.starts[0].state_slot])
     load = bench.scheduler.load(0.0, MemberId("m"), "mixed")
-    assert (load.total_state_slots, load.free_state_slots, load.state_checkpoints) == (2, 0, 1)
+    assert (load.total_state_slots, load.free_state_slots, load.state_checkpoints) == (2, 0, 2)
     assert (load.state_bytes, load.checkpoint_bytes) == (100, 27)
 
 
@@ -213,8 +219,8 @@ def test_what_is_computed_again_for_its_state_is_not_stored_again_where_others_r
     bench.add(make_request("b", (*shared, 60, 61), max_tokens=1))
     batch = first_batch(bench)
     (start,) = batch.starts
-    # The state behind these tokens was not kept, their KV is there.
-    assert (batch.first_S[-1], batch.counts_S[-1], start.num_stored) == (0, 22, 20)
+    # The state behind the last block of these tokens was not kept, its KV is there.
+    assert (batch.first_S[-1], batch.counts_S[-1], start.num_stored) == (16, 6, 20)
     bench.scheduler.check_integrity()
 
 
