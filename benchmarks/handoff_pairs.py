@@ -1,4 +1,4 @@
-"""Tokens after a hand-off, for every pair of layouts: `python -m benchmarks.handoff_pairs [--out FILE.md]`.
+"""Tokens after a hand-off, for every pair of layouts: `python -m benchmarks.handoff_pairs [--out F.md] [--architectures A]`.
 
 Each layout prefills for each, Qwen3-MoE and Qwen3-Next, greedy and sampled requests of 1 to 130 tokens; every token is
 compared with those of one rank that does both. Takes about six minutes on two cores. Exit status 1 when one differs.
@@ -44,12 +44,14 @@ def main() -> int:
     """Run every pair and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="file to write; default: standard output")
-    out: Path | None = parser.parse_args().out
+    parser.add_argument("--architectures", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES))
+    given = parser.parse_args()
+    out: Path | None = given.out
     requests = pair_requests(131)
     lines = ["| model | prefill | decode | requests with equal tokens | bits | failed pulls |", "|" + "---|" * 6]
     wrong = False
     with tempfile.TemporaryDirectory() as folder:
-        for architecture in ARCHITECTURES:
+        for architecture in given.architectures:
             path = Path(folder) / architecture
             make_reference(path, architecture)
             for row in pair_rows(architecture, path, requests):

@@ -45,11 +45,16 @@ class HttpFleet:
         for number in (1, 2, 1, 4, 2, 8, 16, 1):
             batch = [replace(requests.pop(), at_s=0.0) for _ in range(number * self.members)]
             await self.replay(batch, limit_s=60.0)
+        spec = await self.measured()
+        return replace(spec, way_s=await self._way_s(spec.step_time))
+
+    async def measured(self) -> MemberSpec:
+        """A member as they have measured their steps of late, on average; of the way to them nothing."""
         await asyncio.sleep(_REPORTED_S)
         loads = [status.load for status in self.fleet.members() if status.load is not None]
         names = [each.name for each in fields(StepTime)]
         step = StepTime(**{name: statistics.fmean(getattr(load.step_time, name) for load in loads) for name in names})
-        return replace(spec_of(loads[0]), step_time=step, way_s=await self._way_s(step))
+        return replace(spec_of(loads[0]), step_time=step)
 
     async def _way_s(self, step: StepTime) -> float:
         """As benchmarks.replay.way_s, by the step's predicted time."""

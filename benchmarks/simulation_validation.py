@@ -1,8 +1,9 @@
 """The same load on a real member and in simulation: `python -m benchmarks.simulation_validation --model DIR`.
 
 A gateway's dispatcher, admission and router serve Poisson arrivals on one member of this process, at one load after the
-other; the simulation serves the same arrivals with the step times that the member had measured before the first of
-them. Prints both, and the errors.
+other; the simulation serves the same arrivals with the step times that the member had measured before them: with few
+and with many requests at once, and for a while at that load (`--before`), since clients, gateway and members share
+cores. Prints both, and the errors.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _FIGURES = ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "mean_itl_s", "p50_itl_s"
 
 
 async def validate(
-    model: Path, dtype: Dtype, loads: Sequence[float], length_s: float
+    model: Path, dtype: Dtype, loads: Sequence[float], length_s: float, before_s: float
 ) -> AsyncGenerator[dict[str, object]]:
     """Both runs' figures at each load, in milliseconds. Nothing of a run goes into its simulation but its arrivals.
 
@@ -39,16 +40,28 @@ async def validate(
     async with dispatching([member]) as dispatcher:
         spec = await calibrate(dispatcher)
         spec = replace(spec, way_s=await way_s(dispatcher, member.engine))
-        for number, load in enumerate(loads, 1):
-            arrivals = make_arrivals(random.Random(number), "", load * capacity(spec), length_s)
+        rates = [load * capacity(spec) for load in loads]
+        for number, (load, rate) in enumerate(zip(loads, rates, strict=True), 1):
+            await replay(dispatcher, _earlier(number, rate, before_s))
+            spec = replace(spec, step_time=member.engine.load().step_time)
+            arrivals = make_arrivals(random.Random(number), "", rate, length_s)
             yield {"utilisation": load} | _line(spec, 1, arrivals, await replay(dispatcher, arrivals))
 
 
-async def validate_ray(fleet: HttpFleet, loads: Sequence[float], length_s: float) -> AsyncGenerator[dict[str, object]]:
+def _earlier(number: int, rate: float, length_s: float) -> list[Arrival]:
+    """Other requests at the same load, by which a member learns what its steps take beside them."""
+    return make_arrivals(random.Random(1000 + number), "", rate, length_s) if length_s else []
+
+
+async def validate_ray(
+    fleet: HttpFleet, loads: Sequence[float], length_s: float, before_s: float
+) -> AsyncGenerator[dict[str, object]]:
     """As `validate`, of members on a local Ray cluster whose gateway is asked over HTTP."""
     spec = await fleet.calibrate()
-    for number, load in enumerate(loads, 1):
-        rate = load * fleet.members * capacity(spec)
+    rates = [load * fleet.members * capacity(spec) for load in loads]
+    for number, (load, rate) in enumerate(zip(loads, rates, strict=True), 1):
+        await fleet.replay(_earlier(number, rate, before_s), limit_s=before_s + 30.0)
+        spec = replace(spec, step_time=(await fleet.measured()).step_time)
         arrivals = make_arrivals(random.Random(number), "", rate, length_s)
         seen = await fleet.replay(arrivals, limit_s=length_s + 30.0)
         yield {"utilisation": load, "members": fleet.members} | _line(spec, fleet.members, arrivals, seen)
@@ -92,15 +105,16 @@ def main() -> None:
         "--utilisation", type=float, nargs="+", default=[0.6], help="shares of the member's capacity that are asked"
     )
     parser.add_argument("--seconds", type=float, default=25.0, help="of each load")
+    parser.add_argument("--before", type=float, default=8.0, help="seconds at each load before it counts")
     parser.add_argument("--ray", action="store_true", help="members of a local Ray cluster, asked over HTTP")
     parser.add_argument("--members", type=int, default=1, help="of the Ray cluster")
     given = parser.parse_args()
     dtype = DTYPES[given.dtype]
     if given.ray:
         with serving(given.model.resolve(), dtype, given.members, [""]) as fleet:
-            asyncio.run(_print(validate_ray(fleet, given.utilisation, given.seconds)))
+            asyncio.run(_print(validate_ray(fleet, given.utilisation, given.seconds, given.before)))
     else:
-        asyncio.run(_print(validate(given.model, dtype, given.utilisation, given.seconds)))
+        asyncio.run(_print(validate(given.model, dtype, given.utilisation, given.seconds, given.before)))
 
 
 async def _print(found: AsyncGenerator[dict[str, object]]) -> None:

@@ -54,4 +54,6 @@ class EngineStats:
             pulls=self.pulls,
             failed_pulls=self.failed_pulls,
             refetched_frames=self.refetched_frames,
+            pulled_bytes=self.pulled_bytes,
+            pull_s=self.pull_s,
         )

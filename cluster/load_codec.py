@@ -29,6 +29,7 @@ def load_message(load: MemberLoad) -> pb.MemberMessage:
                 prefill_token_s=step.prefill_token_s,
                 decode_row_s=step.decode_row_s,
                 context_token_s=step.context_token_s,
+                prompt_s=step.prompt_s,
                 experts_s=step.experts_s,
                 expert_share=step.expert_share,
             ),
@@ -92,6 +93,8 @@ def _counts_message(counts: MemberCounts) -> pb.Counts:
         pulls=counts.pulls,
         failed_pulls=counts.failed_pulls,
         refetched_frames=counts.refetched_frames,
+        pulled_bytes=counts.pulled_bytes,
+        pull_s=counts.pull_s,
     )
 
 
@@ -103,6 +106,8 @@ def _read_counts(message: pb.Counts) -> MemberCounts:
         pulls=message.pulls,
         failed_pulls=message.failed_pulls,
         refetched_frames=message.refetched_frames,
+        pulled_bytes=message.pulled_bytes,
+        pull_s=message.pull_s,
     )
 
 
@@ -113,6 +118,7 @@ def _read_step_time(message: pb.StepTime) -> StepTime:
             prefill_token_s=message.prefill_token_s,
             decode_row_s=message.decode_row_s,
             context_token_s=message.context_token_s,
+            prompt_s=message.prompt_s,
             experts_s=message.experts_s,
             expert_share=message.expert_share,
         )

@@ -10,12 +10,15 @@ from router.step_time import StepTime, experts_read
 
 _WINDOW: Final = 128
 """Steps remembered of each kind; what steps took before is forgotten, a slow start among it."""
-_DOUBT: Final = 1e-3
-"""Weight of the first guess against the steps seen: it decides where these leave a price open, and nothing else."""
+_APART_S: Final = 0.02
+"""Between the beginnings of two of them: so many of a millisecond one after the other would tell of a moment only."""
+_DOUBT: Final = (1e-3, 1e-3, 1e-3, 1e-3, 2e-2, 1e-3)
+"""Weight of the first guess of each price against the steps seen: it decides where these leave a price open, and little
+else. Where all prompts are equally long, what they take is their tokens' and not the step's."""
 _SWEEPS: Final = 200
 _SETTLED: Final = 1e-7
 _LEAST_S: Final = 1e-9
-_Row = tuple[float, float, float, float, float]
+_Row = tuple[float, float, float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,8 @@ class MeasuredStep:
     def row(self, expert_share: float) -> _Row:
         """What each price of the model is multiplied with."""
         experts = experts_read(expert_share, self.prefill_tokens + self.decode_rows)
-        return (1.0, float(self.prefill_tokens), float(self.decode_rows), float(self.context_tokens), experts)
+        prompt = float(self.prefill_tokens > 0)
+        return (1.0, float(self.prefill_tokens), float(self.decode_rows), float(self.context_tokens), prompt, experts)
 
 
 def fit_step_time(steps: list[MeasuredStep], guess: StepTime) -> StepTime:
@@ -49,15 +53,19 @@ def fit_step_time(steps: list[MeasuredStep], guess: StepTime) -> StepTime:
     """
     rows = [step.row(guess.expert_share) for step in steps]
     seconds = [step.seconds for step in steps]
-    start = (guess.base_s, guess.prefill_token_s, guess.decode_row_s, guess.context_token_s, guess.experts_s)
+    start = (
+        *(guess.base_s, guess.prefill_token_s, guess.decode_row_s, guess.context_token_s),
+        *(guess.prompt_s, guess.experts_s),
+    )
     first = _fit(rows, seconds, seconds, start)
     expected = [max(sum(map(mul, first, row)), _LEAST_S) for row in rows]
-    base_s, prefill_s, row_s, context_s, experts_s = _fit(rows, seconds, expected, start)
+    base_s, prefill_s, row_s, context_s, prompt_s, experts_s = _fit(rows, seconds, expected, start)
     return StepTime(
         base_s=base_s,
         prefill_token_s=max(prefill_s, _LEAST_S),
         decode_row_s=row_s,
         context_token_s=context_s,
+        prompt_s=prompt_s,
         experts_s=experts_s,
         expert_share=guess.expert_share,
     )
@@ -69,8 +77,8 @@ def _fit(rows: list[_Row], seconds: list[float], expected: list[float], start: _
     weighted = [list(map(truediv, column, expected)) for column in columns]
     products = [[sum(map(mul, one, other)) for other in columns] for one in weighted]
     targets = [sum(map(mul, one, seconds)) for one in weighted]
-    for i, price in enumerate(start):
-        extra = _DOUBT * products[i][i]
+    for i, (price, doubt) in enumerate(zip(start, _DOUBT, strict=True)):
+        extra = doubt * products[i][i]
         products[i][i] += extra
         targets[i] += extra * price
     return _solve(products, targets, start)
@@ -107,6 +115,8 @@ class StepCalibration:
         """When each was given out, its prefill tokens, decode rows and context tokens."""
         self._prefills: deque[MeasuredStep] = deque(maxlen=_WINDOW)
         self._decodes: deque[MeasuredStep] = deque(maxlen=_WINDOW)
+        self._next_s = {True: 0.0, False: 0.0}
+        """When the next step with prompts, and without, is to begin that is remembered."""
         self._new = 0
         self._fitted = self._guess
         self._ended: float | None = None
@@ -133,12 +143,15 @@ class StepCalibration:
     def committed(self, now: float, *, busy: bool) -> None:
         """The oldest plan is done. `busy`: there is more to do, so that the next step's time begins now."""
         began, prefill, rows, context = self._planned.popleft()
-        seconds = now - (began if self._ended is None else max(began, self._ended))
+        began = began if self._ended is None else max(began, self._ended)
         self._ended = now if busy else None
-        if seconds <= 0:
+        prompts = prefill > 0
+        kept = self._prefills if prompts else self._decodes
+        if now <= began or (len(kept) == _WINDOW and began < self._next_s[prompts]):
             return
-        step = MeasuredStep(prefill_tokens=prefill, decode_rows=rows, context_tokens=context, seconds=seconds)
-        (self._prefills if prefill else self._decodes).append(step)
+        step = MeasuredStep(prefill_tokens=prefill, decode_rows=rows, context_tokens=context, seconds=now - began)
+        kept.append(step)
+        self._next_s[prompts] = began + _APART_S
         self._new += 1
 
     def step_time(self) -> StepTime:

@@ -65,7 +65,7 @@ class ExpectedPrefixes:
     """Members are numbers from 0 on, here and in each bit set. Used by one thread; times are unix seconds.
 
     Args:
-        max_blocks: block hashes remembered at once, over all prompts; the oldest prompts are forgotten first.
+        max_blocks: block hashes remembered at once, over all prompts; `forget` drops the oldest prompts beyond them.
     """
 
     def __init__(self, *, max_blocks: int) -> None:
@@ -96,12 +96,10 @@ class ExpectedPrefixes:
             node.ending[member] = node.ending.get(member, 0) + 1
         self._order.append(_Entry(members=members, until_s=until_s, hashes=hashes))
         self._num_blocks += len(hashes)
-        while self._num_blocks > self._max_blocks:
-            self._drop_oldest()
 
     def forget(self, now: float) -> None:
-        """Drop prompts whose time is over."""
-        while self._order and self._order[0].until_s <= now:
+        """Drop prompts whose time is over, and the oldest ones for room."""
+        while self._order and (self._order[0].until_s <= now or self._num_blocks > self._max_blocks):
             self._drop_oldest()
 
     def leave(self, member: int) -> None:

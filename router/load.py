@@ -22,6 +22,9 @@ class MemberCounts:
     """Those that did not succeed; their tokens were computed here."""
     refetched_frames: int = 0
     """Frames of a pull that came damaged and were asked for again."""
+    pulled_bytes: int = 0
+    pull_s: float = 0.0
+    """Seconds that pulls took, on the slowest rank of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

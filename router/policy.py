@@ -16,7 +16,7 @@ class PolicyConfig:
     """What members cannot report of themselves."""
 
     transfer_bytes_per_s: float = 1e9
-    """Bandwidth of a hand-off between two members."""
+    """Bandwidth of a hand-off to a member that has not measured it yet."""
     output_tokens: float = 256.0
     """Tokens that a request is expected to produce, if it may; limits that clients set are far above what they use."""
     others_weight: float = 2.0
@@ -88,8 +88,9 @@ def _prefill(load: MemberLoad, extra: Extra, config: PolicyConfig) -> tuple[floa
 
 def decode_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     """Of fetching KV and state, and of sharing each step with the member's sequences."""
-    state_s = load.state_bytes / config.transfer_bytes_per_s
-    token_s = load.token_bytes / config.transfer_bytes_per_s
+    counts = load.counts
+    byte_s = counts.pull_s / counts.pulled_bytes if counts.pulled_bytes else 1.0 / config.transfer_bytes_per_s
+    state_s, token_s = load.state_bytes * byte_s, load.token_bytes * byte_s
     base_s = state_s + extra.tokens * token_s + _room_s(load, extra, config)
     return Price(base_s=base_s, token_s=token_s, output_s=_sharing_s(load, _rows(load, extra)))
 

@@ -105,16 +105,22 @@ class PrefixIndex:
         high, lower = end, last
         while above:
             low, upper = above[-1]
-            if upper != lower and high - low > 1:
+            while upper != lower and high - low > 1:
                 middle = (low + high) // 2
-                above.append((middle, holders(hashes[middle], 0)))
-                continue
-            above.pop()
+                members = holders(hashes[middle], 0)
+                if members == lower:
+                    high = middle
+                elif members == upper:
+                    low = middle
+                else:
+                    above[-1] = (low, upper)
+                    above.append((middle, members))
+                    low, upper = middle, members
             fresh = upper & ~seen
             if fresh:
                 found.append((high, fresh))
                 seen |= fresh
-            high, lower = low, upper
+            high, lower = above.pop()
         return found
 
     def state_depths(self, hashes: Sequence[int], depths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -145,7 +151,9 @@ def _with_states(
     states: Collection[int], ends: Iterable[int], hashes: Sequence[int], low: int, high: int
 ) -> Iterable[int]:
     """Depths over `low` up to `high` behind which somebody has, or will have, a state; deepest first."""
-    told = compress(range(high, low, -1), map(states.__contains__, reversed(hashes[low:high])))
+    # One by one from the end: a copy of a long prompt's hashes would touch them all.
+    backwards = map(hashes.__getitem__, range(high - 1, low - 1, -1))
+    told = compress(range(high, low, -1), map(states.__contains__, backwards))
     own = sorted((depth for depth in ends if low < depth <= high), reverse=True)
     return merge(own, told, reverse=True) if own else told
 

@@ -55,6 +55,7 @@ class SimulateOptions:
     prefill_token_s: float = 1e-4
     decode_row_s: float = 1e-4
     context_token_s: float = 2e-8
+    prompt_s: float = 0.0
     experts_s: float = 0.0
     expert_share: float = 0.0
     ttft_slo_s: float = 5.0
@@ -91,6 +92,7 @@ class SimulateOptions:
             prefill_token_s=self.prefill_token_s,
             decode_row_s=self.decode_row_s,
             context_token_s=self.context_token_s,
+            prompt_s=self.prompt_s,
             experts_s=self.experts_s,
             expert_share=self.expert_share,
         )
@@ -104,7 +106,7 @@ class SimulateOptions:
 
 
 _QUEUE_PER_MEMBER = 16
-_MAY_BE_ZERO = frozenset({"base_s", "decode_row_s", "context_token_s", "experts_s", "expert_share"})
+_MAY_BE_ZERO = frozenset({"base_s", "decode_row_s", "context_token_s", "prompt_s", "experts_s", "expert_share"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

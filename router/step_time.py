@@ -7,7 +7,7 @@ from router.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Seconds of a step = base + prompt tokens, decode rows and decode context, each times its price, + experts.
+    """Seconds of a step = base + prompt + prompt tokens, decode rows and context, each times its price, + experts.
 
     Attention over the context is the only part of a decode row that grows; what a prompt token attends to is in its
     price on average. A step reads the weights of those experts that any of its tokens was sent to: of n tokens that
@@ -20,6 +20,8 @@ class StepTime:
     decode_row_s: float = 0.001
     context_token_s: float = 0.0
     """For each token that the step's decode rows attend to."""
+    prompt_s: float = 0.0
+    """Once in a step with prompt tokens: one without them may be cheaper to start than its tokens are fewer."""
     experts_s: float = 0.0
     """To read the weights of all experts."""
     expert_share: float = 0.0
@@ -39,6 +41,8 @@ class StepTime:
         """Seconds of one step."""
         decode_s = decode_rows * self.decode_row_s + context_tokens * self.context_token_s
         step_s = self.base_s + prefill_tokens * self.prefill_token_s + decode_s
+        if prefill_tokens:
+            step_s += self.prompt_s
         if self.experts_s:
             step_s += self.experts_s * experts_read(self.expert_share, prefill_tokens + decode_rows)
         return step_s

@@ -591,12 +591,16 @@ class Counts(_message.Message):
     PULLS_FIELD_NUMBER: _builtins.int
     FAILED_PULLS_FIELD_NUMBER: _builtins.int
     REFETCHED_FRAMES_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
+    PULL_S_FIELD_NUMBER: _builtins.int
     preemptions: _builtins.int
     drafted_tokens: _builtins.int
     accepted_tokens: _builtins.int
     pulls: _builtins.int
     failed_pulls: _builtins.int
     refetched_frames: _builtins.int
+    pulled_bytes: _builtins.int
+    pull_s: _builtins.float
     def __init__(
         self,
         *,
@@ -606,10 +610,12 @@ class Counts(_message.Message):
         pulls: _builtins.int = ...,
         failed_pulls: _builtins.int = ...,
         refetched_frames: _builtins.int = ...,
+        pulled_bytes: _builtins.int = ...,
+        pull_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "failed_pulls", b"failed_pulls", "preemptions", b"preemptions", "pulls", b"pulls", "refetched_frames", b"refetched_frames"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "failed_pulls", b"failed_pulls", "preemptions", b"preemptions", "pull_s", b"pull_s", "pulled_bytes", b"pulled_bytes", "pulls", b"pulls", "refetched_frames", b"refetched_frames"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -625,12 +631,14 @@ class StepTime(_message.Message):
     CONTEXT_TOKEN_S_FIELD_NUMBER: _builtins.int
     EXPERTS_S_FIELD_NUMBER: _builtins.int
     EXPERT_SHARE_FIELD_NUMBER: _builtins.int
+    PROMPT_S_FIELD_NUMBER: _builtins.int
     base_s: _builtins.float
     prefill_token_s: _builtins.float
     decode_row_s: _builtins.float
     context_token_s: _builtins.float
     experts_s: _builtins.float
     expert_share: _builtins.float
+    prompt_s: _builtins.float
     def __init__(
         self,
         *,
@@ -640,10 +648,11 @@ class StepTime(_message.Message):
         context_token_s: _builtins.float = ...,
         experts_s: _builtins.float = ...,
         expert_share: _builtins.float = ...,
+        prompt_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "context_token_s", b"context_token_s", "decode_row_s", b"decode_row_s", "expert_share", b"expert_share", "experts_s", b"experts_s", "prefill_token_s", b"prefill_token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "context_token_s", b"context_token_s", "decode_row_s", b"decode_row_s", "expert_share", b"expert_share", "experts_s", b"experts_s", "prefill_token_s", b"prefill_token_s", "prompt_s", b"prompt_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

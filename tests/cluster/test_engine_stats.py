@@ -14,7 +14,14 @@ def test_counters_begin_at_zero_and_a_copy_stays_as_it_was() -> None:
 
 def test_what_load_reports_tell_is_what_was_counted() -> None:
     stats = EngineStats(
-        preemptions=1, drafted_tokens=20, accepted_tokens=15, pulls=6, failed_pulls=2, refetched_frames=3
+        preemptions=1,
+        drafted_tokens=20,
+        accepted_tokens=15,
+        pulls=6,
+        failed_pulls=2,
+        refetched_frames=3,
+        pulled_bytes=4,
+        pull_s=0.5,
     )
     assert asdict(stats.counts()).items() <= asdict(stats).items()
     assert all(asdict(stats.counts()).values())

@@ -160,13 +160,26 @@ def test_a_load_report_comes_back_whole() -> None:
         context_tokens=1234,
         step_tokens=512,
         step_time=StepTime(
-            base_s=0.1, prefill_token_s=0.2, decode_row_s=0.3, context_token_s=0.4, experts_s=0.5, expert_share=0.6
+            base_s=0.1,
+            prefill_token_s=0.2,
+            decode_row_s=0.3,
+            context_token_s=0.4,
+            prompt_s=0.7,
+            experts_s=0.5,
+            expert_share=0.6,
         ),
         token_bytes=9,
         state_bytes=8,
         prefix_cache=False,
         counts=MemberCounts(
-            preemptions=1, drafted_tokens=20, accepted_tokens=15, pulls=6, failed_pulls=2, refetched_frames=3
+            preemptions=1,
+            drafted_tokens=20,
+            accepted_tokens=15,
+            pulls=6,
+            failed_pulls=2,
+            refetched_frames=3,
+            pulled_bytes=1 << 40,
+            pull_s=0.25,
         ),
         draining=True,
     )

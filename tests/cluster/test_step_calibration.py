@@ -58,6 +58,22 @@ def test_a_mixture_of_experts_is_told_from_a_price_of_rows() -> None:
         assert seconds(fitted, step) == pytest.approx(step.seconds, rel=0.05)
 
 
+def test_what_prompts_cost_once_a_step_is_told_from_what_every_step_costs() -> None:
+    # Decode steps are played from tapes, others are not.
+    true = StepTime(base_s=0.0005, prefill_token_s=4e-5, decode_row_s=5e-5, prompt_s=0.002)
+    rng = random.Random(6)
+    steps = [
+        make_step(
+            rng.choice((0, 0, rng.randrange(1, 256))), rng.randrange(1, 12), 0, noise=rng.gauss(1, 0.03), true=true
+        )
+        for _ in range(256)
+    ]
+    fitted = fit_step_time(steps, StepTime())
+    for tokens, rows in ((0, 1), (0, 10), (2, 1), (30, 3), (250, 8)):
+        step = make_step(tokens, rows, 0, true=true)
+        assert seconds(fitted, step) == pytest.approx(step.seconds, rel=0.1)
+
+
 def test_steps_of_one_kind_cost_their_mean_however_they_scatter() -> None:
     steps = [replace(make_step(0, 1, 0), seconds=each) for each in (0.001, 0.001, 0.001, 0.009)] * 20
     fitted = fit_step_time(steps, StepTime())
@@ -105,6 +121,25 @@ def test_steps_are_timed_from_the_one_before_and_counted_over_all_lanes() -> Non
     assert fitted.step_s(prefill_tokens=0, decode_rows=2, context_tokens=32) == pytest.approx(0.01, rel=0.05)
     assert fitted.prefill_token_s == pytest.approx(0.001, rel=0.05)
     assert calibration.step_time() is fitted
+
+
+def test_a_moment_of_short_steps_does_not_make_those_of_the_last_seconds_forgotten() -> None:
+    calibration = StepCalibration()
+    decode = make_plan(StepBatch(rows_S=[0], first_S=[9], counts_S=[1], samples_S=[1]))
+    now = 0.0
+    for seconds_each in [0.001] * 2000 + [0.004] * 120:
+        calibration.planned(decode, now)
+        now += seconds_each
+        calibration.committed(now, busy=True)
+    learnt_s = calibration.step_time().step_s(prefill_tokens=0, decode_rows=1, context_tokens=10)
+    # 0.48 of 2.48 s of them, and steps are taken evenly in time.
+    assert learnt_s == pytest.approx(0.001 + 0.003 * 0.48 / 2.56, rel=0.1)
+    for _ in range(1500):
+        calibration.planned(decode, now)
+        now += 0.004
+        calibration.committed(now, busy=True)
+    learnt_s = calibration.step_time().step_s(prefill_tokens=0, decode_rows=1, context_tokens=10)
+    assert learnt_s == pytest.approx(0.004, rel=0.05)
 
 
 def test_a_step_that_took_no_time_teaches_nothing() -> None:

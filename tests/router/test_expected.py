@@ -67,6 +67,7 @@ def test_the_oldest_prompts_are_forgotten_for_room() -> None:
     tree = ExpectedPrefixes(max_blocks=5)
     tree.add((0,), (1, 2, 3), 9.0)
     tree.add((1,), (1, 2, 4), 9.0)
+    tree.forget(0.0)
     assert tree.depths((1, 2, 3)) == [(2, 0b10)]
     tree.add((2,), (), 9.0)
     assert tree.depths(()) == []
@@ -78,7 +79,9 @@ def test_room_is_counted_once_for_all_whom_a_prompt_is_sent_to_until_the_last_of
     tree.leave(0)
     assert tree.depths((1, 2, 3)) == [(3, 0b10)]
     tree.add((2,), (4, 5), 9.0)
+    tree.forget(0.0)
     assert tree.depths((1, 2, 3)) == [(3, 0b10)]
     tree.leave(1)
     tree.add((2,), (6, 7, 8), 9.0)
+    tree.forget(0.0)
     assert (tree.depths((1, 2, 3)), tree.depths((4, 5))) == ([], [(2, 0b100)])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from router.errors import ConfigError
-from router.load import MemberLoad
+from router.load import MemberCounts, MemberLoad
 from router.policy import Extra, PolicyConfig, decode_price, mixed_price, prefill_price
 from router.request import MemberId
 from router.step_time import StepTime
@@ -57,6 +57,14 @@ def test_a_hand_off_pays_for_its_bytes_and_a_step_for_its_rows() -> None:
     assert price.base_s == pytest.approx(0.5 + 0.5)
     assert price.token_s == pytest.approx(0.01)
     assert price.output_s == pytest.approx(5 * 0.02 + 0.1)
+
+
+def test_a_member_that_has_pulled_says_what_bytes_take() -> None:
+    measured = MemberCounts(pulled_bytes=4000, pull_s=2.0)
+    load = replace(LOAD, token_bytes=10, state_bytes=500, counts=measured)
+    price = decode_price(load, NOTHING, PolicyConfig(transfer_bytes_per_s=1e12))
+    assert price.base_s == pytest.approx(500 / 2000)
+    assert price.token_s == pytest.approx(10 / 2000)
 
 
 def test_a_mixed_member_pays_for_both_phases_and_moves_nothing() -> None:

@@ -14,6 +14,13 @@ def test_a_step_is_its_parts() -> None:
     assert STEP.step_s(prefill_tokens=10, decode_rows=2, context_tokens=100) == pytest.approx(1 + 1 + 1 + 1)
 
 
+def test_a_step_with_prompt_tokens_has_a_price_of_its_own() -> None:
+    step = replace(STEP, prompt_s=3.0)
+    assert step.step_s(prefill_tokens=0, decode_rows=2, context_tokens=0) == pytest.approx(2.0)
+    assert step.step_s(prefill_tokens=1, decode_rows=2, context_tokens=0) == pytest.approx(2.0 + 3.0 + 0.1)
+    assert step.prefill_s_per_token(step_tokens=10, decode_rows=0, context_tokens=0) == pytest.approx(0.5)
+
+
 def test_a_queued_token_takes_its_share_of_full_steps() -> None:
     assert STEP.prefill_s_per_token(step_tokens=10, decode_rows=0, context_tokens=0) == pytest.approx(0.2)
     assert STEP.prefill_s_per_token(step_tokens=10, decode_rows=5, context_tokens=0) == pytest.approx(0.1 + 3.5 / 5)
