@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 import grpc
 
@@ -13,6 +14,9 @@ from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
 from router.errors import MoefleetError
 from router.request import RequestId, TokenColumns, TokenEvent
+
+_BUNDLED_BYTES: Final = 1 << 16
+"""Of a message with what goes along behind it, at most."""
 
 
 class GatewayConnection:
@@ -57,13 +61,21 @@ class GatewayConnection:
         self._wake.set()
 
     async def messages(self) -> AsyncIterator[pb.MemberMessage]:
-        """Messages in order until the stream is closed."""
+        """Messages in order until the stream is closed, each with those that wait behind it."""
         while not self.closed:
             if not self._outbox:
                 self._wake.clear()
                 await self._wake.wait()
             while self._outbox and not self.closed:
-                yield self._outbox.popleft()
+                yield self._next()
+
+    def _next(self) -> pb.MemberMessage:
+        """What is queued first, and in the same message what waits behind it, such as a load report, if small."""
+        first = self._outbox.popleft()
+        size = first.ByteSize() if self._outbox else 0
+        while self._outbox and (size := size + self._outbox[0].ByteSize()) <= _BUNDLED_BYTES:
+            first.behind.append(self._outbox.popleft())
+        return first
 
 
 class Routes:

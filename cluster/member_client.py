@@ -14,6 +14,7 @@ import grpc.aio
 
 from cluster.load_codec import read_cache, read_load
 from cluster.member_codec import (
+    STREAM_OPTIONS,
     MemberHello,
     SubmitMode,
     expect_message,
@@ -209,7 +210,8 @@ class MemberClient:
                 if first is not None:
                     self._take_hello(first)
                 async for message in messages:
-                    self._take(message)
+                    for each in (message, *message.behind):
+                        self._take(each)
                 return "it ended the stream"
             except TimeoutError:
                 return f"it said nothing for {self._limits.hello_timeout_s:g} s"
@@ -230,6 +232,7 @@ class MemberClient:
             # A new session must not inherit the pause of the one that failed.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
+            *STREAM_OPTIONS,
         ]
         if self._credentials is None:
             return grpc.aio.insecure_channel(self.info.address, options=options)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from cluster.load_codec import read_role
 from cluster.plan import KvLayout, KvTicket, SourceRank
@@ -24,6 +24,13 @@ from router.request import (
     TokenEvent,
     TokenLogprob,
 )
+
+STREAM_OPTIONS: Final = (
+    # Without probes a ping and its answer do not go along with each step's message; room for messages that are long.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
+)
+"""gRPC's, of both ends of a member stream."""
 
 SubmitMode = Literal["full", "prefill", "decode"]
 

@@ -18,7 +18,7 @@ import grpc.aio
 from cluster.engine import EngineEvent, Rejected, TicketReady
 from cluster.gateway_connection import GatewayConnection, Routes, StepColumns
 from cluster.load_codec import cache_message, load_message
-from cluster.member_codec import MemberHello, hello_message, read_submit, read_ticket, rejection_message
+from cluster.member_codec import STREAM_OPTIONS, MemberHello, hello_message, read_submit, read_ticket, rejection_message
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
 from cluster.protos.member_pb2_grpc import MemberServicer, add_MemberServicer_to_server
@@ -385,4 +385,5 @@ def _server_options(limits: ServiceLimits) -> list[tuple[str, int]]:
         # Gateways ping while nothing runs, to notice a lost member.
         ("grpc.http2.min_ping_interval_without_data_ms", 500),
         ("grpc.http2.max_ping_strikes", 0),
+        *STREAM_OPTIONS,
     ]

@@ -1,6 +1,7 @@
 """The events of one request on one member, as the gateway takes them."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 from cluster.plan import KvTicket
@@ -11,7 +12,10 @@ MemberEvent = TokenEvent | KvTicket
 
 
 class MemberStream:
-    """The events of one request on one member: tokens, and a ticket at the end of a prefill, parts of it before."""
+    """The events of one request on one member, for one reader.
+
+    Tokens, and at the end of a prefill a ticket, parts of it before.
+    """
 
     def __init__(
         self,
@@ -27,7 +31,9 @@ class MemberStream:
         """Its name on the connection."""
         self._abort = abort
         self._release = release
-        self._queue: asyncio.Queue[MemberEvent | MoefleetError] = asyncio.Queue()
+        self._events: deque[MemberEvent | MoefleetError] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        """Waits for an event."""
         self._max_events = max_events
         self._closed = False
         self._cut = False
@@ -61,9 +67,12 @@ class MemberStream:
             MemberLostError: the member is gone.
             MoefleetError: the member refused the request, or we read too slowly.
         """
-        if self._closed or (self._last_taken and self._queue.empty()):
+        if self._closed or (self._last_taken and not self._events):
             raise StopAsyncIteration
-        event = await self._queue.get()
+        while not self._events:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        event = self._events.popleft()
         if isinstance(event, MoefleetError):
             self._last_taken = True
             raise event
@@ -78,10 +87,10 @@ class MemberStream:
         self._closed = True
         if not self._ended.is_set():
             self._abort()
-        while not self._queue.empty():
-            event = self._queue.get_nowait()
+        for event in self._events:
             if isinstance(event, KvTicket) and not self._ticket_taken:
                 self._release(event.id)
+        self._events.clear()
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -103,10 +112,11 @@ class MemberStream:
             self._ended.set()
         if self._closed or self._cut:
             return
-        if not last and self._queue.qsize() >= self._max_events:
+        if not last and len(self._events) >= self._max_events:
             text = f"{self.request_id}: its reader is {self._max_events} tokens behind; read faster"
-            self._queue.put_nowait(OverloadedError(text, retry_after_s=1.0))
+            event = OverloadedError(text, retry_after_s=1.0)
             self._cut = True
             self._abort()
-            return
-        self._queue.put_nowait(event)
+        self._events.append(event)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

@@ -80,7 +80,8 @@ class Rows:
         self.state_slots_R = np.zeros(max_rows, dtype=np.int64)
         self.prompt_lens = [0] * max_rows
         self.samplings = [RowSampling()] * max_rows
-        self._plain_R = np.zeros(max_rows, dtype=np.bool_)
+        self._shaped: set[int] = set()
+        """Rows whose sampling is not plain."""
 
     def update(self, batch: StepBatch) -> None:
         """Carry out the batch's starts, then its grown block tables."""
@@ -99,11 +100,11 @@ class Rows:
         self.state_slots_R[row] = max(0, start.state_slot)
         self.prompt_lens[row] = start.prompt_len
         self.samplings[row] = start.sampling
-        self._plain_R[row] = start.sampling.is_plain
+        (self._shaped.discard if start.sampling.is_plain else self._shaped.add)(row)
 
     def are_plain(self, rows: list[int]) -> bool:
         """Whether the sampling of all these rows `is_plain`."""
-        return bool(self._plain_R[rows].all())
+        return self._shaped.isdisjoint(rows)
 
     def state_slots(self, rows: list[int]) -> list[int]:
         """The recurrent-state slots of these rows."""

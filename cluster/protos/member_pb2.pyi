@@ -94,6 +94,7 @@ class MemberMessage(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    BEHIND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -104,6 +105,10 @@ class MemberMessage(_message.Message):
     def rejected(self) -> Global___Rejected: ...
     @_builtins.property
     def cache(self) -> Global___CacheEvents: ...
+    @_builtins.property
+    def behind(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberMessage]:
+        """What was there to be sent behind it, in order: one message over the network wakes fewer threads than several."""
+
     def __init__(
         self,
         *,
@@ -112,10 +117,11 @@ class MemberMessage(_message.Message):
         step: Global___StepEvents | None = ...,
         rejected: Global___Rejected | None = ...,
         cache: Global___CacheEvents | None = ...,
+        behind: _abc.Iterable[Global___MemberMessage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind", b"behind", "cache", b"cache", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "load", "step", "rejected", "cache"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

@@ -1,5 +1,8 @@
+import pytest
+
 from cluster.gateway_connection import GatewayConnection, Routes, StepColumns
 from cluster.member_codec import HandleColumns, read_step
+from cluster.protos import member_pb2 as pb
 from cluster.request_check import MAX_PROMPT_LOGPROBS
 from router.errors import OverloadedError
 from router.request import RequestId, TokenColumns, TokenEvent, TokenLogprob
@@ -77,3 +80,26 @@ def test_a_ticket_comes_behind_its_long_first_token() -> None:
     token, ticket = columns.messages()
     assert list(token.step.handles) == [1]
     assert [ready.handle for ready in ticket.step.tickets] == [1]
+
+
+async def sent(*messages: pb.MemberMessage) -> list[list[int]]:
+    """The sequence numbers of load reports, by message on the stream."""
+    connection = GatewayConnection(8)
+    for message in messages:
+        connection.send(message)
+    found = []
+    async for message in connection.messages():
+        found.append([each.load.sequence for each in (message, *message.behind)])
+        if not connection.num_queued:
+            connection.close()
+    return found
+
+
+def report(sequence: int, num_bytes: int = 0) -> pb.MemberMessage:
+    return pb.MemberMessage(load=pb.Load(sequence=sequence, role="r" * num_bytes))
+
+
+@pytest.mark.anyio
+async def test_what_waits_goes_in_one_message_unless_it_is_long() -> None:
+    assert await sent(report(1), report(2), report(3)) == [[1, 2, 3]]
+    assert await sent(report(1), report(2, 70_000), report(3)) == [[1], [2], [3]]

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import grpc
 import grpc.aio
@@ -44,10 +45,17 @@ async def connected(member: ScriptedMember, token: str = TOKEN) -> AsyncIterator
         call.cancel()
 
 
+BEHIND: WeakKeyDictionary[Call, list[pb.MemberMessage]] = WeakKeyDictionary()
+"""What came behind messages that were read, and was not read yet."""
+
+
 async def read(call: Call) -> pb.MemberMessage:
-    message = await call.read()
-    assert isinstance(message, pb.MemberMessage), "the stream ended"
-    return message
+    waiting = BEHIND.setdefault(call, [])
+    if not waiting:
+        message = await call.read()
+        assert isinstance(message, pb.MemberMessage), "the stream ended"
+        waiting += [message, *message.behind]
+    return waiting.pop(0)
 
 
 async def read_kind(call: Call, kind: Kind) -> pb.MemberMessage:
