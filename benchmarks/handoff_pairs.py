@@ -1,4 +1,4 @@
-"""Tokens after a hand-off, for every pair of layouts: `python -m benchmarks.handoff_pairs [--out F.md] [--architectures A]`.
+"""Tokens after a hand-off, for every pair of layouts: `python -m benchmarks.handoff_pairs [--out FILE.md]`.
 
 Each layout prefills for each, Qwen3-MoE and Qwen3-Next, greedy and sampled requests of 1 to 130 tokens; every token is
 compared with those of one rank that does both. Takes about six minutes on two cores. Exit status 1 when one differs.

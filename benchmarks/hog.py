@@ -4,14 +4,17 @@ Four tenants ask a gateway with one member of this process for half of what it c
 that asks for ten times all of it. Prints the others' times to first token of both runs, the ratio of their tails, what
 processes computed beside the hog, and the same of the simulation, whose members have their cores for themselves.
 With `--ray` the member is one of a local Ray cluster and clients ask its gateway over HTTP, the hog's from a process of
-their own. With `--long` the hog sends fewer and longer prompts that are as much to compute, and what it costs to send
-and to refuse them counts less.
+their own, at low priority unless `--same-priority`: a hog's clients have cores of their own somewhere, and what is
+measured is what the hog does to the server. `hog_late_ms` tells how late they sent, in the mean and at most. With
+`--long` the hog sends fewer and longer prompts that are as much to compute, and what it costs to send and to refuse
+them counts less.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from tests.support.members import dispatching
 _OTHERS = "abcd"
 _LONG = (900, 960)
 """Tokens of the hog's prompts."""
+_HOG_NICE = 19
 _REST_S = 20.0
 """For the last requests to end."""
 
@@ -67,16 +71,23 @@ async def measure(model: Path, dtype: Dtype, demand: Demand) -> dict[str, object
     return _figures(spec, 1, (others, hog), alone, beside)
 
 
-async def measure_ray(fleet: HttpFleet, demand: Demand) -> dict[str, object]:
+async def measure_ray(fleet: HttpFleet, demand: Demand, hog_nice: int) -> dict[str, object]:
     """Figures of both runs through HTTP."""
     spec = await fleet.calibrate()
     others, hog = demand.arrivals(spec, fleet.members)
     alone = await fleet.replay(others, limit_s=demand.length_s + _REST_S)
     before = cpu_s()
-    runs = [fleet.replay(others, limit_s=demand.length_s + _REST_S), fleet.replay(hog, limit_s=demand.length_s)]
+    runs = [
+        fleet.replay(others, limit_s=demand.length_s + _REST_S),
+        fleet.replay(hog, limit_s=demand.length_s, nice=hog_nice),
+    ]
     beside = [each for run in await asyncio.gather(*runs) for each in run]
+    late_ms = [1e3 * each.late_s for each in beside if each.tenant == "hog"]
     used = {name: round(value - before[name], 1) for name, value in cpu_s().items()}
-    return _figures(spec, fleet.members, (others, hog), alone, beside) | {"cpu_s": used}
+    return _figures(spec, fleet.members, (others, hog), alone, beside) | {
+        "hog_late_ms": [round(statistics.fmean(late_ms), 1), round(max(late_ms), 1)],
+        "cpu_s": used,
+    }
 
 
 def _figures(
@@ -122,6 +133,7 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="few long prompts of the hog in place of many short ones")
     parser.add_argument("--ray", action="store_true", help="on a local Ray cluster, over HTTP")
     parser.add_argument("--members", type=int, default=1, help="of the Ray cluster")
+    parser.add_argument("--same-priority", action="store_true", help="the hog's clients are scheduled as all others")
     given = parser.parse_args()
     demand = Demand(
         share=given.share,
@@ -132,7 +144,7 @@ def main() -> None:
     dtype = DTYPES[given.dtype]
     if given.ray:
         with serving(given.model.resolve(), dtype, given.members, [*_OTHERS, "hog"]) as fleet:
-            print(json.dumps(asyncio.run(measure_ray(fleet, demand))))
+            print(json.dumps(asyncio.run(measure_ray(fleet, demand, 0 if given.same_priority else _HOG_NICE))))
     else:
         print(json.dumps(asyncio.run(measure(given.model, dtype, demand))))
 

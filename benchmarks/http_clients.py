@@ -1,12 +1,13 @@
 """Clients of a gateway's HTTP API in a process of their own: `python -m benchmarks.http_clients < JSON`.
 
 Reads one JSON object (see `replay_http`), sends each request at its time as a streamed completion, and writes a line
-for each in order: `[refused, seconds to the first token, [seconds between tokens]]`. Its own process: so that clients
-and what they measure share no interpreter; their number is bounded, and so is their time.
+for each in order: `[refused, seconds to the first token, [seconds between tokens], seconds it was sent too late]`. Its
+own process: so that clients and what they measure share no interpreter; their number is bounded, and so is their time.
 """
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ _CONNECTIONS = 512
 
 
 async def replay_http(
-    url: str, model: str, arrivals: Sequence[Arrival], keys: Mapping[str, str], *, limit_s: float
+    url: str, model: str, arrivals: Sequence[Arrival], keys: Mapping[str, str], *, limit_s: float, nice: int = 0
 ) -> list[Seen]:
     """Let a process of clients send requests, each at its time from now on; returns what they saw.
 
@@ -31,11 +32,13 @@ async def replay_http(
         arrivals: with the times at which to send.
         keys: API keys by tenant; empty: none is asked for.
         limit_s: what has not begun to come by then counts as refused.
+        nice: of the process, 0 to 19: clients that stand for other machines' leave the cores to whoever serves.
     """
     given = {
         "url": url,
         "model": model,
         "limit_s": limit_s,
+        "nice": nice,
         "requests": [[each.at_s, each.prompt, each.output, keys.get(each.tenant, "")] for each in arrivals],
     }
     process = await asyncio.create_subprocess_exec(
@@ -48,8 +51,8 @@ async def replay_http(
             process.kill()
     lines = [json.loads(line) for line in out.splitlines()]
     return [
-        Seen(tenant=each.tenant, refused=refused, ttft_s=ttft_s, gaps_s=gaps)
-        for each, (refused, ttft_s, gaps) in zip(arrivals, lines, strict=True)
+        Seen(tenant=each.tenant, refused=refused, ttft_s=ttft_s, gaps_s=gaps, late_s=late_s)
+        for each, (refused, ttft_s, gaps, late_s) in zip(arrivals, lines, strict=True)
     ]
 
 
@@ -67,6 +70,7 @@ async def _send(session: aiohttp.ClientSession, given: Mapping[str, Any], index:
     }
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     last = sent = time.perf_counter()
+    seen.late_s = sent - began - at_s
     async with session.post(f"{given['url']}/v1/completions", json=body, headers=headers) as reply:
         if reply.status == 429:
             return
@@ -109,8 +113,10 @@ async def _run(given: Mapping[str, Any]) -> list[Seen]:
 
 def main() -> None:
     """Send what standard input says."""
-    for each in asyncio.run(_run(json.load(sys.stdin))):
-        print(json.dumps([each.refused, each.ttft_s, each.gaps_s]))
+    given = json.load(sys.stdin)
+    os.nice(given["nice"])
+    for each in asyncio.run(_run(given)):
+        print(json.dumps([each.refused, each.ttft_s, each.gaps_s, each.late_s]))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ class HttpFleet:
         """Of its gateway."""
         return f"http://127.0.0.1:{self.fleet.http_port}"
 
-    async def replay(self, arrivals: Sequence[Arrival], *, limit_s: float) -> list[Seen]:
+    async def replay(self, arrivals: Sequence[Arrival], *, limit_s: float, nice: int = 0) -> list[Seen]:
         """Let a process of clients send these."""
-        return await replay_http(self.url, "m", arrivals, self.keys, limit_s=limit_s)
+        return await replay_http(self.url, "m", arrivals, self.keys, limit_s=limit_s, nice=nice)
 
     async def calibrate(self) -> MemberSpec:
         """Let members measure their steps, with few requests at once and with many; then a request's way to them."""

@@ -51,6 +51,8 @@ class Seen:
     refused: bool = False
     ttft_s: float = -1.0
     gaps_s: list[float] = field(default_factory=list)
+    late_s: float = 0.0
+    """That it was sent after its time; of HTTP clients."""
 
 
 def make_member(model: Path, dtype: Dtype, name: str = "m") -> EngineMember:
