@@ -10,6 +10,8 @@ from router.step_time import StepTime, experts_read
 
 _WINDOW: Final = 128
 """Steps remembered of each kind; what steps took before is forgotten, a slow start among it."""
+_REFIT_STEPS: Final = 64
+"""A fit takes 2.5 ms; so many steps are at least 0.6 s."""
 _APART_S: Final = 0.02
 """Between the beginnings of two of them: so many of a millisecond one after the other would tell of a moment only."""
 _DOUBT: Final = (1e-3, 1e-3, 1e-3, 1e-3, 2e-2, 1e-3)
@@ -157,8 +159,8 @@ class StepCalibration:
     def step_time(self) -> StepTime:
         """What steps take, by those of the last while; a first guess before there are any."""
         seen = len(self._prefills) + len(self._decodes)
-        # The first steps are all there is to know; later ones change little each, and a fit takes 2.5 ms.
-        if self._new >= min(_WINDOW, seen) > 0:
+        # The first steps are all there is to know; later ones change little each.
+        if self._new >= min(_REFIT_STEPS, seen) > 0:
             self._fitted = fit_step_time([*self._prefills, *self._decodes], self._guess)
             self._new = 0
         return self._fitted
