@@ -71,13 +71,23 @@ class ExpectedPrefixes:
     def __init__(self, *, max_blocks: int) -> None:
         self._root = _Node((), 0, 0)
         self._order: deque[_Entry] = deque()
+        self._coming: list[_Entry] = []
+        """Not in the tree yet: they get there before anybody looks, at best while a member's report is taken."""
         self._num_blocks = 0
         self._max_blocks = max_blocks
 
     def add(self, members: Sequence[int], hashes: Sequence[int], until_s: float) -> None:
         """These will soon hold these blocks of a prompt; never changed from now on. Times must not go back."""
-        if not hashes:
-            return
+        if hashes:
+            self._coming.append(_Entry(members=members, until_s=until_s, hashes=hashes))
+
+    def _take_in(self) -> None:
+        for entry in self._coming:
+            self._insert(entry)
+        self._coming.clear()
+
+    def _insert(self, entry: _Entry) -> None:
+        members, hashes = entry.members, entry.hashes
         node, at, bits = self._root, 0, 0
         for member in members:
             bits |= 1 << member
@@ -94,16 +104,18 @@ class ExpectedPrefixes:
             node, at = child, child.end
         for member in members:
             node.ending[member] = node.ending.get(member, 0) + 1
-        self._order.append(_Entry(members=members, until_s=until_s, hashes=hashes))
+        self._order.append(entry)
         self._num_blocks += len(hashes)
 
     def forget(self, now: float) -> None:
         """Drop prompts whose time is over, and the oldest ones for room."""
+        self._take_in()
         while self._order and (self._order[0].until_s <= now or self._num_blocks > self._max_blocks):
             self._drop_oldest()
 
     def leave(self, member: int) -> None:
         """Drop what a member was expected to hold."""
+        self._take_in()
         entries, self._order = self._order, deque()
         for entry in entries:
             if member in entry.members:
@@ -137,12 +149,14 @@ class ExpectedPrefixes:
 
     def depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
         """Pairs (depth, members): these were sent the first `depth` blocks of a prompt at least; deepest first."""
+        self._take_in()
         found = [(depth, node.members) for node, depth in self._walk(hashes)]
         found.reverse()
         return found
 
     def ends(self, hashes: Sequence[int]) -> dict[int, int]:
         """Depth -> members that were sent a prompt which ends there and goes no other way before that."""
+        self._take_in()
         found: dict[int, int] = {}
         for node, depth in self._walk(hashes):
             if depth == node.end and node.ending:

@@ -38,8 +38,11 @@ class Prompt:
 
     def hashes(self, block_size: int) -> Sequence[int]:
         """Hashes of the full blocks that can be found: never the one with the last token."""
-        self.hash_some(block_size, None)
-        return self._hashes[block_size]
+        known = self._hashes.get(block_size)
+        if known is None:
+            self.hash_some(block_size, None)
+            known = self._hashes[block_size]
+        return known
 
     def hash_some(self, block_size: int, max_blocks: int | None) -> bool:
         """Hash at most `max_blocks` more blocks (None: all), so that a long prompt holds up nobody.
