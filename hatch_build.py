@@ -22,7 +22,7 @@ LIBRARY = ROOT / "shards" / "kernels" / "_native.so"
 # -ffp-contract=off: product and sum are fused only where the source says so, or rows would lose their equal bits.
 # No errno, no traps: lets the compiler vectorise comparisons and roots; values stay the same.
 VALUES = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", *VALUES, "-Wno-psabi"]
+FLAGS = ["-O3", "-std=c++17", "-pthread", "-fPIC", *VALUES, "-Wno-psabi"]
 MOST_AT_ONCE = 8
 """Compilers, of up to 450 MB each."""
 

@@ -4,9 +4,6 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# torch goes first: it brings the OpenMP runtime that the library then shares; a second would keep its own threads.
-import torch  # noqa: F401
-
 LIBRARY = Path(__file__).with_name("_native.so")
 ABI = 7
 

@@ -94,22 +94,6 @@ def test_an_expert_id_out_of_range_is_refused() -> None:
         make_native().experts(torch.zeros(1, 4), torch.tensor([[0, 2]]), torch.zeros(2, 6, 4), torch.zeros(2, 4, 3))
 
 
-_PRINT_OPENMP = """
-from pathlib import Path
-import torch
-from shards.kernels.select import select_kernels
-select_kernels("native", "cpu").linear(torch.zeros(2, 8), torch.zeros(4, 8))
-lines = Path("/proc/self/maps").read_text().splitlines()
-print(*{line.split()[-1] for line in lines if "omp" in line and ".so" in line})
-"""
-
-
-def test_the_library_shares_the_openmp_runtime_of_torch() -> None:
-    # A process of its own: other packages that tests import bring runtimes of their own.
-    done = subprocess.run([sys.executable, "-c", _PRINT_OPENMP], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(done.stdout.split()) == 1
-
-
 def test_a_machine_without_a_compiler_is_told_and_keeps_its_library() -> None:
     before = library_module.LIBRARY.stat().st_mtime_ns
     done = subprocess.run(

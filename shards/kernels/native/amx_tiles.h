@@ -2,6 +2,8 @@
 // Included by amx.cpp after its targets.
 #pragma once
 
+#include <initializer_list>
+
 #include "amx_pack.h"
 
 namespace kernels {

@@ -10,6 +10,7 @@
 
 #include "matmul.h"
 #include "replay.h"
+#include "team.h"
 
 namespace kernels {
 namespace {
@@ -186,22 +187,22 @@ struct Attention {
         std::stable_sort(tasks.begin(), tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) {
             return limit(a) * a.rows() > limit(b) * b.rows();
         });
-#pragma omp parallel num_threads(threads)
-        {
+        Queue queue(int64_t(tasks.size()));
+        together(threads, [&](int) {
             AttentionRoom room(D, scale, most_rows, !by_range());
             int64_t size = sums_size(most_rows, room.a.stride);
             float* sums = (float*)staging(size_t(2 * size) * sizeof(float));
-#pragma omp for schedule(dynamic)
-            for (size_t i = 0; i < tasks.size(); i++) {
-                Attending merged = sums_of(tasks[i], sums);
-                range(tasks[i], 0, room, sums);
-                for (int64_t index = 1; index < ranges(tasks[i]); index++) {
-                    range(tasks[i], index, room, sums + size);
+            queue.share([&](int64_t i) {
+                const AttentionTask& a = tasks[size_t(i)];
+                Attending merged = sums_of(a, sums);
+                range(a, 0, room, sums);
+                for (int64_t index = 1; index < ranges(a); index++) {
+                    range(a, index, room, sums + size);
                     path.merge(merged, room.a);
                 }
-                finish(tasks[i], merged);
-            }
-        }
+                finish(a, merged);
+            });
+        });
     }
 
     // Threads share tasks range by range, then merge.
@@ -211,24 +212,21 @@ struct Attention {
             for (int64_t index = 0; index < ranges(a); index++) parts.push_back({&a, index});
         int64_t size = sums_size(most_rows, AttentionRoom::stride_of(D));
         std::vector<float> sums(size_t(count * size));
-#pragma omp parallel num_threads(threads)
-        {
+        Queue queue(int64_t(parts.size()));
+        together(threads, [&](int) {
             AttentionRoom room(D, scale, most_rows, !by_range());
-#pragma omp for schedule(dynamic)
-            for (size_t i = 0; i < parts.size(); i++) {
-                const AttentionTask& a = *parts[i].first;
-                range(a, parts[i].second, room, sums.data() + (a.partial + parts[i].second) * size);
-            }
-#pragma omp for schedule(dynamic)
-            for (size_t i = 0; i < tasks.size(); i++) {
-                const AttentionTask& a = tasks[i];
-                float* first = sums.data() + a.partial * size;
-                Attending merged = sums_of(a, first);
-                for (int64_t index = 1; index < ranges(a); index++)
-                    path.merge(merged, sums_of(a, first + index * size));
-                finish(a, merged);
-            }
-        }
+            queue.share([&](int64_t i) {
+                auto [a, index] = parts[size_t(i)];
+                range(*a, index, room, sums.data() + (a->partial + index) * size);
+            });
+        });
+        for_each(int64_t(tasks.size()), threads, [&](int64_t i) {
+            const AttentionTask& a = tasks[size_t(i)];
+            float* first = sums.data() + a.partial * size;
+            Attending merged = sums_of(a, first);
+            for (int64_t index = 1; index < ranges(a); index++) path.merge(merged, sums_of(a, first + index * size));
+            finish(a, merged);
+        });
     }
 
     void run(int threads) {
@@ -277,8 +275,7 @@ struct AttentionInputs {
     }
 
     void run(int threads) const {
-#pragma omp parallel for num_threads(threads_for(rows * (H + Hkv) * D * 2, threads))
-        for (int64_t t = 0; t < rows; t++) row(t);
+        for_each(rows, threads_for(rows * (H + Hkv) * D * 2, threads), [&](int64_t t) { row(t); });
     }
 };
 

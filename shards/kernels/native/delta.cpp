@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "replay.h"
+#include "team.h"
 
 namespace kernels {
 namespace {
@@ -156,12 +157,11 @@ struct DeltaNet {
         std::vector<DeltaTask> all;
         for (int64_t s = 0; s < S; s++)
             for (int64_t k = 0; k < K && query_start[s] < query_start[s + 1]; k++) all.push_back({s, k});
-#pragma omp parallel num_threads(threads_for(query_start[S] * V * Dk * Dv / 4, threads))
-        {
+        Queue queue(int64_t(all.size()));
+        together(threads_for(query_start[S] * V * Dk * Dv / 4, threads), [&](int) {
             Room room(*this);
-#pragma omp for schedule(dynamic)
-            for (size_t i = 0; i < all.size(); i++) task(all[i], room);
-        }
+            queue.share([&](int64_t i) { task(all[size_t(i)], room); });
+        });
     }
 };
 

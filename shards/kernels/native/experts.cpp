@@ -1,12 +1,11 @@
 // Experts: pairs of a token and an expert, sorted by expert, through gate_up and down; the weights of an expert that was
-// hit are read once a pass. One parallel region: gate_up of all experts, down of all, and the sum over a token's experts.
-#include <omp.h>
-
+// hit are read once a pass. Three loops: gate_up of all experts, down of all, and the sum over a token's experts.
 #include <algorithm>
 #include <vector>
 
 #include "matmul.h"
 #include "replay.h"
+#include "team.h"
 
 namespace kernels {
 namespace {
@@ -63,25 +62,20 @@ class Experts {
         plan(threads);
         int64_t chunks = int64_t(chunks_.size());
         Tickets first(chunks * gate_tasks_, threads), second(chunks * down_tasks_, threads);
-#pragma omp parallel num_threads(threads)
-        {
-            {
-                MatmulSession session(matmul_);
-                int thread = omp_get_thread_num();
-                T* panel = panels_ + thread * panel_size_;
-                int64_t held = -1;  // chunk in the panel
-                int64_t down = second.first(thread);
-                first.share(thread, [&](int64_t i, int64_t next) { gate_task(i, next, down, panel, held); });
-#pragma omp barrier
-                T* results = rows_ + thread * rows_size_;
-                second.share(thread, [&](int64_t i, int64_t next) { down_task(i, next, results); });
-            }
-            if (results_.weights != nullptr) {
-#pragma omp barrier
-#pragma omp for
-                for (int64_t t = 0; t < tokens_; t++) mix(t);
-            }
-        }
+        together(threads, [&](int thread) {
+            MatmulSession session(matmul_);
+            T* panel = panels_ + thread * panel_size_;
+            int64_t held = -1;  // chunk in the panel
+            int64_t down = second.first(thread);
+            first.share(thread, [&](int64_t i, int64_t next) { gate_task(i, next, down, panel, held); });
+        });
+        together(threads, [&](int thread) {
+            MatmulSession session(matmul_);
+            T* results = rows_ + thread * rows_size_;
+            second.share(thread, [&](int64_t i, int64_t next) { down_task(i, next, results); });
+        });
+        if (results_.weights == nullptr) return;
+        for_each(tokens_, threads_for(tokens_ * top_k_ * w_.C / 4, threads), [&](int64_t t) { mix(t); });
     }
 
   private:

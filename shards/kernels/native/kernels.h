@@ -234,10 +234,4 @@ static inline float sum_of_squares(const T* x, int64_t n) {
     return sum_lanes(lane);
 }
 
-// Threads worth waking: below some 10 us of work a thread costs more than it saves.
-static inline int threads_for(int64_t work, int threads) {
-    int64_t useful = work / 32768 + 1;
-    return useful < threads ? int(useful) : threads;
-}
-
 }  // namespace kernels

@@ -1,12 +1,11 @@
 // How weights lie in memory for products in strips: a strip is 16 rows of a matrix (the last one what is left), line by
 // line, and a line holds for each row the 32 bits of it that come next along K: [line][row][DEPTH]. Where K / groups is
 // odd, a group's last line holds one number a row. Strips take the place of their rows: nothing moves between them.
-#include <omp.h>
-
 #include <algorithm>
 
 #include "matmul.h"
 #include "replay.h"
+#include "team.h"
 
 namespace kernels {
 namespace {
@@ -50,25 +49,23 @@ void lay_strip(T* strip, int rows, int64_t K, int groups, T* copy) {
 template <class T>
 void lay_out(T* weights, int threads, int64_t matrices, int64_t N, int64_t K, int groups) {
     int64_t strips = blocks_of(N, LANES);
-#pragma omp parallel for num_threads(threads_for(matrices * N * K / 8, threads))
-    for (int64_t i = 0; i < matrices * strips; i++) {
+    for_each(matrices * strips, threads_for(matrices * N * K / 8, threads), [=](int64_t i) {
         Strip strip(i % strips, N);
         T* at = weights + (i / strips * N + strip.first) * K;
         lay_strip(at, strip.rows, K, groups, (T*)staging(size_t(strip.rows * K) * sizeof(T)));
-    }
+    });
 }
 
 template <class T>
 void take_rows(const T* weights, int threads, bool strips, const int64_t* ids, int64_t count, int64_t N, int64_t K, T* out) {
-#pragma omp parallel for num_threads(threads_for(count * K, threads))
-    for (int64_t i = 0; i < count; i++) {
+    for_each(count, threads_for(count * K, threads), [=](int64_t i) {
         if (ids[i] < 0) {
             std::fill_n(out + i * K, K, T(0));
-            continue;
+            return;
         }
         if (!strips) {
             std::copy_n(weights + ids[i] * K, K, out + i * K);
-            continue;
+            return;
         }
         Strip strip(ids[i] / LANES, N);
         const T* from = weights + strip.first * K;
@@ -76,7 +73,7 @@ void take_rows(const T* weights, int threads, bool strips, const int64_t* ids, i
             depth = line_depth<T>(k, K);
             std::copy_n(from + k * strip.rows + (ids[i] - strip.first) * depth, depth, out + i * K + k);
         }
-    }
+    });
 }
 
 template <class T>

@@ -1,10 +1,9 @@
 // Dense layers: x @ weight.T (+ bias). A task takes some weight rows through a chunk of x's rows, packed beforehand.
-#include <omp.h>
-
 #include <algorithm>
 
 #include "matmul.h"
 #include "replay.h"
+#include "team.h"
 
 namespace kernels {
 namespace {
@@ -93,16 +92,15 @@ struct Linear {
         step = std::max<int64_t>(step, COLUMNS);
         int64_t column_tasks = blocks_of(N, step);
         Tickets tickets(blocks_of(rows, chunk) * column_tasks, threads);
-#pragma omp parallel num_threads(threads)
-        {
+        int64_t blocks = blocks_of(rows, matmul.block);
+        for_each(blocks, blocks > 1 ? threads : 1, [&](int64_t i) { pack(packed, i * matmul.block); });
+        together(threads, [&](int thread) {
             MatmulSession session(matmul);
-#pragma omp for
-            for (int64_t row = 0; row < rows; row += matmul.block) pack(packed, row);
-            tickets.share(omp_get_thread_num(), [&](int64_t i, int64_t next) {
+            tickets.share(thread, [&](int64_t i, int64_t next) {
                 const T* then = next < 0 ? nullptr : weight + next % column_tasks * step * K;
                 task(i / column_tasks * chunk, i % column_tasks * step, then);
             });
-        }
+        });
     }
 };
 

@@ -1,13 +1,10 @@
-// Products of rows of x with rows of a weight matrix, as the instruction sets make them, and what their callers share:
-// tickets that spread tasks over threads, and scratch memory.
+// Products of rows of x with rows of a weight matrix, as the instruction sets make them, and scratch memory for callers.
 //
 // A caller packs rows of x once, cuts the weight rows into tasks, and gives each call the address of the weights that
 // the thread will read next, so that memory works while the thread computes.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
-#include <vector>
 
 #include "kernels.h"
 
@@ -125,53 +122,6 @@ struct MatmulSession {
     }
     MatmulSession(const MatmulSession&) = delete;
     MatmulSession& operator=(const MatmulSession&) = delete;
-};
-
-// Hands out tasks 0 .. count - 1. Each thread has its share of neighbours, which it walks in order, as memory likes it,
-// and then helps others out from the ends of theirs. It draws its next ticket before it does the one in hand: then it
-// knows which weights to fetch ahead.
-class Tickets {
-  public:
-    // At most 2^32 - 1 tasks.
-    Tickets(int64_t count, int threads) : shares_(size_t(threads)), count_(count) {
-        for (int i = 0; i < threads; i++) shares_[size_t(i)].ends = uint64_t(first(i)) << 32 | uint64_t(first(i + 1));
-    }
-    // The task that `thread` draws first; where its share is empty, that of the next one's.
-    int64_t first(int thread) const { return count_ * thread / int64_t(shares_.size()); }
-    // work(task, next): next is -1 behind the last one.
-    template <class Work>
-    void share(int thread, const Work& work) {
-        int64_t task = draw(thread);
-        while (task >= 0) {
-            int64_t next = draw(thread);
-            work(task, next);
-            task = next;
-        }
-    }
-
-  private:
-    // [first, end) of what is left, in the upper and the lower half.
-    struct alignas(64) Share {
-        std::atomic<uint64_t> ends{0};
-    };
-
-    int64_t draw(int thread) {
-        int64_t task = take(shares_[size_t(thread)], true);
-        for (size_t i = 1; task < 0 && i < shares_.size(); i++)
-            task = take(shares_[(size_t(thread) + i) % shares_.size()], false);
-        return task;
-    }
-    static int64_t take(Share& share, bool front) {
-        uint64_t seen = share.ends.load(std::memory_order_relaxed);
-        while ((seen >> 32) < (seen & UINT32_MAX)) {
-            uint64_t left = front ? seen + (uint64_t(1) << 32) : seen - 1;
-            if (share.ends.compare_exchange_weak(seen, left, std::memory_order_relaxed))
-                return int64_t(front ? seen >> 32 : (seen & UINT32_MAX) - 1);
-        }
-        return -1;
-    }
-    std::vector<Share> shares_;
-    int64_t count_;
 };
 
 // Memory of the calling thread, kept from call to call: fresh memory would be faulted in page by page each time.

@@ -4,14 +4,14 @@
 
 #include "kernels.h"
 #include "replay.h"
+#include "team.h"
 
 namespace kernels {
 namespace {
 
 template <class Row>
 void for_rows(int64_t rows, int64_t width, int threads, const Row& row) {
-#pragma omp parallel for num_threads(threads_for(rows * width, threads))
-    for (int64_t r = 0; r < rows; r++) row(r);
+    for_each(rows, threads_for(rows * width, threads), row);
 }
 
 template <class T>

@@ -19,6 +19,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "wait.h"
+
 // Elementwise sums have the same bits on every target. With AVX2 two ranks' all_reduce of 64 KB of bfloat16 took 28 us
 // instead of 40. Choosing at load time needs glibc.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
@@ -31,8 +33,6 @@ namespace shm {
 
 constexpr int kMaxRanks = 64;
 constexpr int kBlock = 256;              // floats summed at once: 64 ranks of them fit the L1 and L2 caches
-constexpr int kSpins = 1000;             // about 40 us: longer than the skew of ranks that run side by side
-constexpr int kYields = 200;
 constexpr int64_t kSliceNs = 5'000'000;  // longest sleep between looks at the stop flag, peers and clock
 
 enum Code { kDone = 0, kTimeout = 1, kStopped = 2, kPeerGone = 3, kMismatch = 4 };
@@ -64,14 +64,6 @@ inline int64_t now_ns() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
-}
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 inline long futex(std::atomic<uint32_t>* word, int op, uint32_t value, const timespec* timeout) {
@@ -122,14 +114,7 @@ inline int wait_slowly(Group* g, int r, int64_t timeout_ns) {
 }
 
 inline int wait_for(Group* g, int r, int64_t timeout_ns) {
-  for (int i = 0; i < g->spins; ++i) {
-    if (came(g, r)) return kDone;
-    relax();
-  }
-  for (int i = 0; i < kYields; ++i) {
-    if (came(g, r)) return kDone;
-    sched_yield();
-  }
+  if (waiting::soon(g->spins, [&] { return came(g, r); })) return kDone;
   return wait_slowly(g, r, timeout_ns);
 }
 
