@@ -236,12 +236,13 @@ class Engine:
         now = self._clock()
         for done in self._ranks.poll_pulls():
             self._stats.pulls += 1
-            self._stats.pulled_bytes += done.num_bytes
-            self._stats.pull_s += done.seconds
             self._stats.refetched_frames += done.refetches
             if done.error:
                 self._stats.failed_pulls += 1
                 logger.warning("pull %s failed, computing its tokens here: %s", done.pull_id, done.error)
+            else:
+                self._stats.pulled_bytes += done.num_bytes
+                self._stats.pull_s += done.seconds
             self._scheduler.pull_done(done, now)
         self._check_pulls(now)
         began = time.monotonic()

@@ -28,8 +28,9 @@ class EngineStats:
     pulls: int = 0
     failed_pulls: int = 0
     pulled_bytes: int = 0
+    """Of pulls that succeeded: of others the time tells of timeouts and not of a bandwidth."""
     pull_s: float = 0.0
-    """Seconds from the start to the end of each pull on its slowest rank, summed."""
+    """Seconds from the start to the end of each of them on its slowest rank, summed."""
     refetched_frames: int = 0
     """Damaged on their way and asked for again."""
     schedule_s: float = 0.0

@@ -232,9 +232,10 @@ class Lane:
         cached = usable * self._config.block_size
         seq.admit(known + fresh, registered=len(known), cached=cached, row=self._free_rows.pop(), slot=slot)
         if self._keeps_states and seq.ticket is None:
-            shared, length, blank = len(known) * self._config.block_size, len(seq.tokens), self.states.num_blank
-            ends = checkpoint_ends(self._config, first=cached, shared=shared, length=length, blank=blank)
-            seq.checkpoint_ends = ends
+            shared, length = len(known) * self._config.block_size, len(seq.tokens)
+            # Where rows have their states in the same slots, those that may still come will want theirs.
+            blank = self.states.num_blank - (len(self._free_rows) if self.states is self.slots else 0)
+            seq.checkpoint_ends = checkpoint_ends(self._config, first=cached, shared=shared, length=length, blank=blank)
         return True
 
     def _slot(self, seq: Sequence, usable: int, draft: LaneDraft) -> int:

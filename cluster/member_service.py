@@ -111,8 +111,8 @@ class MemberService(MemberServicer):
         self._reporter: asyncio.Task[None] | None = None
         self._connections: set[GatewayConnection] = set()
         self._live: dict[RequestId, _Live] = {}
-        self._routes = Routes([], [])
-        """Of the latest columns."""
+        self._routes: list[Routes] = []
+        """Of the latest step's columns, of each lane."""
         self._reported_s = 0.0
 
     @property
@@ -275,9 +275,11 @@ class MemberService(MemberServicer):
             self._fail(self._engine.failure)
             return
         steps: defaultdict[GatewayConnection, StepColumns] = defaultdict(StepColumns)
+        known = self._routes
+        self._routes = []
         for event in events:
             if isinstance(event, TokenColumns):
-                for connection, part in self._routes_of(event).parts(event):
+                for connection, part in self._routes_of(event, known).parts(event):
                     if not connection.closed:
                         steps[connection].columns.append(part)
             elif (live := self._live.get(event.request_id)) is not None:
@@ -299,12 +301,14 @@ class MemberService(MemberServicer):
                 # Cut for reading too slowly; its handler may still wait for the network.
                 self._forget(connection)
 
-    def _routes_of(self, columns: TokenColumns) -> Routes:
-        if self._routes.request_ids is not columns.request_ids:
+    def _routes_of(self, columns: TokenColumns, known: Sequence[Routes]) -> Routes:
+        routes = next((each for each in known if each.request_ids is columns.request_ids), None)
+        if routes is None:
             lives = [(i, self._live.get(name)) for i, name in enumerate(columns.request_ids)]
             owners = [(i, live.connection, live.handle) for i, live in lives if live is not None]
-            self._routes = Routes(columns.request_ids, owners)
-        return self._routes
+            routes = Routes(columns.request_ids, owners)
+        self._routes.append(routes)
+        return routes
 
     def _end(self, request_id: RequestId, live: _Live) -> None:
         del self._live[request_id]

@@ -149,7 +149,9 @@ class StepCalibration:
         self._ended = now if busy else None
         prompts = prefill > 0
         kept = self._prefills if prompts else self._decodes
-        if now <= began or (len(kept) == _WINDOW and began < self._next_s[prompts]):
+        # Or the clock went back.
+        soon = self._next_s[prompts] - _APART_S <= began < self._next_s[prompts]
+        if now <= began or (len(kept) == _WINDOW and soon):
             return
         step = MeasuredStep(prefill_tokens=prefill, decode_rows=rows, context_tokens=context, seconds=now - began)
         kept.append(step)

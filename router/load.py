@@ -24,7 +24,7 @@ class MemberCounts:
     """Frames of a pull that came damaged and were asked for again."""
     pulled_bytes: int = 0
     pull_s: float = 0.0
-    """Seconds that pulls took, on the slowest rank of each."""
+    """Seconds that pulls which succeeded took, on the slowest rank of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

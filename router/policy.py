@@ -5,10 +5,14 @@ seconds = base + new tokens x token price + output tokens x output price.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 from router.errors import ConfigError
 from router.load import MemberLoad
 from router.step_time import experts_read
+
+_GUESS_BYTES: Final = 64e6
+"""What the configured bandwidth weighs against measured pulls: a first small one, mostly latency, decides nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +20,7 @@ class PolicyConfig:
     """What members cannot report of themselves."""
 
     transfer_bytes_per_s: float = 1e9
-    """Bandwidth of a hand-off to a member that has not measured it yet."""
+    """Bandwidth of a hand-off to a member, until it has pulled more than some tens of MB and so measured its own."""
     output_tokens: float = 256.0
     """Tokens that a request is expected to produce, if it may; limits that clients set are far above what they use."""
     others_weight: float = 2.0
@@ -89,7 +93,8 @@ def _prefill(load: MemberLoad, extra: Extra, config: PolicyConfig) -> tuple[floa
 def decode_price(load: MemberLoad, extra: Extra, config: PolicyConfig) -> Price:
     """Of fetching KV and state, and of sharing each step with the member's sequences."""
     counts = load.counts
-    byte_s = counts.pull_s / counts.pulled_bytes if counts.pulled_bytes else 1.0 / config.transfer_bytes_per_s
+    guess_s = _GUESS_BYTES / config.transfer_bytes_per_s
+    byte_s = (counts.pull_s + guess_s) / (counts.pulled_bytes + _GUESS_BYTES)
     state_s, token_s = load.state_bytes * byte_s, load.token_bytes * byte_s
     base_s = state_s + extra.tokens * token_s + _room_s(load, extra, config)
     return Price(base_s=base_s, token_s=token_s, output_s=_sharing_s(load, _rows(load, extra)))

@@ -11,12 +11,17 @@ from typing import Final
 
 from torch import Tensor
 
+from shards.host_memory import available_memory
+
 _POPULATE_WRITE: Final = 23
 """Advice that makes pages as a write would, whatever is in them; of Linux 5.14, older kernels refuse it."""
 _LEAST_PRIORITY: Final = 19
 """As Linux counts: cores are for whoever loads weights meanwhile."""
-_PIECE_BYTES: Final = 2 << 20
-"""About a millisecond of the system's time."""
+_PIECE_BYTES: Final = 256 << 10
+"""Some 0.1 ms of the system's time, during which nobody in this process gets or gives back memory."""
+_LOOK_BYTES: Final = 64 << 20
+_SPARED_BYTES: Final = 1 << 30
+"""Others on this machine may count on memory too: with less than so much left, pages come when they are needed."""
 
 
 class FirstTouch:
@@ -41,5 +46,12 @@ class FirstTouch:
         address, end = buffer.data_ptr(), buffer.numel()
         for at in range(0, end, _PIECE_BYTES):
             size = ctypes.c_size_t(min(_PIECE_BYTES, end - at))
-            if self._stopped.is_set() or advise(ctypes.c_void_p(address + at), size, _POPULATE_WRITE):
+            if self._stopped.is_set() or (at % _LOOK_BYTES == 0 and _is_short()):
                 return
+            if advise(ctypes.c_void_p(address + at), size, _POPULATE_WRITE):
+                return
+
+
+def _is_short() -> bool:
+    available = available_memory()
+    return available is not None and available < _SPARED_BYTES

@@ -13,6 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Final, Protocol, cast
 
 import numpy as np
@@ -131,6 +132,8 @@ class Recorder:
         self._where = where
         self.calls: list[list[int]] | None = None
         """Those written down so far; None: they are made."""
+        self._thread = 0
+        """Which one writes: others, such as one that closes a group, call meanwhile as ever."""
         self._names: list[str] = []
         self._labels: list[Label] = []
 
@@ -149,6 +152,7 @@ class Recorder:
             UnrecordableError: it computes with more than the library.
         """
         calls: list[list[int]] = []
+        self._thread = get_ident()
         self.calls = calls
         self._names.clear()
         self._labels.clear()
@@ -169,6 +173,11 @@ class Recorder:
             code=ctypes.c_int64(0),
         )
         return result, tape
+
+    @property
+    def writes(self) -> bool:
+        """Whether a call of this thread is written down, and not made."""
+        return self.calls is not None and self._thread == get_ident()
 
     def note(self, name: str, call: list[int]) -> None:
         """Write a call down, while a tape is recorded."""
@@ -213,7 +222,7 @@ class _Function:
         self._floats = [place for place, kind in enumerate(kinds) if kind is ctypes.c_float]
 
     def __call__(self, *arguments: object) -> int:
-        if self._recorder.calls is None:
+        if not self._recorder.writes:
             return self._function(*arguments)
         if self._address is None or len(arguments) >= PITCH:
             raise UnrecordableError(f"{self._name} cannot be called from numbers")

@@ -164,7 +164,9 @@ def test_handed_off_request_goes_on_whether_its_pull_succeeds_or_fails(pull_erro
         request = make_request("r", output_ids=tuple(first))
         run.engine.submit_handoff(request, make_ticket(3))
         assert tokens_of(run.until_end(), "r") == continued((5, 11, 2), 6)[1:]
-        assert run.engine.stats().failed_pulls == int(bool(pull_error))
+        stats = run.engine.stats()
+        assert stats.failed_pulls == int(bool(pull_error))
+        assert (stats.pull_s > 0) != bool(pull_error)
 
 
 def test_aborted_request_ends_and_frees_its_room() -> None:

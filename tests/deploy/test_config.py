@@ -124,6 +124,9 @@ def test_all_mistakes_of_a_config_are_told_at_once() -> None:
         ("", "must hold keys"),
         ("model: \x01\n", "mend the YAML"),
         ("model: x\nengine: {dtype: float32}\nengine: {block_size: 32}\n", "line 3: engine comes a second time"),
+        ("model: !!map foo\n", "mend the YAML"),
+        ("model: !!set foo\n", "mend the YAML"),
+        ("? [1, 2]\n: 3\n", "mend the YAML"),
         ("model: x\nhttp:\n  port: 1\n  port: 2\n", "line 4: port comes a second time"),
     ],
 )
@@ -144,6 +147,13 @@ def test_a_config_file_holds_the_keys_of_a_config(tmp_path: Path) -> None:
     config = parse_config(load_config_file(path))
 
     assert config.pools == PoolsConfig(mixed=PoolConfig(members=2))
+
+
+def test_keys_of_a_merge_may_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text("a: &a {k: 1}\nd: {b: &b {<<: *a, k: 2}}\nc: {<<: *b}\n")
+
+    assert load_config_file(path)["c"] == {"k": 2}
 
 
 def test_a_config_file_that_is_missing_is_named(tmp_path: Path) -> None:

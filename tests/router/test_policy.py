@@ -59,12 +59,17 @@ def test_a_hand_off_pays_for_its_bytes_and_a_step_for_its_rows() -> None:
     assert price.output_s == pytest.approx(5 * 0.02 + 0.1)
 
 
-def test_a_member_that_has_pulled_says_what_bytes_take() -> None:
-    measured = MemberCounts(pulled_bytes=4000, pull_s=2.0)
-    load = replace(LOAD, token_bytes=10, state_bytes=500, counts=measured)
-    price = decode_price(load, NOTHING, PolicyConfig(transfer_bytes_per_s=1e12))
-    assert price.base_s == pytest.approx(500 / 2000)
-    assert price.token_s == pytest.approx(10 / 2000)
+@pytest.mark.parametrize(
+    ("num_bytes", "seconds", "bandwidth"),
+    [(10**13, 5000.0, 2e9), (200_000, 0.05, 1e9)],
+    ids=["many bytes say what bytes take", "a small pull's latency does not"],
+)
+def test_a_member_s_pulls_weigh_by_their_bytes(num_bytes: int, seconds: float, bandwidth: float) -> None:
+    measured = MemberCounts(pulled_bytes=num_bytes, pull_s=seconds)
+    load = replace(LOAD, token_bytes=10**6, state_bytes=5 * 10**8, counts=measured)
+    price = decode_price(load, NOTHING, PolicyConfig(transfer_bytes_per_s=1e9))
+    assert price.base_s == pytest.approx(5e8 / bandwidth, rel=0.8 if num_bytes < 1e6 else 1e-4)
+    assert price.token_s == pytest.approx(1e6 / bandwidth, rel=0.8 if num_bytes < 1e6 else 1e-4)
 
 
 def test_a_mixed_member_pays_for_both_phases_and_moves_nothing() -> None:

@@ -82,7 +82,9 @@ before = kernels.linear(x, weight)
 child = os.fork()
 if child == 0:
     after = kernels.linear(x, weight)
-    os._exit(0 if torch.equal(after, before) else 1)
+    # Of the two that are not this one: helpers of its own.
+    team = len(os.listdir("/proc/self/task"))
+    os._exit(0 if torch.equal(after, before) and team == 3 else 1)
 _, status = os.waitpid(child, 0)
 same = torch.equal(kernels.linear(x, weight), before)
 sys.exit(os.waitstatus_to_exitcode(status) + (0 if same else 2))

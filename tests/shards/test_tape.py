@@ -4,6 +4,7 @@ import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
+from threading import Thread
 from typing import cast
 
 import pytest
@@ -142,6 +143,29 @@ def test_nothing_is_computed_while_a_tape_is_recorded() -> None:
         assert torch.equal(out, torch.full((4, 48), 7.0))
         assert tape.play(timed=False) is other.play(timed=False) is None
         assert torch.equal(out, chain(kernels, x, weight)())
+
+
+def test_another_thread_s_calls_are_made_while_a_tape_is_recorded() -> None:
+    # Such as that of one that closes a group of which this rank is a member.
+    recorder, kernels = make_recorder()
+    x, weight = torch.randn(4, 32), torch.randn(48, 32)
+    run = chain(kernels, x, weight)
+    computed: list[Tensor] = []
+
+    def compute() -> None:
+        with torch.inference_mode():
+            computed.append(run())
+
+    def record() -> Tensor:
+        other = Thread(target=compute)
+        other.start()
+        other.join()
+        return run()
+
+    with torch.inference_mode():
+        _, tape = recorder.record(record, Workspace())
+        assert tape.names == ("kernels_add_norm",) * 4 + ("kernels_linear",)
+        assert torch.equal(computed[0], run())
 
 
 def test_the_first_call_that_fails_is_told_and_ends_the_tape() -> None:

@@ -47,7 +47,7 @@ class CountingRanks:
     def launch(self, plan: StepPlan) -> None:
         self.launched += 1
         if self.pulls_end:
-            self._pulls += [PullDone(pull_id=order.pull_id, error=self.pull_error) for order in plan.pulls]
+            self._pulls += [PullDone(pull_id=order.pull_id, error=self.pull_error, seconds=0.5) for order in plan.pulls]
         lanes = tuple(self._lane(rows, batch) for rows, batch in zip(self._rows, plan.lanes, strict=True))
         if plan.has_rows:
             self._outputs.append(StepOutput(step=plan.step, lanes=lanes))

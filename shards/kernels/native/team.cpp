@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "wait.h"
@@ -73,11 +74,11 @@ class Team {
 
     void run(int threads, void (*part)(const void*, int), const void* context) {
         threads = std::min(threads, Door::MOST);
-        while (int(helpers_.size()) + 1 < threads) add();
+        while (int(helpers_.size()) + 1 < threads && add()) continue;
         part_ = part;
         context_ = context;
         door_ = Door::opened(++loop_, threads).word();
-        for (int i = 0; i + 1 < threads; i++) helpers_[size_t(i)]->bell.ring();
+        for (size_t i = 0; i < helpers_.size() && int(i) + 1 < threads; i++) helpers_[i]->bell.ring();
         part(context, 0);
         door_ &= ~Door::OPEN;
         done_.wait(spins_, [this] { return Door(door_).left(); });
@@ -89,13 +90,19 @@ class Team {
         std::thread thread;
     };
 
-    void add() {
+    // Whether there is one more. Where the system gives no further thread, those that are there do the work.
+    bool add() {
         int thread = int(helpers_.size()) + 1;
-        // Spinning would keep a core from the very thread that is waited for where there are more threads than cores.
-        if (thread >= int(std::thread::hardware_concurrency())) spins_ = 1;
-        helpers_.push_back(std::make_unique<Helper>());
-        Helper& made = *helpers_.back();
-        made.thread = std::thread([this, &made, thread] { help(made.bell, thread); });
+        spins_ = waiting::spins_for(thread + 1);
+        auto made = std::make_unique<Helper>();
+        Helper* helper = made.get();
+        try {
+            made->thread = std::thread([this, helper, thread] { help(helper->bell, thread); });
+        } catch (const std::system_error&) {
+            return false;
+        }
+        helpers_.push_back(std::move(made));
+        return true;
     }
 
     void help(Bell& bell, int thread) {
