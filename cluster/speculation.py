@@ -114,12 +114,20 @@ class _Batch:
         return _WARM_UP_STEPS * max(self.kept.value - self.plain_s, 0.0)
 
     def try_s(self, drafts: int, first_s: float) -> float:
-        """Seconds that a try may lose: untried, a draft costs at worst a step each; tried, what was measured."""
+        """Seconds that a try may lose: what was measured; untried, what fewer drafts let expect, or a step a draft."""
         known = self.times[drafts]
-        if not known.is_known:
-            # The first that drafts, and the first that verifies.
-            return (_SAMPLES + 1) * self.plain_s * drafts + 2 * known.is_new * first_s
-        return (_SAMPLES + 1) * max(known.value - self.plain_s, 0.0)
+        if known.is_known:
+            return (_SAMPLES + 1) * max(known.value - self.plain_s, 0.0)
+        each_s = self.plain_s
+        if self.times[1].is_known:
+            each_s = max(self.times[1].value - self.plain_s, 0.0)
+        # The first that drafts, and the first that verifies.
+        return (_SAMPLES + 1) * each_s * drafts + 2 * known.is_new * first_s
+
+    @property
+    def next_try(self) -> int:
+        """The fewest drafts that were not tried lately; one where all were."""
+        return next((drafts for drafts in range(1, len(self.times)) if self.stale(drafts)), 1)
 
     def stale(self, drafts: int, steps: int = _STALE_STEPS) -> bool:
         """Whether this time should be measured (again)."""
@@ -234,11 +242,12 @@ class DraftPolicy:
         self.keeps = False
         self._idle = self._warm_up_left = 0
         step_gain_s = _ALLOWANCE * batch.plain_s
-        lacking_s = batch.warm_up_s(self._first_s) + batch.try_s(1, self._first_s) - self._credit_s
+        tried = batch.next_try
+        lacking_s = batch.warm_up_s(self._first_s) + batch.try_s(tried, self._first_s) - self._credit_s
         saving = min(math.ceil(lacking_s / step_gain_s), _LONGEST_NAP) if step_gain_s else 0
         self._nap_left = max(saving, _SHORTEST_SAVING)
-        if batch.times[1].is_known or self.acceptance(0) < _HOPELESS:
-            # It was found not to pay, not only left.
+        if (batch.times[1].is_known and tried == 1) or self.acceptance(0) < _HOPELESS:
+            # All numbers of drafts were found not to pay, not only left.
             self._nap_left, self._nap = max(saving, self._nap), min(2 * self._nap, _LONGEST_NAP)
         self._nap_gain_s = self._nap_left * step_gain_s
         for batch in self._batches.values():

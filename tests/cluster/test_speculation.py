@@ -248,6 +248,16 @@ def test_a_first_try_whose_steps_were_recorded_ahead_is_paid_for_within_some_hun
     assert machine.chosen[-100:].count(1) > 90
 
 
+def test_where_one_draft_does_not_pay_and_three_do_three_are_found_within_some_thousand_steps() -> None:
+    def step_s(rows: int, drafts: int) -> float:
+        return 0.0003 * (1.0, 1.75, 2.0, 2.1)[drafts]
+
+    machine = run(step_s, (0.75, 0.95, 0.95), rows=1, steps=4000)
+
+    assert machine.chosen[-200:].count(3) > 150
+    assert machine.chosen.index(3) < 3000
+
+
 def test_a_batch_size_that_is_met_in_debt_is_measured_before_a_nap_as_long_as_the_debt() -> None:
     policy = DraftPolicy(1, adaptive=True)
     machine = Machine(policy, cheap, (0.9,))
