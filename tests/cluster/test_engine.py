@@ -241,6 +241,16 @@ def test_kv_that_waits_to_be_fetched_is_no_stall() -> None:
         assert isinstance(ready, TicketReady)
 
 
+def test_draining_engine_keeps_kv_that_nobody_fetches_until_its_lease_is_over() -> None:
+    with running(replace(make_limits(), lease_s=0.4, lease_grace_s=0.1)) as run:
+        run.engine.submit(make_request("r"), mode="prefill")
+        _, ready = run.until_end()
+        assert isinstance(ready, TicketReady)
+        assert run.engine.drain(10)
+        assert time.time() >= ready.ticket.expires_unix_s + 0.1
+        assert run.engine.load().free_blocks == 64
+
+
 def test_lost_rank_ends_every_request_with_an_error_and_rejects_later_ones() -> None:
     with running() as run:
         run.ranks.fail = MemberLostError("rank 1 of 2 is lost")

@@ -98,7 +98,14 @@ def test_stages_split_a_disaggregated_request_and_leave_out_what_it_did_not_reac
 def test_what_members_count_is_told() -> None:
     metrics = GatewayMetrics("tiny")
     counts = MemberCounts(
-        preemptions=1, drafted_tokens=20, accepted_tokens=15, pulls=6, failed_pulls=2, refetched_frames=3
+        preemptions=1,
+        drafted_tokens=20,
+        accepted_tokens=15,
+        pulls=6,
+        failed_pulls=2,
+        refetched_frames=3,
+        pulled_bytes=4096,
+        pull_s=0.5,
     )
     metrics.render([replace(make_load("a"), counts=counts)], {})
     found = {field.name: sample(metrics, field.name, member_id="a", role="mixed") for field in fields(counts)}
