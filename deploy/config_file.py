@@ -33,7 +33,7 @@ def load_config_file(path: Path) -> dict[str, object]:
         ConfigError: the file cannot be read, is no YAML mapping, or has a key twice; names file and line.
     """
     try:
-        loaded: object = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        loaded: object = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}; name a YAML file") from error
     except yaml.MarkedYAMLError as error:

@@ -1,5 +1,6 @@
 """Events of one request on one member: how a stream ends, and who releases its ticket."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,19 @@ async def test_a_stream_ends_behind_its_last_token() -> None:
     one.token(2)
     with pytest.raises(StopAsyncIteration):
         await anext(one.stream)
+
+
+async def test_a_reader_that_waits_gets_events_as_they_come_and_in_order() -> None:
+    one = Opened()
+    waiting = asyncio.create_task(anext(one.stream))
+    await asyncio.sleep(0)
+    # Both before the reader's turn: the second finds it woken already.
+    one.token(0)
+    one.token(1, "length")
+    first, second = await waiting, await anext(one.stream)
+    assert isinstance(first, TokenEvent)
+    assert isinstance(second, TokenEvent)
+    assert (first.index, second.index) == (0, 1)
 
 
 async def test_parts_of_a_ticket_come_before_the_first_token_and_the_ticket_ends_the_stream() -> None:
