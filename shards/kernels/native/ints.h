@@ -104,6 +104,96 @@ ENTRY __attribute__((noinline)) void int_block(IntRows first, IntRows second, co
     last_rows<TILE_ROWS>(IntOperands<Kind, BITS>{{first, second}, x}, rows_of, rows, K, groups, ahead, sums);
 }
 
+// Rows of x from which on integers are widened once for all of them instead of anew for each block.
+constexpr int MANY_ROWS = 3 * TILE_ROWS;
+
+// The kind that reads what `unpack` makes: bfloat16, which holds integers of 8 bits as they are, in its strips' layout.
+template <class Kind>
+struct Unpacked {
+    using kind = Kind;
+};
+
+template <>
+struct Unpacked<Widened<float>> {
+    using kind = Widened<bf16>;
+};
+
+FN void put_pair(const vec (&part)[1], bf16* to) { write((float*)to, part[0]); }
+FN void put_pair(const vec (&part)[2], bf16* to) {
+    alignas(64) float first[LANES], second[LANES];
+    write(first, part[0]);
+    write(second, part[1]);
+    for (int n = 0; n < LANES; n++) {
+        to[2 * n] = bf16(bits_of(first[n]) >> 16);
+        to[2 * n + 1] = bf16(bits_of(second[n]) >> 16);
+    }
+}
+
+template <class Kind, int BITS>
+ENTRY __attribute__((noinline)) void unpack(const char* strip, int64_t K, bf16* to) {
+    using Pairs = IntPairs<Kind, BITS>;
+    for (int64_t k = 0; k < K; k += UNIT, strip += UNIT_BYTES<BITS>) {
+        __builtin_prefetch(strip + LEAD, 0, 3);
+        Pairs unit(strip);
+#pragma GCC unroll 1
+        for (int pair = 0; pair < UNIT / 2; pair++, to += 2 * LANES) {
+            vec part[Pairs::PARTS];
+            unit.next(part);
+            put_pair(part, to);
+        }
+    }
+}
+
+template <class Kind>
+struct UnpackedOperands {
+    const bf16* strip[STRIPS];
+    IntRows scaled[STRIPS];
+    const float* x;
+
+    FN const char* place(int s) const { return (const char*)strip[s]; }
+    FN int64_t strip_bytes(int64_t K) const { return LANES * K * int64_t(sizeof(bf16)); }
+};
+
+// Sums, in the order of those of integers.
+template <int R, int S, bool, class Kind>
+FN void add_group(UnpackedOperands<Kind>& at, int64_t width, Fetch& fetch, vec (&total)[R][S]) {
+    int64_t group = at.scaled[0].group;
+    for (int64_t k = 0; k < width; k += group) {
+        vec acc[R][S];
+        for (int r = 0; r < R; r++)
+            for (int s = 0; s < S; s++) acc[r][s] = zero();
+        Operands<Kind> lines = {{at.strip[0], at.strip[S - 1]}, LANES, at.x};
+        add_group<R, S, true>(lines, group, fetch, acc);
+        at.x = lines.x;
+        for (int s = 0; s < S; s++) {
+            at.strip[s] = lines.strip[s];
+            vec scales = read_scales(at.scaled[s].scales, at.scaled[s].scale_type);
+            at.scaled[s].scales += LANES * at.scaled[s].scale_bytes();
+            for (int r = 0; r < R; r++) total[r][s] = fused(acc[r][s], scales, total[r][s]);
+        }
+    }
+}
+
+// TILE_ROWS rows of x.
+template <class Kind>
+ENTRY __attribute__((noinline)) void unpacked_block(const UnpackedOperands<Kind>& at, int strips, int64_t K, int groups,
+                                                    const Ahead& ahead, float* sums) {
+    if (strips > 1)
+        tile<TILE_ROWS, 2, true>(at, K, groups, ahead, sums);
+    else
+        tile<TILE_ROWS, 1, true>(at, K, groups, ahead, sums);
+}
+
+template <class Kind>
+UnpackedOperands<typename Unpacked<Kind>::kind> unpacked(IntRows first, IntRows second, int strips, int64_t K) {
+    int64_t size = LANES * K;
+    bf16* to = (bf16*)staging(size_t(STRIPS * size) * sizeof(bf16));
+    auto take = first.bits == 4 ? unpack<Kind, 4> : unpack<Kind, 8>;
+    take(first.values, K, to);
+    if (strips > 1) take(second.values, K, to + size);
+    return {{to, to + size}, {first, second}, nullptr};
+}
+
 // As `all_rows`.
 template <class Kind, class Use>
 FN void int_rows(const typename Kind::scalar* panel, int rows, IntRows first, IntRows second, int strips, int64_t K,
@@ -112,7 +202,16 @@ FN void int_rows(const typename Kind::scalar* panel, int rows, IntRows first, In
     using Products = typename SameProducts<Kind>::kind;
     int64_t width = packed_width<Kind>(K, groups);
     auto block = first.bits == 4 ? int_block<Products, 4> : int_block<Products, 8>;
-    for (int r = 0; r < rows; r += TILE_ROWS) {
+    int r = 0;
+    if (rows >= MANY_ROWS) {
+        auto at = unpacked<Products>(first, second, strips, K);
+        for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
+            at.x = (const float*)(panel + r * width);
+            unpacked_block(at, strips, K, groups, ahead, sums);
+            use(sums, r, TILE_ROWS);
+        }
+    }
+    for (; r < rows; r += TILE_ROWS) {
         int here = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
         block(first, second, (const float*)(panel + r * width), here, strips, K, groups, ahead, sums);
         use(sums, r, here);
