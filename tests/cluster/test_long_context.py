@@ -17,11 +17,12 @@ from shards.step_memory import working_bytes
 from tests.support.reference import make_reference
 
 NEW_TOKENS = 8
-KV_MB = 64
 KV_TOKEN_BYTES = 2 * 32 * 4
 """Of one attention layer with one KV head of 32."""
+STATE_BYTES = 2 << 20
+"""More than the rows' recurrent states take. Pages of all KV asked for are made when an engine starts."""
 SLACK_MB = 32
-"""Weights of a hundred thousand parameters, threads, the allocator's buffers; a prompt of 2048 tokens takes 17."""
+"""States, a hundred thousand parameters, threads, the allocator's buffers; a prompt of 2048 tokens takes 17."""
 SMALL: dict[str, object] = {
     "max_position_embeddings": 1 << 18,
     "num_hidden_layers": 2,
@@ -40,7 +41,7 @@ def make_config(model: Path, context: int, step_tokens: int) -> EngineConfig:
     return EngineConfig(
         model=model,
         dtype="float32",
-        kv_memory_bytes=KV_MB << 20,
+        kv_memory_bytes=context * KV_TOKEN_BYTES + STATE_BYTES,
         max_rows=2,
         max_step_tokens=step_tokens,
         max_model_len=context + NEW_TOKENS,

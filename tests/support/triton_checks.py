@@ -326,7 +326,7 @@ def test_padded_decode_steps_give_the_bits_of_steps_as_they_are_and_touch_nothin
 def test_warming_up_changes_no_memory_but_the_first_state_slot(layout: Layout) -> None:
     # The interpreter takes a millisecond for a program, of which a token has one for each head.
     few_heads = {"num_attention_heads": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 1}
-    config = dataclasses.replace(NEXT, **few_heads).with_drafts(1)
+    config = dataclasses.replace(NEXT, **few_heads, may_have_mtp=True).with_drafts(1)
     weights = RandomWeights(CPU, zero_centred_norm=True)
     cuts = make_cuts(config, Place(layout=layout, rank=0), deterministic=False)
     loader = Loader(reader=weights, config=config, cuts=cuts, dtype=torch.float32, device=CPU, kernels=TRITON)
