@@ -30,8 +30,8 @@ _MEMBER_COUNTS: Final = {
     "pulls": "Hand-offs pulled since the start, by member.",
     "failed_pulls": "Hand-offs that failed since the start, their tokens computed anew, by member.",
     "refetched_frames": "Damaged frames of hand-offs that were asked for again since the start, by member.",
-    "pulled_bytes": "Bytes of hand-offs that were pulled from other members since the start, by member.",
-    "pull_s": "Seconds that pulls of hand-offs took since the start, by member.",
+    "pulled_bytes": "Bytes of hand-offs whose pulls succeeded since the start, by member.",
+    "pull_s": "Seconds that pulls which succeeded took since the start, by member.",
 }
 _PRIORITIES: Final = {1: "positive", 0: "none", -1: "negative"}
 _TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
