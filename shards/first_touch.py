@@ -33,7 +33,9 @@ class FirstTouch:
 
     def __init__(self, buffer: Tensor) -> None:
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, args=(buffer,), name="first-touch", daemon=True).start()
+        # Not a daemon, whatever the caller's thread is: Python kills those in its last moments, and one that then lets
+        # go of a tensor over foreign memory takes the process down with it.
+        threading.Thread(target=self._run, args=(buffer,), name="first-touch", daemon=False).start()
 
     def stop(self) -> None:
         """The buffer is not needed any more; returns at once."""
@@ -46,10 +48,13 @@ class FirstTouch:
         address, end = buffer.data_ptr(), buffer.numel()
         for at in range(0, end, _PIECE_BYTES):
             size = ctypes.c_size_t(min(_PIECE_BYTES, end - at))
-            if self._stopped.is_set() or (at % _LOOK_BYTES == 0 and _is_short()):
+            if self._is_over() or (at % _LOOK_BYTES == 0 and _is_short()):
                 return
             if advise(ctypes.c_void_p(address + at), size, _POPULATE_WRITE):
                 return
+
+    def _is_over(self) -> bool:
+        return self._stopped.is_set() or not threading.main_thread().is_alive()
 
 
 def _is_short() -> bool:

@@ -2,6 +2,8 @@
 
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event
@@ -61,3 +63,25 @@ def test_memory_that_others_may_count_on_is_left_to_them() -> None:
         patch.setattr("shards.first_touch.available_memory", lambda: 1 << 20)
         FirstTouch(buffer)
         assert made_bytes(fd) == 0
+
+
+@pytest.mark.parametrize("last", ["", "for touch in touches: touch.stop()"])
+def test_a_process_ends_well_and_soon_while_pages_are_made(last: str) -> None:
+    # As daemons, stopped and killed just when they let go of their buffers, the threads took the process down.
+    program = f"""
+import atexit, mmap, resource, threading, time, torch
+from shards.first_touch import FirstTouch
+atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+touches = []
+def begin():
+    for _ in range(8):
+        touches.append(FirstTouch(torch.frombuffer(mmap.mmap(-1, 1 << 30), dtype=torch.uint8)))
+    time.sleep(0.002)
+beginner = threading.Thread(target=begin, daemon=True)
+beginner.start()
+beginner.join()
+{last}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) < 4 << 20
