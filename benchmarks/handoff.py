@@ -1,25 +1,28 @@
 """How fast KV and state move between two ranks, against a plain copy, a plain socket and plain gloo below it.
 
-    python -m benchmarks.handoff [--tokens 4096] [--repeats 7]
+    python -m benchmarks.handoff [--tokens 4096] [--repeats 7] [--ways auto tcp p2p nixl]
 
 The geometry is Qwen3-Next-80B's (12 attention layers of 2 KV heads of 256, 36 delta layers), bfloat16, blocks of 16.
-The source is another process; each number is the best of the repeats after one warm-up. `reader_cpu_ms` and
-`source_cpu_ms` are what each of the two processes computed a pull, which a busy machine changes least.
+The source is another process, of the plain ways too, whose bytes all lie in memory of their own as KV does: zeros
+that were never written, or one frame sent again and again, come out of the caches. Each number is the best of the
+repeats after one warm-up. `reader_cpu_ms` and `source_cpu_ms` are what each of the two processes computed a pull, which
+a busy machine changes least. NIXL comes last: its sources compute all the time.
 """
 
 import argparse
 import json
 import multiprocessing
 import socket
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 
 import numpy as np
 import psutil
 import torch
+from torch.distributed import Store
 
 from cluster.config import KvTransport
 from cluster.handoff import Puller, source_rank
@@ -165,11 +168,15 @@ def measure_pull(
             raise RuntimeError(done.error)
         num_bytes = done.num_bytes
 
+    # What pages of a new cache take to make is no part of a pull.
+    cache.buffer.fill_(0)
+    pull()
     processes = [psutil.Process(), psutil.Process(ranks[0].pid)]
     before = [cpu_s(process) for process in processes]
     seconds = best_s(pull, repeats)
     reader_s, source_s = (cpu_s(process) - was for process, was in zip(processes, before, strict=True))
     puller.close()
+    cache.close()
     name = f"pull {'shm' if way == 'auto' else way} tp{tp}->tp1 {'scattered' if scattered else 'in order'}"
     return {
         "what": name,
@@ -188,20 +195,22 @@ def measure_copy(num_bytes: int, repeats: int) -> dict[str, object]:
     return {"what": "memcpy", "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
 
 
-def measure_socket(num_bytes: int, repeats: int) -> dict[str, object]:
-    """As many bytes over loopback TCP, without checksum or scatter."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    target = memoryview(bytearray(num_bytes))
-
-    def send() -> None:
+def send_socket(num_bytes: int, pipe: Connection) -> None:
+    """The other process of `measure_socket`: all bytes whenever one comes, until the reader is gone."""
+    data = np.ones(num_bytes, dtype=np.uint8).data
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pipe.send(listener.getsockname()[1])
         sock, _ = listener.accept()
-        data = bytes(num_bytes)
-        with sock:
-            while sock.recv(1):
-                sock.sendall(data)
+    with sock:
+        while sock.recv(1):
+            sock.sendall(data)
 
-    threading.Thread(target=send, daemon=True).start()
-    with socket.create_connection(listener.getsockname()[:2]) as sock:
+
+def measure_socket(num_bytes: int, repeats: int) -> dict[str, object]:
+    """As many bytes over loopback TCP, without frames, checksum or scatter."""
+    child, port = start(send_socket, num_bytes)
+    target = np.ones(num_bytes, dtype=np.uint8).data
+    with socket.create_connection(("127.0.0.1", port)) as sock:
 
         def receive() -> None:
             sock.sendall(b"x")
@@ -210,35 +219,67 @@ def measure_socket(num_bytes: int, repeats: int) -> dict[str, object]:
                 at += sock.recv_into(target[at:])
 
         seconds = best_s(receive, repeats)
-    listener.close()
+    child.join(10)
     return {"what": "socket", "bytes": num_bytes, "ms": seconds * 1e3, "gb_s": num_bytes / seconds / 1e9}
+
+
+def raw_pair(store: Store, rank: int) -> Pair:
+    """One end of the plain pair."""
+    return Pair(store, "raw", rank=rank, host="127.0.0.1", device=torch.device("cpu"), timeout_s=10)
+
+
+def send_gloo(num_frames: int, times: int, pipe: Connection) -> None:
+    """The other process of `measure_gloo`: all frames, each as soon as the one before it is sent."""
+    store = open_store("127.0.0.1")
+    pipe.send(store.port)
+    pair = raw_pair(store, SOURCE)
+    data = torch.ones((num_frames, MAX_PAYLOAD_BYTES), dtype=torch.uint8)
+    for _ in range(times):
+        for frame in data:
+            pair.finish(pair.start_send(frame), timeout_s=60)
 
 
 def measure_gloo(num_bytes: int, repeats: int) -> dict[str, object]:
     """As many bytes over a pair, in frames as a pull has them, without checksum or scatter."""
-    store, device = open_store("127.0.0.1"), torch.device("cpu")
-    frame = torch.zeros(MAX_PAYLOAD_BYTES, dtype=torch.uint8)
-    frames = -(-num_bytes // MAX_PAYLOAD_BYTES)
-
-    def send() -> None:
-        pair = Pair(store, "raw", rank=SOURCE, host="127.0.0.1", device=device, timeout_s=10)
-        data = torch.ones_like(frame)
-        for _ in range(frames * (repeats + 1)):
-            pair.finish(pair.start_send(data), timeout_s=60)
-
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
-    reader = join_store("127.0.0.1", store.port, timeout_s=10)
-    pair = Pair(reader, "raw", rank=READER, host="127.0.0.1", device=device, timeout_s=10)
+    num_frames = -(-num_bytes // MAX_PAYLOAD_BYTES)
+    child, port = start(send_gloo, num_frames, repeats + 1)
+    pair = raw_pair(join_store("127.0.0.1", port, timeout_s=10), READER)
+    target = torch.ones((num_frames, MAX_PAYLOAD_BYTES), dtype=torch.uint8)
 
     def receive() -> None:
-        for _ in range(frames):
+        for frame in target:
             pair.finish(pair.start_receive(frame), timeout_s=60)
 
     seconds = best_s(receive, repeats)
-    sender.join()
-    total = frames * MAX_PAYLOAD_BYTES
+    child.join(10)
+    total = num_frames * MAX_PAYLOAD_BYTES
     return {"what": "gloo", "bytes": total, "ms": seconds * 1e3, "gb_s": total / seconds / 1e9}
+
+
+def start(target: Callable[..., None], *args: object) -> tuple[BaseProcess, int]:
+    """A process that sends, and the port that it says."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=target, args=(*args, theirs), daemon=True)
+    child.start()
+    return child, ours.recv()
+
+
+def measure_pulls(tp: int, num_blocks: int, ways: Sequence[KvTransport], repeats: int) -> int:
+    """Print a JSON line a way and order of blocks -> bytes of a pull."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=serve, args=(tp, num_blocks, theirs), daemon=True)
+    child.start()
+    ranks, num_bytes = ours.recv(), 0
+    for way in ways:
+        for scattered in (False, True):
+            result = measure_pull(ranks, tp, num_blocks, scattered=scattered, way=way, repeats=repeats)
+            print(json.dumps(result), flush=True)
+            num_bytes = int(str(result["bytes"]))
+    ours.send(None)
+    child.join(10)
+    return num_bytes
 
 
 def main() -> None:
@@ -246,24 +287,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="prompt length")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     args = parser.parse_args()
     num_blocks = args.tokens // BLOCK_SIZE
-    context = multiprocessing.get_context("spawn")
-    num_bytes = 0
-    for tp in (1, 2):
-        ours, theirs = context.Pipe()
-        child = context.Process(target=serve, args=(tp, num_blocks, theirs), daemon=True)
-        child.start()
-        ranks = ours.recv()
-        for way in WAYS:
-            for scattered in (False, True):
-                result = measure_pull(ranks, tp, num_blocks, scattered=scattered, way=way, repeats=args.repeats)
-                print(json.dumps(result), flush=True)
-                num_bytes = int(str(result["bytes"]))
-        ours.send(None)
-        child.join(10)
-    for measure in (measure_copy, measure_socket, measure_gloo):
-        print(json.dumps(measure(num_bytes, args.repeats)), flush=True)
+    plain = [way for way in args.ways if way != "nixl"]
+    if plain:
+        num_bytes = max(measure_pulls(tp, num_blocks, plain, args.repeats) for tp in (1, 2))
+        for measure in (measure_copy, measure_socket, measure_gloo):
+            print(json.dumps(measure(num_bytes, args.repeats)), flush=True)
+    if "nixl" in args.ways:
+        for tp in (1, 2):
+            measure_pulls(tp, num_blocks, ["nixl"], args.repeats)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,15 @@ def check_nixl() -> None:
         raise ValueError("kv_transport=nixl needs the package nixl; pip install moefleet[nixl] or use kv_transport=tcp")
 
 
-def _make_agent() -> _Agent:
+def _make_agent(*, serves: bool) -> _Agent:
+    """Args:
+    serves: others read from here. A thread of the library's then looks for them all the time, at half a core; who only
+        reads gets on by asking how far a read is.
+    """
     with _told("cannot be set up; use kv_transport=tcp on both pools, or"):
         # Not at the top: it is optional, and loads UCX.
         api = import_module("nixl._api")
-        agent: _Agent = api.nixl_agent(uuid4().hex, api.nixl_agent_config(backends=["UCX"]))
+        agent: _Agent = api.nixl_agent(uuid4().hex, api.nixl_agent_config(enable_prog_thread=serves, backends=["UCX"]))
     return agent
 
 
@@ -88,7 +92,7 @@ class NixlSource:
 
     def __init__(self, buffer: Tensor) -> None:
         check_nixl()
-        self._agent = _make_agent()
+        self._agent = _make_agent(serves=True)
         kind, device = _place(buffer)
         with _told("cannot open the cache to readers;"):
             self._agent.register_memory([(buffer.data_ptr(), buffer.numel(), device, "")], kind)
@@ -117,7 +121,7 @@ class NixlLink:
 
     def __init__(self, description: bytes) -> None:
         check_nixl()
-        self._agent = _make_agent()
+        self._agent = _make_agent(serves=False)
         self._rooms: list[Tensor] = []
         self._closed = False
         (self._address,) = _ADDRESS.unpack_from(description)

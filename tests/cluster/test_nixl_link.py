@@ -2,6 +2,8 @@
 
 import os
 import struct
+import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from cluster.rank_memory import RankMemory
 from cluster.recut import Rows
 from cluster.security import new_token
 from router.errors import HandoffError
+from tests.support.fork_server import fork_server
 
 
 def test_source_that_cannot_be_understood_is_refused_by_name() -> None:
@@ -43,3 +46,28 @@ def test_reader_is_told_when_the_source_cannot_start_it(monkeypatch: pytest.Monk
     finally:
         connection.close()
         server.close()
+
+
+def describe_source(pipe: Connection) -> None:
+    """A process that can be read, until the pipe closes."""
+    memory = torch.ones(1 << 20, dtype=torch.uint8)
+    source = NixlSource(memory)
+    pipe.send_bytes(source.description)
+    pipe.recv_bytes()
+
+
+def test_who_only_reads_computes_nothing_between_reads() -> None:
+    context = fork_server()
+    ours, theirs = context.Pipe()
+    child = context.Process(target=describe_source, args=(theirs,), daemon=True)
+    child.start()
+    link, room = NixlLink(ours.recv_bytes()), torch.zeros(1 << 16, dtype=torch.uint8)
+    link.register(room)
+    read = link.start_read(room, [Rows(offsets=np.array([64, 4096]), num_bytes=1024)])
+    link.finish(read, timeout_s=10)
+    assert (int(room[:2048].sum()), int(room[2048:].sum())) == (2048, 0)
+    before_s = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before_s < 0.1
+    ours.send_bytes(b"end")
+    child.join(10)
