@@ -86,7 +86,7 @@ class Lane:
         Args:
             drafts: how many to verify and to draft a decoding row, at most.
         """
-        draft = LaneDraft(budget=self._config.max_step_tokens)
+        draft = LaneDraft(budget=self._config.max_step_tokens, spared=self._config.max_step_tokens // 2)
         ready = decoding(self.active)
         # None of these begins to decode by what follows, but any may be preempted.
         longer = [seq for seq in self.active if seq.remaining > 1] if len(ready) < len(self.active) else []
@@ -106,7 +106,7 @@ class Lane:
         return draft
 
     def _add_chunk(self, seq: Sequence, draft: LaneDraft) -> None:
-        count = min(seq.remaining, self._config.chunk_tokens, draft.budget)
+        count = min(seq.remaining, self._config.chunk_tokens, draft.room_for(seq))
         if count:
             self._compute(seq, count, draft)
 
@@ -197,7 +197,7 @@ class Lane:
 
     def _admit(self, draft: LaneDraft, now: float, pull_ids: Iterator[int], before: Sequence | None = None) -> None:
         """Give room to waiting sequences in order (those before another one), up to the first that must wait longer."""
-        while draft.budget and (seq := next((one for one in self.waiting if not one.awaits_pull), None)) is not None:
+        while (seq := next((one for one in self.waiting if not one.awaits_pull), None)) and draft.room_for(seq):
             if seq.ticket is not None and not seq.ticket.lasts(now):
                 seq.ticket = None
             if (before and seq.order > before.order) or seq.pending or not self._reserve(seq, draft):

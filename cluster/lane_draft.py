@@ -34,6 +34,10 @@ class LaneDraft:
 
     budget: int
     """Tokens that may still be added."""
+    spared: int
+    """Of these, those that others leave alone beside a prompt that goes first: its token comes with the step's end."""
+    hurries: bool = False
+    """Such a prompt is in it."""
     starts: list[RowStart] = field(default_factory=list)
     batch: StepBatch = field(default_factory=StepBatch)
     decodes: DecodeStep | None = None
@@ -45,6 +49,10 @@ class LaneDraft:
     def is_empty(self) -> bool:
         """Nothing is to be computed, nor does any row start."""
         return not (self.batch.rows_S or self.starts)
+
+    def room_for(self, seq: Sequence) -> int:
+        """Tokens of a sequence's prompt that may still be added."""
+        return max(self.budget - self.spared, 0) if self.hurries and not seq.goes_first else self.budget
 
     def decode(self, step: DecodeStep) -> None:
         """Compute the next position of the sequences of a run and sample behind it; before anything else is added."""
@@ -75,6 +83,7 @@ class LaneDraft:
         seq.drafts_ready = drafts
         seq.uncertain = verifies > 0
         self.budget -= count
+        self.hurries |= seq.goes_first and not seq.told
         self.works.append(Work(seq, seq.row, seq.computed, samples, verifies, saves))
         self._save(seq.row, saves)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cluster.plan import KvTicket
 from router.prefix import extend_hashes
-from router.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
+from router.request import FIRST_PRIORITY, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
 from shards.batch import LogprobColumns, RowSampling, RowStart
 
 Mode = Literal["full", "prefill"]
@@ -76,6 +76,11 @@ class Sequence:
             f"{self.request.id} {self.phase}: {len(self.tokens)} tokens, {self.pending} pending, "
             f"{self.computed} computed, {self.settled} settled"
         )
+
+    @property
+    def goes_first(self) -> bool:
+        """Its first token is not to wait for others' prompts."""
+        return self.request.priority >= FIRST_PRIORITY
 
     @property
     def num_output(self) -> int:

@@ -7,16 +7,19 @@ from typing import Final
 from router.errors import ConfigError, DeadlineExceededError, InvalidRequestError, OverloadedError
 from router.fair_queue import FairQueue, Flow, Waiting
 from router.pace import Pace
-from router.request import Request, RequestId
+from router.request import FIRST_PRIORITY, Request, RequestId
 
 _LEAST_WEIGHT: Final = 0.001
 _MOST_WEIGHT: Final = 1e6
 _PART: Final = 1.5
 """Times its share of the members' room that a flow may take beside others which fill it."""
 _LEAST_PLACES: Final = 2
-"""That a flow may take so at each of several gateways, which see a part of its requests in no even order."""
+"""That a flow may take so at least beside others, or at one of several gateways: of few members its share is no whole
+place, and a gateway sees a part of its requests, in no even order."""
 _MOST_STARTING: Final = 3
 """Times the members' room that is given in this way, at most."""
+_MOST_OF_FEW: Final = 8
+"""Requests that all gateways together give so at least: a few tenants' bursts at a small fleet."""
 _BURST_STEPS: Final = 4
 """Full steps of all members that a quiet tenant's burst may be worth."""
 
@@ -80,7 +83,7 @@ def member_priority(priority: int, *, saver: bool) -> int:
         saver: of `Decisions.savers`; what its client can wait for is not put before others for it.
     """
     own = _class_of(priority)
-    return own + (2 if saver and own >= 0 else 0)
+    return own + (FIRST_PRIORITY if saver and own >= 0 else 0)
 
 
 def entrant_of(request: Request) -> Entrant:
@@ -274,10 +277,12 @@ class Admission:
         if capacity.backlog_tokens is not None and capacity.backlog_tokens + self._routing_tokens < tokens:
             return True
         flow = self._queue.next_saver
-        if flow is None or len(self._starting) >= _MOST_STARTING * limit:
+        gateways = self._config.gateways
+        if flow is None or len(self._starting) >= max(_MOST_STARTING * limit, _MOST_OF_FEW / gateways):
             return False
         share = self._shares[flow]
-        least = min(_LEAST_PLACES, self._config.gateways)
+        # Who alone fills the members has no need of more.
+        least = _LEAST_PLACES if gateways > 1 or len(self._starting) > share.starting else 1
         return share.starting < max(limit * min(_PART * share.weight / self._weights, 1.0), least)
 
     def _can_go_on(self, capacity: Capacity) -> bool:

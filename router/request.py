@@ -1,12 +1,14 @@
 """A request and its tokens as every part of MoEFleet speaks of them: plain data, no text."""
 
 from dataclasses import dataclass
-from typing import Literal, NewType
+from typing import Final, Literal, NewType
 
 RequestId = NewType("RequestId", str)
 MemberId = NewType("MemberId", str)
 Role = Literal["prefill", "decode", "mixed"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+FIRST_PRIORITY: Final = 2
+"""At a member: requests from here on go before others' prompts, and those leave room for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,7 @@ class Job:
         """To compute, as it looked when it came to the member."""
         self.cached_tokens = 0
         self.saver = False
-        """It goes before those that are none: `router.admission.Decisions.savers`."""
+        """It goes before those that are none, `router.admission.Decisions.savers`, and they fill its step to half."""
         self.refused = False
         self.first_token_s = -1.0
         self.end_s = -1.0
@@ -203,16 +203,27 @@ class SimulatedMember:
 
     def _chunks(self, planned_s: float) -> tuple[int, ...]:
         """What a step computes of each prompt; requests are taken in as long as there is room in the step."""
-        room = max(self._spec.step_tokens - len(self._rows), 1)
+        room, spared = max(self._spec.step_tokens - len(self._rows), 1), 0
         chunks: list[int] = []
         while room:
-            at = len(chunks)
-            goes_on = at < len(self._prompts) and self._prompts[at].job.saver >= self._next_is_saver
-            if not goes_on and not self._admit(planned_s, at) and at == len(self._prompts):
+            of_others = max(room - spared, 0)
+            prompt = self._prompt(len(chunks), planned_s, of_others)
+            if prompt is None:
                 break
-            chunks.append(min(self._prompts[len(chunks)].left, room))
+            chunks.append(min(prompt.left, room if prompt.job.saver else of_others))
             room -= chunks[-1]
+            if prompt.job.saver:
+                spared = self._spec.step_tokens // 2
         return tuple(chunks)
+
+    def _prompt(self, at: int, planned_s: float, of_others: int) -> _Prompt | None:
+        """The one in this place of a step, which has so much room for those that are no savers; None: there is none."""
+        on = self._prompts[at] if at < len(self._prompts) else None
+        if on is None or on.job.saver < self._next_is_saver:
+            may_come = of_others or self._next_is_saver
+            if may_come and self._admit(planned_s, at):
+                return self._prompts[at]
+        return on if on is not None and (of_others or on.job.saver) else None
 
     @property
     def _next_is_saver(self) -> bool:

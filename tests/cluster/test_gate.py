@@ -18,8 +18,8 @@ def make_load(name: str, role: Role = "mixed") -> MemberLoad:
     return MemberLoad(member_id=MemberId(name), role=role, step_tokens=1, free_blocks=100)
 
 
-def make_request(name: str, tenant: str = "") -> Request:
-    return Request(id=RequestId(name), prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1), tenant=tenant)
+def make_request(name: str, tenant: str = "", tokens: int = 3) -> Request:
+    return Request(id=RequestId(name), prompt_ids=(1,) * tokens, sampling=SamplingParams(max_tokens=1), tenant=tenant)
 
 
 class Fleet:
@@ -93,15 +93,15 @@ async def test_a_new_member_gives_turns_to_those_who_wait() -> None:
 
 
 async def test_whoever_makes_room_for_others_is_told() -> None:
-    fleet = Fleet(make_load("a"), config=AdmissionConfig(max_queue=4))
-    hogs = [fleet.gate.enter(make_request(f"hog{number}", "hog")) for number in range(4)]
+    fleet = Fleet(make_load("a"), config=AdmissionConfig(max_queue=5))
+    hogs = [fleet.gate.enter(make_request(f"hog{number}", "hog", 30)) for number in range(5)]
     fleet.gate.enter(make_request("other", "other"))
-    with pytest.raises(OverloadedError, match="max_queue=4"):
-        await hogs[3]
-    hogs[2].cancel()
+    with pytest.raises(OverloadedError, match="max_queue=5"):
+        await hogs[4]
+    hogs[3].cancel()
     fleet.gate.enter(make_request("another", "third"))
-    fleet.gate.leave(RequestId("hog2"))
-    # hog0 had the first turn, and the others one beside it.
+    fleet.gate.leave(RequestId("hog3"))
+    # hog0 had the first turn, hog1 one beside other's, and the others one each beside these.
     assert fleet.gate.waiting() == {1: 0, 0: 1, -1: 0}
 
 

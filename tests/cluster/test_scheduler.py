@@ -72,15 +72,35 @@ def test_higher_priority_goes_first_and_equals_in_order_of_arrival() -> None:
     assert order == ["c", "a", "b"]
 
 
+def test_beside_a_prompt_that_goes_first_others_fill_its_step_to_half() -> None:
+    bench = Bench(replace(CONFIG, max_step_tokens=8, chunk_tokens=8))
+    bench.add(make_request("first", 10, priority=2))
+    bench.add(make_request("long", 12))
+    bench.add(make_request("waits", 3))
+    assert bench.plan().lanes[0].counts_S == [8]
+    # Four tokens, two of them of the prompt that goes first.
+    batch = bench.plan().lanes[0]
+    assert batch.counts_S == [2, 2]
+    assert [start.prompt_len for start in batch.starts] == [12]
+
+
+def test_a_prompt_that_goes_first_shares_the_step_with_others_that_do() -> None:
+    bench = Bench(replace(CONFIG, max_step_tokens=8, chunk_tokens=8))
+    bench.add(make_request("first", 5, priority=2))
+    bench.add(make_request("second", 2, priority=3))
+    bench.add(make_request("long", 9))
+    assert bench.plan().lanes[0].counts_S == [2, 5]
+
+
 def test_a_prompt_that_goes_first_need_not_wait_for_the_rest_of_a_long_one() -> None:
     bench = Bench(replace(CONFIG, max_step_tokens=8, chunk_tokens=8))
     bench.add(make_request("long", 30))
     bench.step()
     bench.add(make_request("equal", 3))
-    bench.add(make_request("first", 5, priority=3))
+    bench.add(make_request("first", 3, priority=3))
     batch = bench.plan().lanes[0]
-    assert [start.prompt_len for start in batch.starts] == [5]
-    assert sorted(batch.counts_S) == [3, 5]
+    assert [start.prompt_len for start in batch.starts] == [3]
+    assert sorted(batch.counts_S) == [1, 3]
     assert sum(batch.samples_S) == 1
 
 

@@ -1,5 +1,7 @@
 """A simulated member takes the time that its step-time model says, whatever is joined into one event."""
 
+from dataclasses import replace
+
 import pytest
 
 from router.request import MemberId
@@ -174,3 +176,17 @@ def test_a_saver_goes_before_the_rest_of_a_long_prompt_and_before_those_who_wait
     assert saver.first_token_s == pytest.approx(3 * 1.1)
     assert long.first_token_s == pytest.approx(4 * 1.1)
     assert waits.first_token_s == pytest.approx(5 * 1.1)
+
+
+def test_beside_the_prompt_of_a_saver_others_fill_its_step_to_half() -> None:
+    member = SimulatedMember(MemberId("m"), replace(SPEC, max_rows=8))
+    first, long, waits = make_job(0, 100, 1), make_job(1, 130, 1), make_job(2, 100, 1)
+    savers = [make_job(3, 30, 1), make_job(4, 90, 1)]
+    end_s = member.add(first, 0.0)
+    for job in (long, waits, *savers):
+        job.saver = job in savers
+        member.add(job, 0.1)
+    run(member, end_s)
+    # Steps of 30 and 70 tokens, of 20 and 30, of 100, and of 100.
+    assert [job.first_token_s for job in savers] == pytest.approx([2.2, 2.8])
+    assert [job.first_token_s for job in (long, waits)] == pytest.approx([3.9, 5.0])
