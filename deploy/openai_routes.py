@@ -1,6 +1,5 @@
 """The HTTP API: OpenAI's chat and text completions, models, health and metrics."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -14,9 +13,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from deploy.chat import ChatPrompt
-from deploy.error_replies import BodyLateError, BodyTooLargeError, ErrorReply, error_reply
+from deploy.error_replies import BodyTooLargeError, ErrorReply, error_reply
 from deploy.generation import Generation, GenerationService, UsageCount
-from deploy.http_guard import ApiKey, KeyCheck, KeyRing, SizeLimit
+from deploy.http_guard import ApiKey, KeyCheck, KeyRing, RoomCheck, SizeLimit
 from deploy.metrics import CONTENT_TYPE, GatewayMetrics
 from deploy.openai_input import chat_input, completion_input, parse_body
 from deploy.openai_output import (
@@ -41,9 +40,10 @@ from deploy.schema import (
     SamplingFields,
 )
 from deploy.sse import EventStream, JsonReply, error_response, event
-from router.errors import MoefleetError, OverloadedError, UnknownModelError
+from router.errors import MoefleetError, UnknownModelError
 
-_PRIORITY: Final = b'"priority"'
+_GENERATING: Final = ("/v1/chat/completions", "/v1/completions")
+"""The paths that ask for room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class OpenAiApi:
 
     async def chat(self, request: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        body = parse_body(ChatRequest, await self._worth_reading(request))
+        body = parse_body(ChatRequest, await request.body())
         given = chat_input(body, tenant=_tenant(request), deadline_unix_s=self._deadline())
         generation = await self._service.prepare(given, prefix="chatcmpl")
         options = ReplyOptions(
@@ -102,7 +102,7 @@ class OpenAiApi:
 
     async def completions(self, request: HttpRequest) -> Response:
         """POST /v1/completions."""
-        body = parse_body(CompletionRequest, await self._worth_reading(request))
+        body = parse_body(CompletionRequest, await request.body())
         given = completion_input(body, tenant=_tenant(request), deadline_unix_s=self._deadline())
         generation = await self._service.prepare(given, prefix="cmpl")
         options = ReplyOptions(
@@ -113,33 +113,6 @@ class OpenAiApi:
         if body.stream:
             return EventStream(lambda: self._completion_events(generation, options), self._end)
         return JsonReply(lambda: self._completion_reply(generation, options), self._end)
-
-    async def _worth_reading(self, request: HttpRequest) -> bytes:
-        """The body, unless its tenant is refused at present: to parse and encode it is most of what a refusal costs."""
-        self._check_any_room(_tenant(request))
-        try:
-            async with asyncio.timeout(self._config.body_timeout_s):
-                body = await request.body()
-        except TimeoutError as error:
-            late = f"body: did not come within {self._config.body_timeout_s:g} s; send a smaller one, or send it faster"
-            raise BodyLateError(late) from error
-        # One that names a priority is told apart when it is parsed.
-        if _PRIORITY not in body:
-            self._service.check_room(_tenant(request), 0)
-        return body
-
-    def _check_any_room(self, tenant: str) -> None:
-        """Refuse what is refused whatever priority it names, before any of its body is held."""
-        refusal = None
-        for priority in (1, -1, 0):
-            try:
-                self._service.check_room(tenant, priority)
-            except OverloadedError as error:
-                refusal = error
-            else:
-                return
-        if refusal is not None:
-            raise refusal
 
     async def models(self) -> Response:
         """GET /v1/models."""
@@ -236,8 +209,8 @@ def create_app(service: GenerationService, config: HttpConfig) -> FastAPI:
     """Make the HTTP application. Routes that are not listed here do not exist, documentation pages among them."""
     app = FastAPI(title="MoEFleet", docs_url=None, redoc_url=None, openapi_url=None)
     api = OpenAiApi(service, config)
-    app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/completions", api.completions, methods=["POST"], response_model=None)
+    app.add_api_route(_GENERATING[0], api.chat, methods=["POST"], response_model=None)
+    app.add_api_route(_GENERATING[1], api.completions, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", api.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{model_id:path}", api.model, methods=["GET"], response_model=None)
     app.add_api_route("/health", api.health, methods=["GET"], response_model=None)
@@ -257,10 +230,21 @@ def create_app(service: GenerationService, config: HttpConfig) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
     app.add_exception_handler(Exception, _internal_error)
-    # The last added is the outermost: size before key.
+    _guard(app, service, config)
+    return app
+
+
+def _guard(app: FastAPI, service: GenerationService, config: HttpConfig) -> None:
+    """Let requests pass size, key and room before a route; the last added is the outermost."""
+    app.add_middleware(
+        RoomCheck,
+        paths=_GENERATING,
+        check_room=service.check_room,
+        on_refused=lambda code: service.metrics.error("http", code),
+        body_timeout_s=config.body_timeout_s,
+    )
     app.add_middleware(KeyCheck, keys=KeyRing(config.api_keys))
     app.add_middleware(SizeLimit, max_body_bytes=config.max_body_bytes)
-    return app
 
 
 async def _http_error(_: HttpRequest, error: Exception) -> Response:
