@@ -77,7 +77,9 @@ class PrefixIndex:
             Pairs (depth, members): these members hold the first `depth` blocks and not the one behind; deepest first,
             each depth and each member at most once.
         """
-        told, expected = self._told_depths(hashes), self._expected.depths(hashes)
+        expected = self._expected.depths(hashes)
+        # Where a prompt left those that were routed before it, holders are likely to change too.
+        told = self._told_depths(hashes, next((depth for depth, _ in expected if depth < len(hashes)), 0))
         if not expected:
             return told
         found: list[tuple[int, int]] = []
@@ -91,8 +93,12 @@ class PrefixIndex:
                 found.append((depth, fresh))
         return found
 
-    def _told_depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
-        """As `depths`, by the members' own word."""
+    def _told_depths(self, hashes: Sequence[int], guess: int) -> list[tuple[int, int]]:
+        """As `depths`, by the members' own word.
+
+        Args:
+            guess: a depth at which the search looks first; 0: none.
+        """
         holders = self._kv.get
         first = holders(hashes[0], 0) if hashes else 0
         if not first:
@@ -102,6 +108,8 @@ class PrefixIndex:
         found = [(end + 1, last)] if last else []
         # Places above `high`, whose holders are `lower`. Where holders differ, there is a change between.
         above = [(0, first)]
+        if guess:
+            above += [(place, holders(hashes[place], 0)) for place in (guess - 1, guess)]
         high, lower = end, last
         while above:
             low, upper = above[-1]

@@ -32,6 +32,21 @@ def test_random_prefixes_of_many_members_are_found_as_by_walking() -> None:
         assert found == {member: len(blocks) for member, blocks in enumerate(held) if blocks}
 
 
+def test_what_was_routed_before_is_no_more_than_a_first_place_to_look_at() -> None:
+    rng = random.Random(2)
+    hashes = list(range(100, 140))
+    for _ in range(200):
+        held = [tuple(hashes[: rng.randrange(41)]) for _ in range(20)]
+        index = make_index(*held)
+        # To one more member, that holds nothing yet.
+        routed = rng.randrange(1, 41)
+        index.expect((20,), [*hashes[:routed], 7], 1.0)
+        found = {
+            member: depth for depth, members in index.depths(hashes) for member in range(21) if members >> member & 1
+        }
+        assert found == {member: len(blocks) for member, blocks in enumerate(held) if blocks} | {20: routed}
+
+
 def test_removed_and_cleared_blocks_are_gone_and_unknown_ones_no_error() -> None:
     index = make_index((1, 2, 3), (1, 2))
     index.remove(0, (3, 77), (5,))
