@@ -19,6 +19,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import ApplicationStatus, ServeStatus
 
 from cluster.directory import ACTOR_NAME, MemberStatus, find_directory
+from cluster.local_ray import start_local_ray
 from deploy.app import build
 from deploy.config import ServeConfig, config_mapping
 from deploy.config_check import check_ray_address, logical_cpus
@@ -92,14 +93,10 @@ def _start_ray(config: ServeConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     options = config.ray
     if options.address == "local":
-        ray.init(
-            address="local",
+        start_local_ray(
             num_cpus=options.num_cpus or logical_cpus(config, grown=True),
-            object_store_memory=options.object_store_bytes,
-            include_dashboard=False,
             namespace=options.namespace,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            object_store_bytes=options.object_store_bytes,
         )
     else:
         check_ray_address(options.address)
