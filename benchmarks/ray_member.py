@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import ray
+import uvloop
 
 from cluster.config import EngineConfig
 from cluster.directory import find_directory
@@ -122,7 +123,9 @@ def main() -> None:
     rng = random.Random(7)
     prompts = [[rng.randrange(500) for _ in range(PROMPT)] for _ in range(options.rows)]
     own = in_process(config, prompts, options.repeat)
-    rays = asyncio.run(through_ray(config, prompts, options.repeat))
+    # As gateways, which are Serve's replicas, do.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        rays = runner.run(through_ray(config, prompts, options.repeat))
     found = {"rows": options.rows, "in_process_tok_s": round(own, 1), "ray_tok_s": round(rays, 1)}
     print(json.dumps(found | {"ratio": round(rays / own, 3)}))
 
