@@ -1,13 +1,13 @@
 """One member through Ray actors against the same engine in process: `python -m benchmarks.ray_member --model DIR`.
 
 Both serve the same batches of random prompts; rates are medians without the prompts, as `moefleet bench engine` has
-them. The Ray side counts all that a gateway waits for: actors, the member's service, gRPC and the reader of its stream.
+them. The Ray side counts all that a gateway waits for: actors, the member's service, the connection and the
+reader of its stream.
 """
 
 import argparse
 import asyncio
 import json
-import logging
 import random
 import statistics
 import time
@@ -17,9 +17,11 @@ from itertools import count
 from pathlib import Path
 
 import ray
+import uvloop
 
 from cluster.config import EngineConfig
 from cluster.directory import find_directory
+from cluster.local_ray import start_local_ray
 from cluster.member import PoolMember, PoolMemberConfig
 from cluster.member_client import MemberClient, MemberStream
 from deploy.bench_engine import DTYPES, BenchEngine
@@ -75,7 +77,7 @@ async def read(stream: MemberStream) -> None:
 @asynccontextmanager
 async def serving(config: EngineConfig) -> AsyncIterator[MemberClient]:
     """A connected client of a member on a Ray cluster of its own."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR)
+    start_local_ray(num_cpus=4)
     member = PoolMember(PoolMemberConfig(role="mixed", engine=config, drain_s=1.0))
     try:
         await member.start()
@@ -121,7 +123,9 @@ def main() -> None:
     rng = random.Random(7)
     prompts = [[rng.randrange(500) for _ in range(PROMPT)] for _ in range(options.rows)]
     own = in_process(config, prompts, options.repeat)
-    rays = asyncio.run(through_ray(config, prompts, options.repeat))
+    # As gateways, which are Serve's replicas, do.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        rays = runner.run(through_ray(config, prompts, options.repeat))
     found = {"rows": options.rows, "in_process_tok_s": round(own, 1), "ray_tok_s": round(rays, 1)}
     print(json.dumps(found | {"ratio": round(rays / own, 3)}))
 

@@ -140,7 +140,10 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _check_draft_tokens(value: int) -> None:
     if not 0 <= value <= MOST_DRAFT_TOKENS:
-        raise ConfigError(f"draft_tokens must be between 0 and {MOST_DRAFT_TOKENS}, got {value}")
+        raise ConfigError(
+            f"draft_tokens={value}: a head drafts {MOST_DRAFT_TOKENS} tokens a step at most; "
+            f"use 1 to {MOST_DRAFT_TOKENS}, or 0 for none"
+        )
 
 
 def _at_least_one(name: str, value: int) -> None:

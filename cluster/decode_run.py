@@ -52,8 +52,11 @@ class DecodeRun:
         """Tokens behind which some of them may end."""
         self._last_S = [seq.last_len - 2 for seq in seqs]
         """The position behind which each samples its last token."""
-        self._wordy = [i for i, seq in enumerate(seqs) if seq.request.sampling.logprobs is not None]
+        self._wordy = {i for i, seq in enumerate(seqs) if seq.request.sampling.logprobs is not None}
+        """Rows that tell log probabilities with each token."""
+        self._terse = [i for i in range(len(seqs)) if i not in self._wordy]
         self._request_ids = [seq.request.id for seq in seqs]
+        self._terse_ids = [seqs[i].request.id for i in self._terse]
         self._before_S = [seq.prompt_len - 1 for seq in seqs]
         self._all_told = False
         """Each has had its first token here."""
@@ -90,8 +93,11 @@ class DecodeRun:
         request_ids, index_S = self._request_ids, list(map(sub, first_S, self._before_S))
         seqs = self.seqs
         if but:
-            kept = [i for i in range(len(seqs)) if i not in but]
-            seqs, request_ids = [seqs[i] for i in kept], [request_ids[i] for i in kept]
+            kept, request_ids = self._terse, self._terse_ids
+            if but != self._wordy:
+                kept = [i for i in range(len(seqs)) if i not in but]
+                request_ids = [self._request_ids[i] for i in kept]
+            seqs = [seqs[i] for i in kept]
             tokens_S, index_S = [tokens_S[i] for i in kept], [index_S[i] for i in kept]
         for seq, token in zip(seqs, tokens_S, strict=True):
             seq.tokens.append(token)

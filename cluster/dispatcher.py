@@ -10,8 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
-import grpc
-
 from cluster.gate import Gate
 from cluster.journey import Journey, RequestTrace
 from cluster.member_client import ClientLimits, MemberClient
@@ -61,7 +59,6 @@ class Dispatcher:
         config: limits.
         on_trace: told of the times of each request when it ends.
         clock: unix seconds.
-        credentials: TLS to the members.
     """
 
     def __init__(
@@ -73,7 +70,6 @@ class Dispatcher:
         config: DispatcherConfig | None = None,
         on_trace: Callable[[RequestTrace], None] | None = None,
         clock: Callable[[], float] = time.time,
-        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._router = router
         self._token = token
@@ -81,7 +77,6 @@ class Dispatcher:
         self._on_trace = on_trace
         self._clock = clock
         self._gate = Gate(admission, lambda: router.loads, lambda: router.backlog_tokens, clock)
-        self._credentials = credentials
         self._clients: dict[MemberId, MemberClient] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -166,7 +161,6 @@ class Dispatcher:
             on_cache=on_cache,
             on_lost=on_lost,
             limits=self._config.streams,
-            credentials=self._credentials,
         )
         client.start()
         return client

@@ -1,81 +1,100 @@
-"""One gateway's stream as the member sees it: a bounded queue of messages, and a step's events sorted into columns."""
+"""One gateway's connection as the member sees it, and a step's events sorted into columns."""
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
-
-import grpc
+from typing import Protocol
 
 from cluster.engine import Rejected, TicketReady
-from cluster.member_codec import HandleColumns, rejection_message, step_message
+from cluster.member_codec import (
+    HandleColumns,
+    ended_message,
+    read_frame,
+    rejection_message,
+    step_message,
+)
+from cluster.member_link import MemberLink
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
 from router.errors import MoefleetError
 from router.request import RequestId, TokenColumns, TokenEvent
 
-_BUNDLED_BYTES: Final = 1 << 16
-"""Of a message with what goes along behind it, at most."""
+logger = logging.getLogger(__name__)
+
+
+class ConnectionOwner(Protocol):
+    """What a connection tells its member's service."""
+
+    def take(self, message: pb.GatewayMessage, connection: "GatewayConnection") -> None:
+        """A message came.
+
+        Raises:
+            CorruptDataError: it makes no sense; the connection is ended.
+        """
+        ...
+
+    def forget(self, connection: "GatewayConnection") -> None:
+        """The gateway is gone."""
+        ...
 
 
 class GatewayConnection:
-    """One gateway's stream. Lives on the event loop."""
+    """One gateway's connection. Lives on the event loop.
 
-    def __init__(self, max_messages: int) -> None:
+    Args:
+        owner: told of what comes.
+        link: to the gateway.
+        max_messages: that the gateway may lag behind.
+    """
+
+    def __init__(self, owner: ConnectionOwner, link: MemberLink, max_messages: int) -> None:
         self.handles: dict[int, RequestId] = {}
         self.expected: set[int] = set()
         """Of these, the ones whose request is still prefilled elsewhere."""
         self.tickets: set[str] = set()
         """Given out on this stream and not released."""
         self.closed = False
-        self.error: tuple[grpc.StatusCode, str] | None = None
         self.cache_sequence: int | None = None
         """Cache events sent so far; None: the gateway needs a snapshot."""
+        self._owner = owner
+        self._link = link
         self._max_messages = max_messages
-        self._outbox: deque[pb.MemberMessage] = deque()
-        self._wake = asyncio.Event()
 
     @property
     def num_queued(self) -> int:
-        """Messages the gateway has not taken yet."""
-        return len(self._outbox)
+        """Messages the network has not taken yet."""
+        return self._link.num_waiting
 
-    def send(self, message: pb.MemberMessage) -> None:
-        """Queue a message; one too many cuts the stream."""
-        if self.closed:
+    def send(self, messages: Sequence[pb.MemberMessage]) -> None:
+        """Send messages together; one too many that waits ends the connection."""
+        if self.closed or not messages:
             return
-        if len(self._outbox) >= self._max_messages:
-            text = f"the gateway is {self._max_messages} messages behind; it reads too slowly"
-            self.close(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        if self._link.num_waiting + len(messages) > self._max_messages:
+            self.close(f"the gateway is {self._max_messages} messages behind; it reads too slowly")
             return
-        self._outbox.append(message)
-        self._wake.set()
+        self._link.send([message.SerializeToString() for message in messages])
 
-    def close(self, code: grpc.StatusCode | None = None, text: str = "") -> None:
-        """End the stream, with an error status if a code is given; what is queued is dropped."""
-        self.closed = True
-        self._outbox.clear()
-        if code is not None and self.error is None:
-            self.error = (code, text)
-        self._wake.set()
+    def close(self, reason: str) -> None:
+        """End the connection, and tell the gateway why."""
+        if not self.closed:
+            self.closed = True
+            self._link.send([ended_message(reason).SerializeToString()])
+            self._link.close()
 
-    async def messages(self) -> AsyncIterator[pb.MemberMessage]:
-        """Messages in order until the stream is closed, each with those that wait behind it."""
-        while not self.closed:
-            if not self._outbox:
-                self._wake.clear()
-                await self._wake.wait()
-            while self._outbox and not self.closed:
-                yield self._next()
+    def take(self, frame: bytes) -> None:
+        """As `LinkEnd`."""
+        if not self.closed:
+            self._owner.take(read_frame(pb.GatewayMessage, frame), self)
 
-    def _next(self) -> pb.MemberMessage:
-        """What is queued first, and in the same message what waits behind it, such as a load report, if small."""
-        first = self._outbox.popleft()
-        size = first.ByteSize() if self._outbox else 0
-        while self._outbox and (size := size + self._outbox[0].ByteSize()) <= _BUNDLED_BYTES:
-            first.behind.append(self._outbox.popleft())
-        return first
+    def corrupt(self, text: str) -> None:
+        """As `LinkEnd`."""
+        logger.warning("a gateway's stream is cut: %s", text)
+        self.close(text)
+
+    def lost(self, reason: str) -> None:
+        """As `LinkEnd`."""
+        logger.debug("a gateway is gone: %s", reason)
+        self._owner.forget(self)
 
 
 class Routes:

@@ -7,29 +7,26 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import grpc
-import grpc.aio
+from dataclasses import dataclass, field
 
 from cluster.load_codec import read_cache, read_load
 from cluster.member_codec import (
-    STREAM_OPTIONS,
     MemberHello,
     SubmitMode,
     expect_message,
+    read_frame,
     read_hello,
     read_rejection,
     read_step,
     read_ticket,
     submit_message,
 )
+from cluster.member_link import LinkLimits, MemberLink, connect_link
 from cluster.member_stream import MemberEvent, MemberStream
 from cluster.members import MemberInfo
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
-from cluster.protos.member_pb2_grpc import MemberStub
-from cluster.security import check_token, token_metadata
+from cluster.security import check_token
 from router.errors import CorruptDataError, MemberLostError, MoefleetError, OverloadedError
 from router.load import CacheEvents, MemberLoad
 from router.request import MemberId, Request, RequestId
@@ -43,7 +40,7 @@ _CANCEL_S = 1.0
 class ClientLimits:
     """Bounds of one stream."""
 
-    max_message_bytes: int = 16 << 20
+    link: LinkLimits = field(default_factory=LinkLimits)
     max_queued_events: int = 4096
     """Events of one request that its reader may lag behind; then the request is aborted."""
     max_queued_messages: int = 4096
@@ -62,7 +59,6 @@ class MemberClient:
         on_load: called with each load report.
         on_cache: called with changes of its prefix cache; answers False where earlier ones are missing.
         on_lost: called when the stream has ended, before its requests learn of it.
-        credentials: TLS; without, the token crosses the network in clear.
     """
 
     def __init__(
@@ -74,7 +70,6 @@ class MemberClient:
         on_cache: Callable[[CacheEvents], bool],
         on_lost: Callable[[MemberId], None],
         limits: ClientLimits | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.info = info
         self._token = check_token(token)
@@ -82,10 +77,11 @@ class MemberClient:
         self._on_cache = on_cache
         self._on_lost = on_lost
         self._limits = limits or ClientLimits()
-        self._credentials = credentials
         self._hello: MemberHello | None = None
         self._resyncing = False
-        self._outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
+        self._session: _Session | None = None
+        self._refused = ""
+        """Why the latest one was that is not what we look for."""
         self._streams: dict[int, MemberStream] = {}
         self._request_ids: dict[int, RequestId] = {}
         self._next_handle = 1
@@ -125,7 +121,7 @@ class MemberClient:
             OverloadedError: too much waits to be sent.
         """
         stream = self._stream(request.id, expected)
-        self._outbox.put_nowait(submit_message(stream.handle, request, mode, ticket))
+        self._send(submit_message(stream.handle, request, mode, ticket))
         return stream
 
     def expect(
@@ -141,19 +137,21 @@ class MemberClient:
             MemberLostError, OverloadedError: as `submit`.
         """
         stream = self._stream(request_id, expected)
-        self._outbox.put_nowait(expect_message(stream.handle, request_id, hashes, ticket))
+        self._send(expect_message(stream.handle, request_id, hashes, ticket))
         return stream
 
     def _stream(self, request_id: RequestId, known: MemberStream | None) -> MemberStream:
         """The one that is known, if it still lives, or a new one."""
         if known is not None and self._streams.get(known.handle) is known:
             return known
-        if self._hello is None:
+        if self._session is None or self._hello is None:
             raise MemberLostError(
                 f"member {self.info.member_id} at {self.info.address} is not connected; send it again"
             )
-        if self._outbox.qsize() >= self._limits.max_queued_messages:
-            raise OverloadedError(f"{self._outbox.qsize()} messages wait for {self.info.member_id}", retry_after_s=1.0)
+        if self._session.num_waiting >= self._limits.max_queued_messages:
+            raise OverloadedError(
+                f"{self._session.num_waiting} messages wait for {self.info.member_id}", retry_after_s=1.0
+            )
         handle = self._next_handle
         self._next_handle += 1
         stream = MemberStream(
@@ -170,11 +168,15 @@ class MemberClient:
     def release_ticket(self, ticket_id: str) -> None:
         """Tell the member that nobody needs a ticket any more; a lost member needs no telling."""
         if self._hello is not None:
-            self._outbox.put_nowait(pb.GatewayMessage(release_ticket=pb.ReleaseTicket(ticket_id=ticket_id)))
+            self._send(pb.GatewayMessage(release_ticket=pb.ReleaseTicket(ticket_id=ticket_id)))
 
     def _abort(self, handle: int) -> None:
         if handle in self._streams:
-            self._outbox.put_nowait(pb.GatewayMessage(abort=pb.Abort(handle=handle)))
+            self._send(pb.GatewayMessage(abort=pb.Abort(handle=handle)))
+
+    def _send(self, message: pb.GatewayMessage) -> None:
+        if self._session is not None:
+            self._session.send(message)
 
     async def _run(self) -> None:
         try:
@@ -186,9 +188,12 @@ class MemberClient:
         backoff_s = self._limits.first_backoff_s
         while True:
             try:
-                reason = await self._session()
+                reason = await self._serve()
+            except OSError as error:
+                reason = str(error)
             except CorruptDataError as error:
                 reason = str(error)
+                self._refuse(reason)
             if self._hello is not None:
                 backoff_s = self._limits.first_backoff_s
             self._lose(reason)
@@ -196,55 +201,27 @@ class MemberClient:
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, self._limits.max_backoff_s)
 
-    async def _session(self) -> str:
+    def _refuse(self, reason: str) -> None:
+        """Say once why this is not the member that we look for, however often it is tried."""
+        if reason != self._refused:
+            self._refused = reason
+            logger.warning("%s at %s: %s", self.info.member_id, self.info.address, reason)
+
+    async def _serve(self) -> str:
         """One life of the stream; returns why it ended."""
-        self._outbox = asyncio.Queue()
         self._next_handle = 1
-        async with self._channel() as channel:
-            call = MemberStub(channel).Connect(metadata=token_metadata(self._token))
-            writer = asyncio.create_task(self._write(call))
+        self._session = session = _Session(self._take_hello, self._take)
+        try:
             try:
-                messages = aiter(call)
                 async with asyncio.timeout(self._limits.hello_timeout_s):
-                    first = await anext(messages, None)
-                if first is not None:
-                    self._take_hello(first)
-                async for message in messages:
-                    for each in (message, *message.behind):
-                        self._take(each)
-                return "it ended the stream"
+                    await connect_link(self.info.address, self._token, session.opened, self._limits.link)
+                    await session.greeted.wait()
             except TimeoutError:
                 return f"it said nothing for {self._limits.hello_timeout_s:g} s"
-            except grpc.aio.AioRpcError as error:
-                return f"{error.code().name}: {error.details()}"
-            finally:
-                writer.cancel()
-                call.cancel()
-
-    def _channel(self) -> grpc.aio.Channel:
-        options = [
-            ("grpc.max_receive_message_length", self._limits.max_message_bytes),
-            ("grpc.max_send_message_length", self._limits.max_message_bytes),
-            ("grpc.keepalive_time_ms", 2000),
-            ("grpc.keepalive_timeout_ms", 3000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
-            # A new session must not inherit the pause of the one that failed.
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_http_proxy", 0),
-            *STREAM_OPTIONS,
-        ]
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(self.info.address, options=options)
-        return grpc.aio.secure_channel(self.info.address, self._credentials, options=options)
-
-    async def _write(self, call: "grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.MemberMessage]") -> None:
-        try:
-            while True:
-                await call.write(await self._outbox.get())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            # The reader sees the same end and tells why.
-            logger.debug("%s: cannot write: %s", self.info.member_id, error)
+            return await session.ended
+        finally:
+            self._session = None
+            session.close()
 
     def _take_hello(self, message: pb.MemberMessage) -> None:
         if message.WhichOneof("kind") != "hello":
@@ -279,7 +256,7 @@ class MemberClient:
         elif not self._resyncing:
             self._resyncing = True
             logger.info("%s: cache events are missing before %s", self.info.member_id, events.sequence)
-            self._outbox.put_nowait(pb.GatewayMessage(resync=pb.Resync()))
+            self._send(pb.GatewayMessage(resync=pb.Resync()))
 
     def _take_step(self, step: pb.StepEvents) -> None:
         for handle, event in read_step(step, self._request_ids):
@@ -317,3 +294,71 @@ class MemberClient:
         for handle in tuple(self._streams):
             text = f"member {self.info.member_id} was lost: {reason}; send the request again"
             self._finish(handle, MemberLostError(text))
+
+
+class _Session:
+    """One connection to the member, until it ends.
+
+    Args:
+        on_hello: takes the member's first message.
+        on_message: takes each other one.
+    """
+
+    def __init__(
+        self, on_hello: Callable[[pb.MemberMessage], None], on_message: Callable[[pb.MemberMessage], None]
+    ) -> None:
+        self.greeted = asyncio.Event()
+        """The member has said who it is, or the session has ended."""
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Why it ended; CorruptDataError where it did not keep to the protocol."""
+        self._on_hello = on_hello
+        self._on_message = on_message
+        self._link: MemberLink | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Messages that the network does not take yet."""
+        return 0 if self._link is None else self._link.num_waiting
+
+    def opened(self, link: MemberLink) -> "_Session":
+        """The member has proven the token."""
+        self._link = link
+        return self
+
+    def send(self, message: pb.GatewayMessage) -> None:
+        """Send a message."""
+        if self._link is not None:
+            self._link.send([message.SerializeToString()])
+
+    def close(self) -> None:
+        """End it; nothing more is handed on."""
+        if not self.ended.cancel() and not self.ended.cancelled():
+            # Nobody may have asked for it.
+            self.ended.exception()
+        if self._link is not None:
+            self._link.close()
+
+    def take(self, frame: bytes) -> None:
+        """As `LinkEnd`."""
+        if self.ended.done():
+            return
+        message = read_frame(pb.MemberMessage, frame)
+        if message.WhichOneof("kind") == "ended":
+            self.lost(message.ended.reason)
+        elif self.greeted.is_set():
+            self._on_message(message)
+        else:
+            self._on_hello(message)
+            self.greeted.set()
+
+    def corrupt(self, text: str) -> None:
+        """As `LinkEnd`."""
+        if not self.ended.done():
+            self.ended.set_exception(CorruptDataError(text))
+        self.greeted.set()
+
+    def lost(self, reason: str) -> None:
+        """As `LinkEnd`."""
+        if not self.ended.done():
+            self.ended.set_result(reason)
+        self.greeted.set()

@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
+
+from google.protobuf.message import DecodeError
 
 from cluster.load_codec import read_role
 from cluster.plan import KvLayout, KvTicket, SourceRank
 from cluster.protos import member_pb2 as pb
-from router.errors import (
-    CorruptDataError,
-    HandoffError,
-    InvalidRequestError,
-    MoefleetError,
-    OverloadedError,
-)
+from router.errors import CorruptDataError, HandoffError, InvalidRequestError, MoefleetError, OverloadedError
 from router.request import (
     FinishReason,
     MemberId,
@@ -25,13 +21,10 @@ from router.request import (
     TokenLogprob,
 )
 
-STREAM_OPTIONS: Final = (
-    # Without probes a ping and its answer do not go along with each step's message; room for messages that are long.
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 1 << 20),
-)
-"""gRPC's, of both ends of a member stream."""
+PROTOCOL: Final = 2
+"""What the messages between gateways and members mean; both ends must mean the same."""
 
+M = TypeVar("M", pb.GatewayMessage, pb.MemberMessage)
 SubmitMode = Literal["full", "prefill", "decode"]
 
 _MODES: dict[SubmitMode, "pb.Mode.ValueType"] = {
@@ -50,6 +43,18 @@ class MemberHello:
     role: Role
     generation: int
     layout: KvLayout
+
+
+def read_frame(kind: type[M], frame: bytes) -> M:
+    """A message from its bytes.
+
+    Raises:
+        CorruptDataError: they are none.
+    """
+    try:
+        return kind.FromString(frame)
+    except DecodeError as error:
+        raise CorruptDataError(f"a frame of {len(frame)} bytes is no {kind.__name__}: {error}") from error
 
 
 def submit_message(handle: int, request: Request, mode: SubmitMode, ticket: KvTicket | None) -> pb.GatewayMessage:
@@ -223,16 +228,27 @@ def hello_message(hello: MemberHello) -> pb.MemberMessage:
             role=hello.role,
             generation=hello.generation,
             layout=layout_message(hello.layout),
+            protocol=PROTOCOL,
         )
     )
+
+
+def ended_message(reason: str) -> pb.MemberMessage:
+    """A member's last message."""
+    return pb.MemberMessage(ended=pb.Ended(reason=reason))
 
 
 def read_hello(message: pb.Hello) -> MemberHello:
     """Who answers.
 
     Raises:
-        CorruptDataError: the role is none of ours.
+        CorruptDataError: it speaks another protocol, or its role is none of ours.
     """
+    if message.protocol != PROTOCOL:
+        raise CorruptDataError(
+            f"member {message.member_id} speaks protocol {message.protocol} of the member stream and this gateway "
+            f"{PROTOCOL}; run one release everywhere"
+        )
     return MemberHello(
         member_id=MemberId(message.member_id),
         role=read_role(message.role),

@@ -8,21 +8,18 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import grpc
-import grpc.aio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
 
 from cluster.engine import EngineEvent, Rejected, TicketReady
 from cluster.gateway_connection import GatewayConnection, Routes, StepColumns
 from cluster.load_codec import cache_message, load_message
-from cluster.member_codec import STREAM_OPTIONS, MemberHello, hello_message, read_submit, read_ticket, rejection_message
+from cluster.member_codec import MemberHello, hello_message, read_submit, read_ticket, rejection_message
+from cluster.member_link import LinkLimits, LinkListener, MemberLink
 from cluster.plan import KvTicket
 from cluster.protos import member_pb2 as pb
-from cluster.protos.member_pb2_grpc import MemberServicer, add_MemberServicer_to_server
-from cluster.security import check_token, metadata_has_token
+from cluster.security import check_token
 from router.errors import CorruptDataError, InvalidRequestError, MoefleetError
 from router.load import CacheEvents, MemberLoad
 from router.request import Request, RequestId, TokenColumns, TokenEvent
@@ -71,7 +68,8 @@ class MemberEngine(Protocol):
 class ServiceLimits:
     """Bounds of one member's service."""
 
-    max_message_bytes: int = 16 << 20
+    link: LinkLimits = field(default_factory=lambda: LinkLimits(silence_s=10.0))
+    """A gateway's loop may be held up for longer than a member's."""
     max_queued_messages: int = 1024
     """Messages (steps) a gateway may lag behind before its stream is cut."""
     load_period_s: float = 0.25
@@ -90,7 +88,10 @@ class _Live:
     handle: int
 
 
-class MemberService(MemberServicer):
+_NOTHING: Final = StepColumns()
+
+
+class MemberService:
     """Serves an engine to gateways that hold the cluster token.
 
     `on_events` and `on_failure` are the engine's outlets and belong to its thread; all else runs on one event loop.
@@ -107,7 +108,7 @@ class MemberService(MemberServicer):
         self._limits = limits or ServiceLimits()
         self._engine: MemberEngine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server: grpc.aio.Server | None = None
+        self._listener: LinkListener | None = None
         self._reporter: asyncio.Task[None] | None = None
         self._connections: set[GatewayConnection] = set()
         self._live: dict[RequestId, _Live] = {}
@@ -125,45 +126,36 @@ class MemberService(MemberServicer):
         """Gateways connected."""
         return len(self._connections)
 
-    async def start(
-        self, engine: MemberEngine, host: str, port: int = 0, *, credentials: grpc.ServerCredentials | None = None
-    ) -> str:
+    async def start(self, engine: MemberEngine, host: str, port: int = 0) -> str:
         """Listen; returns host:port.
 
         Args:
             engine: started or about to be; its outlets call this service.
             host: address of the node's interface.
             port: 0 takes a free one.
-            credentials: TLS; without, the token crosses the network in clear.
 
         Raises:
             OSError: host and port cannot be listened on.
         """
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        server = grpc.aio.server(options=_server_options(self._limits))
-        add_MemberServicer_to_server(self, server)
-        address = f"{host}:{port}"
+        self._listener = LinkListener(self._token, self._welcome, self._limits.link)
         try:
-            if credentials is None:
-                bound = server.add_insecure_port(address)
-            else:
-                bound = server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise OSError(f"member service cannot listen on {address}: {error}") from error
-        await server.start()
-        self._server = server
+            bound = await self._listener.start(host, port)
+        except OSError as error:
+            raise OSError(f"member service cannot listen on {host}:{port}: {error}") from error
         self._reporter = asyncio.create_task(self._report_periodically())
         return f"{host}:{bound}"
 
-    async def stop(self, grace_s: float = 0.0) -> None:
+    async def stop(self) -> None:
         """Stop listening and end all streams; requests that still run are aborted."""
         if self._reporter is not None:
             self._reporter.cancel()
+        if self._listener is not None:
+            self._listener.close()
         for connection in tuple(self._connections):
-            connection.close(grpc.StatusCode.UNAVAILABLE, f"{self._hello.member_id} is stopping")
-        if self._server is not None:
-            await self._server.stop(grace_s)
+            connection.close(f"{self._hello.member_id} is stopping")
+            self.forget(connection)
 
     def on_events(self, events: list[EngineEvent]) -> None:
         """Take a step's events from the engine's thread."""
@@ -182,42 +174,15 @@ class MemberService(MemberServicer):
             # The loop is closed: the process is ending and nobody listens.
             logger.debug("%s: event after the end", self._hello.member_id)
 
-    async def Connect(  # type: ignore[override]  # noqa: N802 (name and stub are protoc's; grpc.aio takes writers too)
-        self,
-        request_iterator: AsyncIterator[pb.GatewayMessage],
-        context: "grpc.aio.ServicerContext[pb.GatewayMessage, pb.MemberMessage]",
-    ) -> None:
-        """One gateway's stream, until either side ends it."""
-        metadata = [(str(key), value) for key, value in context.invocation_metadata() or ()]
-        if not metadata_has_token(metadata, self._token):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the call does not carry this cluster's token")
-        connection = GatewayConnection(self._limits.max_queued_messages)
+    def _welcome(self, link: MemberLink) -> GatewayConnection:
+        """A gateway has proven the token."""
+        connection = GatewayConnection(self, link, self._limits.max_queued_messages)
         self._connections.add(connection)
-        reader = asyncio.create_task(self._read(request_iterator, connection))
-        try:
-            await context.write(hello_message(self._hello))
-            self._report(connection, time.monotonic())
-            async for message in connection.messages():
-                await context.write(message)
-            if connection.error is not None:
-                await context.abort(*connection.error)
-        except grpc.aio.InternalError as error:
-            logger.debug("%s: a gateway went while it was written to: %s", self._hello.member_id, error)
-        finally:
-            reader.cancel()
-            self._forget(connection)
+        connection.send([hello_message(self._hello), *self._report(connection, time.monotonic())])
+        return connection
 
-    async def _read(self, requests: AsyncIterator[pb.GatewayMessage], connection: GatewayConnection) -> None:
-        try:
-            async for message in requests:
-                self._take(message, connection)
-        except CorruptDataError as error:
-            logger.warning("%s: a gateway's stream is cut: %s", self._hello.member_id, error)
-            connection.close(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        finally:
-            connection.close()
-
-    def _take(self, message: pb.GatewayMessage, connection: GatewayConnection) -> None:
+    def take(self, message: pb.GatewayMessage, connection: GatewayConnection) -> None:
+        """As `ConnectionOwner`."""
         assert self._engine is not None
         match message.WhichOneof("kind"):
             case "submit":
@@ -262,7 +227,7 @@ class MemberService(MemberServicer):
             raise CorruptDataError(f"handle {handle} is in use on this stream")
         if request_id in self._live:
             error = InvalidRequestError(f"request id {request_id} is running here already; use a new one", field="id")
-            connection.send(rejection_message(handle, error))
+            connection.send([rejection_message(handle, error)])
             return False
         connection.handles[handle] = request_id
         self._live[request_id] = _Live(connection=connection, handle=handle)
@@ -290,16 +255,18 @@ class MemberService(MemberServicer):
                 else:
                     steps[live.connection].add(live.handle, event)
         self._send(steps)
-        self._report_with_step()
 
-    def _send(self, steps: Mapping[GatewayConnection, StepColumns]) -> None:
-        for connection, columns in steps.items():
+    def _send(self, steps: dict[GatewayConnection, StepColumns]) -> None:
+        """Send each gateway its part of a step, and what waits to be reported along with it."""
+        now = time.monotonic()
+        due = now - self._reported_s >= self._limits.min_load_gap_s
+        for connection in tuple(self._connections if due else steps):
+            columns = steps.get(connection, _NOTHING)
             connection.tickets.update(ticket.id for _, ticket in columns.tickets)
-            for message in columns.messages():
-                connection.send(message)
+            connection.send([*columns.messages(), *(self._report(connection, now) if due else ())])
             if connection.closed:
-                # Cut for reading too slowly; its handler may still wait for the network.
-                self._forget(connection)
+                # Cut for reading too slowly.
+                self.forget(connection)
 
     def _routes_of(self, columns: TokenColumns, known: Sequence[Routes]) -> Routes:
         routes = next((each for each in known if each.request_ids is columns.request_ids), None)
@@ -321,12 +288,12 @@ class MemberService(MemberServicer):
         if isinstance(event, TicketReady) and event.ticket.id not in connection.tickets:
             self._engine.release_ticket(event.ticket.id)
 
-    def _forget(self, connection: GatewayConnection) -> None:
+    def forget(self, connection: GatewayConnection) -> None:
         """The gateway is gone: end what it asked for."""
         assert self._engine is not None
         if connection not in self._connections:
             return
-        connection.close()
+        connection.closed = True
         self._connections.discard(connection)
         for request_id in connection.handles.values():
             self._engine.abort(request_id)
@@ -342,7 +309,7 @@ class MemberService(MemberServicer):
 
     def _fail(self, error: MoefleetError) -> None:
         for connection in tuple(self._connections):
-            connection.close(grpc.StatusCode.UNAVAILABLE, str(error))
+            connection.close(str(error))
         self._live.clear()
 
     async def _report_periodically(self) -> None:
@@ -350,23 +317,19 @@ class MemberService(MemberServicer):
             await asyncio.sleep(self._limits.load_period_s)
             now = time.monotonic()
             for connection in tuple(self._connections):
-                self._report(connection, now)
+                connection.send(self._report(connection, now))
 
-    def _report_with_step(self) -> None:
-        now = time.monotonic()
-        if now - self._reported_s >= self._limits.min_load_gap_s:
-            for connection in tuple(self._connections):
-                self._report(connection, now)
-
-    def _report(self, connection: GatewayConnection, now: float) -> None:
+    def _report(self, connection: GatewayConnection, now: float) -> list[pb.MemberMessage]:
+        """The load and what has changed in the prefix cache, unless the gateway has enough to read."""
         assert self._engine is not None
         self._reported_s = now
         if connection.num_queued > self._limits.max_queued_messages // 2:
-            return
-        connection.send(load_message(self._engine.load()))
+            return []
+        messages = [load_message(self._engine.load())]
         for events in self._engine.cache_events(connection.cache_sequence):
-            connection.send(cache_message(events))
+            messages.append(cache_message(events))
             connection.cache_sequence = events.sequence
+        return messages
 
 
 def _is_last(event: TokenEvent | TicketReady | Rejected) -> bool:
@@ -377,17 +340,3 @@ def _is_last(event: TokenEvent | TicketReady | Rejected) -> bool:
             return not event.ticket.partial
         case _:
             return True
-
-
-def _server_options(limits: ServiceLimits) -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
-        ("grpc.max_send_message_length", limits.max_message_bytes),
-        ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", 5000),
-        ("grpc.keepalive_timeout_ms", 5000),
-        # Gateways ping while nothing runs, to notice a lost member.
-        ("grpc.http2.min_ping_interval_without_data_ms", 500),
-        ("grpc.http2.max_ping_strikes", 0),
-        *STREAM_OPTIONS,
-    ]

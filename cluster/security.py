@@ -1,4 +1,4 @@
-"""The cluster token: a mutual proof at the start of every socket, and the metadata check of every gRPC call.
+"""The cluster token: a mutual proof at the start of every socket inside the cluster.
 
 The token never crosses a plain socket. The listening side opens with a random challenge, the connecting side answers
 with its own challenge and a proof, the listening side verifies and proves itself in turn:
@@ -13,16 +13,19 @@ import hmac
 import secrets
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Generator
+from typing import TypeAlias
 
 from router.errors import ConfigError, CorruptDataError
 
-METADATA_KEY = "moefleet-token"
 HELLO_TIMEOUT_S = 5.0
 _MAGIC = b"MOEFLEET1"
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
 _MIN_TOKEN_CHARS = 16
+
+Exchange: TypeAlias = Generator[tuple[bytes, int], bytes, None]
+"""One side of the proof: yields bytes to send and how many to receive next, and is sent these."""
 
 
 def new_token() -> str:
@@ -55,20 +58,7 @@ def client_hello(sock: socket.socket, token: str, *, timeout_s: float = HELLO_TI
     Raises:
         CorruptDataError: the peer is no MoEFleet listener, closed or stalled, or holds another token.
     """
-    before = sock.gettimeout()
-    deadline = time.monotonic() + timeout_s
-    try:
-        opening = _receive(sock, len(_MAGIC) + _NONCE_BYTES, deadline)
-        if opening[: len(_MAGIC)] != _MAGIC:
-            raise CorruptDataError(f"hello: {_peer(sock)} does not speak this protocol; check the address")
-        server_nonce = opening[len(_MAGIC) :]
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        _send(sock, nonce + _proof(token, b"client", server_nonce, nonce), deadline)
-        answer = _receive(sock, _PROOF_BYTES, deadline)
-        if not hmac.compare_digest(answer, _proof(token, b"server", server_nonce, nonce)):
-            raise CorruptDataError(f"hello: {_peer(sock)} holds another cluster token; start both with the same one")
-    finally:
-        sock.settimeout(before)
+    _carry_out(client_exchange(token, _peer(sock)), sock, timeout_s)
 
 
 def server_hello(sock: socket.socket, token: str, *, timeout_s: float = HELLO_TIMEOUT_S) -> None:
@@ -77,34 +67,64 @@ def server_hello(sock: socket.socket, token: str, *, timeout_s: float = HELLO_TI
     Raises:
         CorruptDataError: the peer closed or stalled, or holds another token. The caller closes the socket.
     """
+    _carry_out(server_exchange(token, _peer(sock)), sock, timeout_s)
+
+
+def client_exchange(token: str, peer: str) -> Exchange:
+    """The connecting side, for whoever moves the bytes.
+
+    Raises:
+        CorruptDataError: the peer is no MoEFleet listener, or holds another token.
+    """
+    opening = yield b"", len(_MAGIC) + _NONCE_BYTES
+    if opening[: len(_MAGIC)] != _MAGIC:
+        raise CorruptDataError(f"hello: {peer} does not speak this protocol; check the address")
+    server_nonce = opening[len(_MAGIC) :]
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    answer = yield nonce + _proof(token, b"client", server_nonce, nonce), _PROOF_BYTES
+    _check_proof(answer, _proof(token, b"server", server_nonce, nonce), peer)
+
+
+def server_exchange(token: str, peer: str) -> Exchange:
+    """The listening side, for whoever moves the bytes.
+
+    Raises:
+        CorruptDataError: the peer holds another token.
+    """
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    answer = yield _MAGIC + nonce, _NONCE_BYTES + _PROOF_BYTES
+    client_nonce, proof = answer[:_NONCE_BYTES], answer[_NONCE_BYTES:]
+    _check_proof(proof, _proof(token, b"client", nonce, client_nonce), peer)
+    yield _proof(token, b"server", nonce, client_nonce), 0
+
+
+def _peer(sock: socket.socket) -> str:
+    """What errors call the other side."""
+    try:
+        return str(sock.getpeername() or "the peer")
+    except OSError:
+        return "the peer"
+
+
+def _check_proof(given: bytes, wanted: bytes, peer: str) -> None:
+    if not hmac.compare_digest(given, wanted):
+        raise CorruptDataError(f"hello: {peer} holds another cluster token; start both with the same one")
+
+
+def _carry_out(exchange: Exchange, sock: socket.socket, timeout_s: float) -> None:
+    """Move an exchange's bytes over a blocking socket."""
     before = sock.gettimeout()
     deadline = time.monotonic() + timeout_s
     try:
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        _send(sock, _MAGIC + nonce, deadline)
-        answer = _receive(sock, _NONCE_BYTES + _PROOF_BYTES, deadline)
-        client_nonce, proof = answer[:_NONCE_BYTES], answer[_NONCE_BYTES:]
-        if not hmac.compare_digest(proof, _proof(token, b"client", nonce, client_nonce)):
-            raise CorruptDataError(f"hello: {_peer(sock)} holds another cluster token; start both with the same one")
-        _send(sock, _proof(token, b"server", nonce, client_nonce), deadline)
+        out, wanted = next(exchange)
+        while True:
+            if out:
+                _send(sock, out, deadline)
+            out, wanted = exchange.send(_receive(sock, wanted, deadline))
+    except StopIteration:
+        return
     finally:
         sock.settimeout(before)
-
-
-def token_metadata(token: str) -> tuple[tuple[str, str], ...]:
-    """Metadata that a gRPC client sends with a call inside the cluster."""
-    return ((METADATA_KEY, token),)
-
-
-def metadata_has_token(metadata: Iterable[tuple[str, str | bytes]], token: str) -> bool:
-    """Whether a call's metadata carries the cluster token, compared in constant time."""
-    wanted = token.encode()
-    found = False
-    for key, value in metadata:
-        if key == METADATA_KEY:
-            given = value if isinstance(value, bytes) else value.encode()
-            found = hmac.compare_digest(given, wanted) or found
-    return found
 
 
 def _proof(token: str, side: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
@@ -127,21 +147,14 @@ def _send(sock: socket.socket, data: bytes, deadline: float) -> None:
 
 
 def _receive(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
-    data = bytearray()
+    data, peer = bytearray(), _peer(sock)
     while len(data) < num_bytes:
         sock.settimeout(_left(deadline))
         try:
             part = sock.recv(num_bytes - len(data))
         except OSError as error:
-            raise CorruptDataError(f"hello: {_peer(sock)} stalled ({error}); do the cluster tokens agree?") from error
+            raise CorruptDataError(f"hello: {peer} stalled ({error}); do the cluster tokens agree?") from error
         if not part:
-            raise CorruptDataError(f"hello: {_peer(sock)} closed the connection; do the cluster tokens agree?")
+            raise CorruptDataError(f"hello: {peer} closed the connection; do the cluster tokens agree?")
         data += part
     return bytes(data)
-
-
-def _peer(sock: socket.socket) -> str:
-    try:
-        return str(sock.getpeername() or "the peer")
-    except OSError:
-        return "the peer"

@@ -19,6 +19,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import ApplicationStatus, ServeStatus
 
 from cluster.directory import ACTOR_NAME, MemberStatus, find_directory
+from cluster.local_ray import start_local_ray
 from deploy.app import build
 from deploy.config import ServeConfig, config_mapping
 from deploy.config_check import check_ray_address, logical_cpus
@@ -29,6 +30,8 @@ from router.errors import MoefleetError
 _POLL_S: Final = 0.25
 _END_S: Final = 15.0
 """Processes of the local cluster that still run after this are killed."""
+_BROKEN_OFF_S: Final = 1.0
+"""As `_END_S`, of a cluster that never served: what Ray had begun to start may wait for more to come."""
 _FAILED: Final = re.compile(r"^(?:ray\.exceptions\.)?(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", re.MULTILINE)
 
 
@@ -61,13 +64,17 @@ def start_fleet(config: ServeConfig, *, tell: Callable[[str], None]) -> tuple[Me
     return statuses
 
 
-def stop_fleet(config: ServeConfig) -> None:
-    """End the fleet. Of a local cluster no process is left; an existing cluster loses our application alone."""
+def stop_fleet(config: ServeConfig, *, was_up: bool) -> None:
+    """End the fleet. Of a local cluster no process is left; an existing cluster loses our application alone.
+
+    Args:
+        was_up: requests may run, and get time to end.
+    """
     ours = psutil.Process().children(recursive=True)
     try:
         # Ray prints a line about its own controller at each end of Serve, whatever its log level.
         with contextlib.redirect_stdout(io.StringIO()):
-            if ray.is_initialized():
+            if ray.is_initialized() and (was_up or config.ray.address != "local"):
                 _stop_application(config)
             ray.shutdown()
     except (RuntimeError, RayError, TimeoutError) as error:
@@ -75,7 +82,7 @@ def stop_fleet(config: ServeConfig) -> None:
     finally:
         # Where the application's end failed; else it does nothing.
         ray.shutdown()
-        _wait_ended(ours)
+        _wait_ended(ours, _END_S if was_up else _BROKEN_OFF_S)
 
 
 def failure_reason(text: str) -> str:
@@ -92,14 +99,10 @@ def _start_ray(config: ServeConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     options = config.ray
     if options.address == "local":
-        ray.init(
-            address="local",
+        start_local_ray(
             num_cpus=options.num_cpus or logical_cpus(config, grown=True),
-            object_store_memory=options.object_store_bytes,
-            include_dashboard=False,
             namespace=options.namespace,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            object_store_bytes=options.object_store_bytes,
         )
     else:
         check_ray_address(options.address)
@@ -200,8 +203,10 @@ def _stop_application(config: ServeConfig) -> None:
         ray.kill(ray.get_actor(ACTOR_NAME, namespace=config.ray.namespace))
 
 
-def _wait_ended(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=_END_S)
+def _wait_ended(processes: list[psutil.Process], timeout_s: float) -> None:
+    """Wait for the end of these, and kill them and whatever they have started meanwhile where they take too long."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    alive += psutil.Process().children(recursive=True)
     for process in alive:
         try:
             process.kill()

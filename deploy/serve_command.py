@@ -71,10 +71,11 @@ def run_serve(config: ServeConfig) -> int:
         signals.install()
         typer.echo(f"{line}, after {time.monotonic() - started:.1f} s")
 
-    status = 0
+    status, was_up = 0, False
     try:
         signals.install()
         statuses = start_fleet(config, tell=tell)
+        was_up = True
         typer.echo(welcome(config, statuses, program=program(sys.argv[0])))
         threading.Event().wait()
     except (_Stopped, SystemExit):
@@ -85,7 +86,7 @@ def run_serve(config: ServeConfig) -> int:
     finally:
         signals.disarm()
         signals.install()
-        stop_fleet(config)
+        stop_fleet(config, was_up=was_up)
     typer.echo("stopped; no process is left" if config.ray.address == "local" else "stopped")
     return status
 

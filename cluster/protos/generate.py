@@ -22,7 +22,9 @@ def compile_proto(proto: str, out: Path) -> list[Path]:
     """
     # In a process of its own: the compiler brings a C++ library that others, NIXL's among them, abort beside.
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}"]
-    command += [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    has_service = "\nservice " in (ROOT / proto).read_text()
+    kinds = ("python", "mypy", "grpc_python", "mypy_grpc") if has_service else ("python", "mypy")
+    command += [f"--{kind}_out={out}" for kind in kinds]
     done = subprocess.run([*command, proto], cwd=ROOT, capture_output=True, text=True, env={"PATH": _tool_path()})
     if done.returncode:
         raise ValueError(f"{proto}: {done.stderr.strip()}")

@@ -3,7 +3,8 @@
 isort:skip_file
 The stream between one gateway and one member: requests go in, one columnar message a step comes out.
 
-Internal to a cluster: both ends run the same release, fields may change between releases.
+Internal to a cluster: both ends run the same release, fields may change between releases. Whoever changes what a
+message means to one that reads it counts Hello.protocol up (member_codec.PROTOCOL).
 """
 
 from collections import abc as _abc
@@ -49,6 +50,11 @@ Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
 @_typing.final
 class GatewayMessage(_message.Message):
+    """Each message is a frame (cluster/member_link.py) on a connection that lives as long as both sides do and whose ends have
+    proven the cluster token. The member speaks first: Hello. When the gateway's side ends, the member aborts the
+    connection's requests.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBMIT_FIELD_NUMBER: _builtins.int
@@ -94,7 +100,7 @@ class MemberMessage(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
-    BEHIND_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -106,9 +112,7 @@ class MemberMessage(_message.Message):
     @_builtins.property
     def cache(self) -> Global___CacheEvents: ...
     @_builtins.property
-    def behind(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberMessage]:
-        """What was there to be sent behind it, in order: one message over the network wakes fewer threads than several."""
-
+    def ended(self) -> Global___Ended: ...
     def __init__(
         self,
         *,
@@ -117,13 +121,13 @@ class MemberMessage(_message.Message):
         step: Global___StepEvents | None = ...,
         rejected: Global___Rejected | None = ...,
         cache: Global___CacheEvents | None = ...,
-        behind: _abc.Iterable[Global___MemberMessage] | None = ...,
+        ended: Global___Ended | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "ended", b"ended", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind", b"behind", "cache", b"cache", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "ended", b"ended", "hello", b"hello", "kind", b"kind", "load", b"load", "rejected", b"rejected", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "load", "step", "rejected", "cache"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "load", "step", "rejected", "cache", "ended"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -476,9 +480,12 @@ class Hello(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     member_id: _builtins.str
     role: _builtins.str
     generation: _builtins.int
+    protocol: _builtins.int
+    """What the messages mean."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     def __init__(
@@ -488,14 +495,36 @@ class Hello(_message.Message):
         role: _builtins.str = ...,
         generation: _builtins.int = ...,
         layout: Global___KvLayout | None = ...,
+        protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "layout", b"layout", "member_id", b"member_id", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "layout", b"layout", "member_id", b"member_id", "protocol", b"protocol", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Ended(_message.Message):
+    """The member ends the connection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ended: _TypeAlias = Ended  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):

@@ -40,7 +40,7 @@ from tests.support.int_checkpoint import IntForm, write_ints_and_twin
         ({"state_cache_share": 1.0}, "state_cache_share must be between 0 and 1, got 1.0"),
         ({"state_checkpoints": "int4"}, "state_checkpoints must be one of exact, int8, got 'int4'"),
         ({"state_checkpoints": "int8", "prefix_cache": False}, "state_checkpoints=int8 needs prefix_cache"),
-        ({"draft_tokens": 9}, "draft_tokens must be between 0 and 8, got 9"),
+        ({"draft_tokens": 9}, "draft_tokens=9: a head drafts 8 tokens a step at most; use 1 to 8"),
         ({"step_timeout_s": -1.0}, "step_timeout_s must be positive seconds, got -1.0"),
         ({"step_timeout_s": math.nan}, "step_timeout_s must be positive seconds, got nan"),
         ({"deterministic": "on", "kernels": "torch"}, "use kernels=native on device=cpu, or deterministic=auto"),

@@ -1,11 +1,11 @@
 import pytest
 
-from cluster.gateway_connection import GatewayConnection, Routes, StepColumns
+from cluster.gateway_connection import Routes, StepColumns
 from cluster.member_codec import HandleColumns, read_step
-from cluster.protos import member_pb2 as pb
 from cluster.request_check import MAX_PROMPT_LOGPROBS
 from router.errors import OverloadedError
 from router.request import RequestId, TokenColumns, TokenEvent, TokenLogprob
+from tests.support.member_call import ConnectionList
 from tests.support.scheduler_bench import make_request, make_ticket
 
 MESSAGE_LIMIT = 16 << 20
@@ -39,8 +39,9 @@ def test_columns_of_a_step_go_with_its_other_tokens_and_those_of_another_lane_in
     ]
 
 
-def test_each_gateway_gets_its_part_of_the_columns_and_what_nobody_waits_for_goes_nowhere() -> None:
-    one, other = GatewayConnection(8), GatewayConnection(8)
+@pytest.mark.anyio
+async def test_each_gateway_gets_its_part_of_the_columns_and_what_nobody_waits_for_goes_nowhere() -> None:
+    one, other = ConnectionList().unlinked(), ConnectionList().unlinked()
     names = [RequestId(name) for name in "abcd"]
     routes = Routes(names, [(0, one, 11), (1, other, 5), (3, one, 12)])
     parts = dict(routes.parts(TokenColumns(request_ids=names, indices=[1, 2, 3, 4], token_ids=[10, 20, 30, 40])))
@@ -50,8 +51,9 @@ def test_each_gateway_gets_its_part_of_the_columns_and_what_nobody_waits_for_goe
     }
 
 
-def test_a_gateway_that_asked_for_all_of_the_columns_gets_them_as_they_are() -> None:
-    one, names = GatewayConnection(8), [RequestId("a"), RequestId("b")]
+@pytest.mark.anyio
+async def test_a_gateway_that_asked_for_all_of_the_columns_gets_them_as_they_are() -> None:
+    one, names = ConnectionList().unlinked(), [RequestId("a"), RequestId("b")]
     columns = TokenColumns(request_ids=names, indices=[1, 2], token_ids=[3, 4])
     ((connection, part),) = Routes(names, [(0, one, 7), (1, one, 8)]).parts(columns)
     assert connection is one
@@ -80,26 +82,3 @@ def test_a_ticket_comes_behind_its_long_first_token() -> None:
     token, ticket = columns.messages()
     assert list(token.step.handles) == [1]
     assert [ready.handle for ready in ticket.step.tickets] == [1]
-
-
-async def sent(*messages: pb.MemberMessage) -> list[list[int]]:
-    """The sequence numbers of load reports, by message on the stream."""
-    connection = GatewayConnection(8)
-    for message in messages:
-        connection.send(message)
-    found = []
-    async for message in connection.messages():
-        found.append([each.load.sequence for each in (message, *message.behind)])
-        if not connection.num_queued:
-            connection.close()
-    return found
-
-
-def report(sequence: int, num_bytes: int = 0) -> pb.MemberMessage:
-    return pb.MemberMessage(load=pb.Load(sequence=sequence, role="r" * num_bytes))
-
-
-@pytest.mark.anyio
-async def test_what_waits_goes_in_one_message_unless_it_is_long() -> None:
-    assert await sent(report(1), report(2), report(3)) == [[1, 2, 3]]
-    assert await sent(report(1), report(2, 70_000), report(3)) == [[1], [2], [3]]

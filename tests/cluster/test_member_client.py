@@ -2,24 +2,27 @@
 
 import asyncio
 import dataclasses
+import logging
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
 
 from cluster.cache_log import CacheChanges
 from cluster.member_client import ClientLimits, MemberClient, MemberStream
+from cluster.member_codec import PROTOCOL, MemberHello, hello_message
+from cluster.member_link import LinkLimits
 from cluster.member_service import ServiceLimits
 from cluster.members import MemberInfo
 from cluster.plan import KvTicket
-from cluster.security import new_token
+from cluster.security import new_token, server_hello
 from router.errors import InvalidRequestError, MemberLostError, OverloadedError
 from router.load import CacheEvents, MemberLoad
-from router.request import MemberId, TokenEvent
+from router.request import MemberId, TokenColumns, TokenEvent
 from tests.support.fleet import TOKEN, ScriptedMember, make_request, until
-from tests.support.scripted_engine import expected_tokens
+from tests.support.scripted_engine import LAYOUT, expected_tokens
 
 pytestmark = pytest.mark.anyio
 
@@ -208,11 +211,101 @@ async def test_a_request_whose_reader_lags_is_aborted_and_told_why() -> None:
 
 
 async def test_requests_are_refused_while_too_much_waits_to_be_sent() -> None:
-    async with connected(ScriptedMember("m1"), limits=ClientLimits(max_queued_messages=3)) as gateway:
-        for number in range(3):
-            gateway.client.submit(make_request(f"r{number}"), mode="full")
-        with pytest.raises(OverloadedError, match="wait for m1"):
+    async with frozen_member() as (info, answer):
+        gateway = Gateway(info, limits=ClientLimits(max_queued_messages=3))
+        gateway.client.start()
+        await answer()
+        await until(lambda: gateway.client.hello is not None)
+        # More than what the system keeps for a member that does not read.
+        for number in range(4):
+            gateway.client.submit(make_request(f"r{number}", prompt=(1 << 30,) * (1 << 20)), mode="full")
+        with pytest.raises(OverloadedError, match="3 messages wait for m1"):
             gateway.client.submit(make_request("more"), mode="full")
+        await gateway.client.close()
+
+
+@asynccontextmanager
+async def frozen_member(
+    protocol: int = PROTOCOL,
+) -> AsyncIterator[tuple[MemberInfo, Callable[[], Coroutine[None, None, None]]]]:
+    """A listener, and what lets one gateway in, says hello and nothing more."""
+    hello = hello_message(MemberHello(member_id=MemberId("m1"), role="mixed", generation=1, layout=LAYOUT))
+    hello.hello.protocol = protocol
+    frame = hello.SerializeToString()
+    sockets: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def say_hello() -> None:
+            sock, _ = listener.accept()
+            sockets.append(sock)
+            server_hello(sock, TOKEN)
+            sock.sendall(len(frame).to_bytes(4, "little") + frame)
+
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        info = MemberInfo(member_id=MemberId("m1"), role="mixed", address=address, generation=1)
+        yield info, lambda: asyncio.to_thread(say_hello)
+    for sock in sockets:
+        sock.close()
+
+
+async def test_a_member_that_freezes_is_lost_after_a_silence() -> None:
+    async with frozen_member() as (info, answer):
+        gateway = Gateway(info, limits=ClientLimits(link=LinkLimits(beat_s=0.02, silence_s=0.1)))
+        gateway.client.start()
+        await answer()
+        await until(lambda: gateway.client.hello is not None)
+        with pytest.raises(MemberLostError, match="it said nothing for"):
+            await anext(gateway.client.submit(make_request(), mode="full"))
+        assert gateway.lost == ["m1"]
+        await gateway.client.close()
+
+
+async def test_a_quiet_stream_stays_up_on_both_sides() -> None:
+    beats = LinkLimits(beat_s=0.02, silence_s=0.2)
+    member = ScriptedMember("m1", limits=ServiceLimits(link=beats, load_period_s=60))
+    async with connected(member, limits=ClientLimits(link=beats)) as gateway:
+        await asyncio.sleep(0.5)
+        assert gateway.lost == []
+        assert member.service.num_connections == 1
+
+
+@pytest.mark.parametrize("protocol", [0, PROTOCOL + 1])
+async def test_a_member_of_another_protocol_is_refused_and_the_log_says_what_would_do(
+    protocol: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="cluster.member_client")
+    async with frozen_member(protocol) as (info, answer):
+        gateway = Gateway(info)
+        gateway.client.start()
+        await answer()
+        await until(lambda: bool(caplog.messages))
+        assert f"speaks protocol {protocol} " in caplog.messages[0]
+        assert "run one release everywhere" in caplog.messages[0]
+        assert gateway.client.hello is None
+        await gateway.client.close()
+
+
+async def test_tokens_of_a_request_that_has_ended_go_to_nobody_though_its_columns_are_still_the_same() -> None:
+    member = ScriptedMember("m1")
+    async with connected(member) as gateway:
+        member.engine.hold.set()
+        one, other = (gateway.client.submit(make_request(name), mode="full") for name in "ab")
+        await until(lambda: member.service.num_requests == 2)
+        ids = [one.request_id, other.request_id]
+
+        def step(index: int) -> TokenColumns:
+            return TokenColumns(request_ids=ids, indices=[index, index], token_ids=[10 + index, 20 + index])
+
+        member.service.on_events([step(0)])
+        end = TokenEvent(request_id=one.request_id, index=1, token_id=11, finish="stop")
+        member.service.on_events([end])
+        member.service.on_events([step(1)])
+        member.service.on_events([step(2)])
+        last = TokenEvent(request_id=other.request_id, index=3, token_id=23, finish="length")
+        member.service.on_events([last])
+        assert await tokens_of(one) == [10, 11]
+        assert await tokens_of(other) == [20, 21, 22, 23]
+        assert member.service.num_requests == 0
 
 
 async def test_cache_events_behind_a_gap_bring_one_call_for_a_snapshot() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from cluster.load_codec import cache_message, load_message, read_cache, read_load
 from cluster.member_codec import (
+    PROTOCOL,
     HandleColumns,
     MemberHello,
     hello_message,
@@ -207,7 +208,9 @@ def test_hello_names_the_member_and_its_cache_layout() -> None:
     hello = MemberHello(member_id=MemberId("m"), role="prefill", generation=2, layout=LAYOUT)
     assert read_hello(from_member(hello_message(hello)).hello) == hello
     with pytest.raises(CorruptDataError, match="role"):
-        read_hello(pb.Hello(role="boss"))
+        read_hello(pb.Hello(role="boss", protocol=PROTOCOL))
+    with pytest.raises(CorruptDataError, match=r"speaks protocol 0 .* run one release everywhere"):
+        read_hello(pb.Hello(role="mixed"))
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,28 @@
-"""A member's service over real gRPC on loopback, spoken to message by message."""
+"""A member's service over real connections on loopback, spoken to message by message."""
 
 import asyncio
 import dataclasses
+import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Literal
-from weakref import WeakKeyDictionary
 
-import grpc
-import grpc.aio
 import pytest
 
 from cluster.cache_log import CacheChanges
 from cluster.gateway_connection import GatewayConnection
 from cluster.member_codec import read_step, submit_message
+from cluster.member_link import LinkLimits, MemberLink
 from cluster.member_service import MemberService, ServiceLimits
 from cluster.protos import member_pb2 as pb
-from cluster.protos.member_pb2_grpc import MemberStub
-from cluster.security import new_token, token_metadata
+from cluster.security import new_token
 from router.errors import ConfigError, MemberLostError, OverloadedError
 from router.request import Request, RequestId, SamplingParams
 from tests.support.fleet import TOKEN, ScriptedMember, make_request, until
+from tests.support.member_call import ConnectionList, MemberCall, calling, raw_link
 from tests.support.scripted_engine import expected_tokens
 
 pytestmark = pytest.mark.anyio
-Call = grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.MemberMessage]
 Kind = Literal["hello", "load", "cache", "step", "rejected"]
 
 
@@ -38,34 +36,19 @@ async def serving(member: ScriptedMember) -> AsyncIterator[ScriptedMember]:
 
 
 @asynccontextmanager
-async def connected(member: ScriptedMember, token: str = TOKEN) -> AsyncIterator[Call]:
-    async with grpc.aio.insecure_channel(member.address) as channel:
-        call = MemberStub(channel).Connect(metadata=token_metadata(token))
+async def connected(member: ScriptedMember, token: str = TOKEN) -> AsyncIterator[MemberCall]:
+    async with calling(member.address, token) as call:
         yield call
-        call.cancel()
 
 
-BEHIND: WeakKeyDictionary[Call, list[pb.MemberMessage]] = WeakKeyDictionary()
-"""What came behind messages that were read, and was not read yet."""
-
-
-async def read(call: Call) -> pb.MemberMessage:
-    waiting = BEHIND.setdefault(call, [])
-    if not waiting:
-        message = await call.read()
-        assert isinstance(message, pb.MemberMessage), "the stream ended"
-        waiting += [message, *message.behind]
-    return waiting.pop(0)
-
-
-async def read_kind(call: Call, kind: Kind) -> pb.MemberMessage:
+async def read_kind(call: MemberCall, kind: Kind) -> pb.MemberMessage:
     async with asyncio.timeout(5):
-        while (message := await read(call)).WhichOneof("kind") != kind:
+        while (message := await call.read()).WhichOneof("kind") != kind:
             pass
     return message
 
 
-async def read_tokens(call: Call, handles: Iterable[int]) -> dict[int, list[int]]:
+async def read_tokens(call: MemberCall, handles: Iterable[int]) -> dict[int, list[int]]:
     """All tokens of the handles until each has its last event."""
     tokens: dict[int, list[int]] = {handle: [] for handle in handles}
     ids = {handle: RequestId("") for handle in tokens}
@@ -83,7 +66,7 @@ async def read_tokens(call: Call, handles: Iterable[int]) -> dict[int, list[int]
 
 async def test_a_stream_begins_with_hello_and_a_load_report_and_a_snapshot_of_the_cache() -> None:
     async with serving(ScriptedMember("m1", "decode")) as member, connected(member) as call:
-        first, second = await read(call), await read(call)
+        first, second = await call.read(), await call.read()
         assert first.hello.member_id == "m1"
         assert first.hello.role == "decode"
         assert first.hello.layout.fingerprint == "scripted"
@@ -120,7 +103,7 @@ async def test_tokens_of_several_requests_share_one_message_a_step() -> None:
         assert member.service.num_requests == 0
 
 
-async def read_tokens_after(call: Call, first: pb.MemberMessage, handles: Iterable[int]) -> dict[int, list[int]]:
+async def read_tokens_after(call: MemberCall, first: pb.MemberMessage, handles: Iterable[int]) -> dict[int, list[int]]:
     ids = {handle: RequestId("") for handle in handles}
     begun = {handle: event.token_id for handle, event in read_step(first.step, ids)}
     rest: dict[int, list[int]] = {handle: [token] for handle, token in begun.items() if token is not None}
@@ -134,14 +117,26 @@ async def read_tokens_after(call: Call, first: pb.MemberMessage, handles: Iterab
     return rest
 
 
-@pytest.mark.parametrize("metadata", [(), token_metadata(new_token())])
-async def test_a_call_without_the_cluster_token_is_refused(metadata: tuple[tuple[str, str], ...]) -> None:
-    async with serving(ScriptedMember("m1")) as member, grpc.aio.insecure_channel(member.address) as channel:
-        call = MemberStub(channel).Connect(metadata=metadata)
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call.read()
-        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+async def test_whoever_does_not_prove_the_cluster_token_is_refused() -> None:
+    async with serving(ScriptedMember("m1")) as member:
+        with pytest.raises(asyncio.IncompleteReadError):
+            async with connected(member, new_token()):
+                pass
         assert member.service.num_connections == 0
+
+
+async def test_strangers_who_say_nothing_keep_no_gateway_out_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.member_link.HELLO_TIMEOUT_S", 0.2)
+    async with serving(ScriptedMember("m1")) as member:
+        host, _, port = member.address.rpartition(":")
+        strangers = [socket.create_connection((host, int(port))) for _ in range(70)]
+        await asyncio.sleep(0.4)
+        async with connected(member) as call:
+            assert (await call.read()).hello.member_id == "m1"
+        for stranger in strangers:
+            stranger.close()
 
 
 async def test_a_prefill_ends_with_its_first_token_and_a_ticket() -> None:
@@ -205,7 +200,7 @@ async def test_the_end_of_a_gateway_aborts_its_requests_and_releases_its_tickets
             await read_kind(call, "step")
             assert member.engine.pinned
             if ending == "half-close":
-                await call.done_writing()
+                call.done_writing()
                 await until(lambda: member.is_idle)
         await until(lambda: member.is_idle and member.service.num_connections == 0)
 
@@ -227,33 +222,41 @@ async def test_a_damaged_message_cuts_its_stream_and_no_other() -> None:
     async with serving(ScriptedMember("m1")) as member, connected(member) as bad, connected(member) as good:
         await good.write(submit_message(1, make_request(num_tokens=200), "full", None))
         await bad.write(pb.GatewayMessage(submit=pb.Submit(handle=1, mode=pb.MODE_DECODE)))
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await read_kind(bad, "rejected")
-        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "mode decode and ticket do not go together" in await bad.read_end()
         assert (await read_tokens(good, [1]))[1] == expected_tokens(make_request(num_tokens=200))
 
 
-async def test_a_message_without_content_or_a_handle_in_use_cuts_the_stream() -> None:
-    again = submit_message(1, make_request("b"), "full", None)
-    for messages in (
-        [pb.GatewayMessage()],
-        [submit_message(1, make_request("a", num_tokens=9999), "full", None), again],
-    ):
+async def test_a_message_of_unknown_kind_or_a_handle_in_use_cuts_the_stream() -> None:
+    first = submit_message(1, make_request("a", num_tokens=9999), "full", None).SerializeToString()
+    again = submit_message(1, make_request("b"), "full", None).SerializeToString()
+    for frames, reason in (([b"\xfa\x07\x00"], "unknown message"), ([first, again], "handle 1 is in use")):
         async with serving(ScriptedMember("m1")) as member, connected(member) as call:
-            for message in messages:
-                await call.write(message)
-            with pytest.raises(grpc.aio.AioRpcError):
-                await read_kind(call, "rejected")
+            for frame in frames:
+                call.write_frame(frame)
+            assert reason in await call.read_end()
             await until(lambda member=member: member.is_idle)  # type: ignore[misc]
 
 
 async def test_a_message_over_the_size_limit_ends_the_stream() -> None:
-    limits = ServiceLimits(max_message_bytes=1000)
+    limits = ServiceLimits(link=LinkLimits(max_frame_bytes=1000))
     async with serving(ScriptedMember("m1", limits=limits)) as member, connected(member) as call:
         await call.write(submit_message(1, make_request(prompt=tuple(range(1000))), "full", None))
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await read_kind(call, "rejected")
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "exceeds the limit of 1000" in await call.read_end()
+
+
+async def test_bytes_that_are_no_message_cut_the_stream() -> None:
+    async with serving(ScriptedMember("m1")) as member, connected(member) as call:
+        call.write_frame(b"\xff" * 9)
+        assert "is no GatewayMessage" in await call.read_end()
+        await until(lambda: member.service.num_connections == 0)
+
+
+async def test_a_gateway_that_says_nothing_any_more_is_given_up() -> None:
+    limits = ServiceLimits(link=LinkLimits(beat_s=0.02, silence_s=0.1))
+    async with serving(ScriptedMember("m1", limits=limits)) as member, connected(member) as call:
+        await call.write(submit_message(1, make_request(num_tokens=100_000), "full", None))
+        await until(lambda: member.engine.num_running == 1)
+        await until(lambda: member.is_idle and member.service.num_connections == 0)
 
 
 async def test_a_gateway_that_does_not_read_is_cut_and_others_go_on() -> None:
@@ -277,10 +280,7 @@ async def test_a_failed_engine_ends_every_stream_as_unavailable() -> None:
         await call.write(submit_message(1, make_request(num_tokens=10_000), "full", None))
         await read_kind(call, "step")
         member.engine.fail(MemberLostError("rank 1 is lost"))
-        with pytest.raises(grpc.aio.AioRpcError) as lost:
-            await read_kind(call, "rejected")
-        assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "rank 1" in str(lost.value.details())
+        assert "rank 1" in await call.read_end()
 
 
 async def test_a_port_in_use_is_an_os_error() -> None:
@@ -302,10 +302,23 @@ async def test_events_before_the_start_and_for_strangers_change_nothing() -> Non
 
 
 async def test_a_connection_keeps_no_more_messages_than_its_limit() -> None:
-    connection = GatewayConnection(2)
-    for _ in range(5):
-        connection.send(pb.MemberMessage())
-        assert connection.num_queued <= 2
-    assert connection.closed
-    assert connection.error is not None
-    assert [message async for message in connection.messages()] == []
+    ours, theirs = socket.socketpair()
+    owner = ConnectionList()
+    found: list[GatewayConnection] = []
+
+    def welcome(link: MemberLink) -> GatewayConnection:
+        found.append(owner.new(link, 2))
+        return found[0]
+
+    limits = LinkLimits(close_s=0.01)
+    with theirs:
+        await asyncio.get_running_loop().create_connection(lambda: raw_link(welcome, limits), sock=ours)
+        theirs.send(b".")
+        await until(lambda: bool(found))
+        # More than what the system keeps for a reader that does not read.
+        found[0].send([pb.MemberMessage(ended=pb.Ended(reason="x" * (8 << 20)))])
+        for _ in range(5):
+            found[0].send([pb.MemberMessage()])
+            assert found[0].num_queued <= 2
+        assert found[0].closed
+        await until(lambda: owner.forgotten == found)

@@ -7,13 +7,10 @@ import threading
 import pytest
 
 from cluster.security import (
-    METADATA_KEY,
     check_token,
     client_hello,
-    metadata_has_token,
     new_token,
     server_hello,
-    token_metadata,
 )
 from router.errors import ConfigError, CorruptDataError
 
@@ -82,15 +79,6 @@ def test_hello_restores_the_socket_timeout() -> None:
         with pytest.raises(CorruptDataError):
             client_hello(client, new_token(), timeout_s=1)
         assert client.gettimeout() == 7
-
-
-def test_metadata_with_the_token_passes_and_any_other_does_not() -> None:
-    token = new_token()
-    assert metadata_has_token(token_metadata(token), token)
-    assert metadata_has_token([(METADATA_KEY, token.encode())], token)
-    assert not metadata_has_token([], token)
-    assert not metadata_has_token([("other", token)], token)
-    assert not metadata_has_token(token_metadata(new_token()), token)
 
 
 @pytest.mark.parametrize("token", ["", "short", "has a space in the middle", "\u00fcnicode" * 4])

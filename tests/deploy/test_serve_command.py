@@ -1,5 +1,6 @@
 """`moefleet serve`: what it prints, and, on a real Ray cluster, that it starts, serves, refuses and ends."""
 
+import contextlib
 import json
 import os
 import re
@@ -173,11 +174,22 @@ class Served:
         return self.log.read_text(encoding="utf-8")
 
     def wait_for(self, word: str) -> None:
+        self.wait_until(lambda: word in self.text())
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         until = time.monotonic() + START_S
-        while word not in self.text():
+        while not condition():
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < until, self.text()
-            time.sleep(0.2)
+            time.sleep(0.1)
+
+    def runs(self, program: str) -> bool:
+        """Whether it has started one."""
+        names: list[str] = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                names += process.cmdline()[:1]
+        return any(program in name for name in names)
 
     def lines(self, word: str) -> list[str]:
         return [line.strip() for line in self.text().splitlines() if word in line]
@@ -290,11 +302,15 @@ def test_a_member_that_cannot_start_is_told_and_everything_is_cleaned_up(
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_fleet_starts_ends_it_in_order(tmp_path: Path, next_checkpoint: Path) -> None:
+@pytest.mark.parametrize("moment", ["gcs_server", "raylet", "Ray is up", "ray::ServeReplica", "ray::RankHost"])
+def test_a_signal_while_the_fleet_starts_ends_it_at_once(tmp_path: Path, next_checkpoint: Path, moment: str) -> None:
     with serving(tmp_path, next_checkpoint, "--mixed-tp", "1") as served:
-        served.wait_for("Ray is up")
+        served.wait_until(lambda: moment in served.text() or served.runs(moment))
         everything = served.processes()
+        sent = time.monotonic()
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(STOP_S) == 0, served.text()
+        assert time.monotonic() - sent < 10
         assert [each for each in everything if each.is_running()] == []
+        assert _session(served.process.pid) == []
     assert "Traceback" not in served.text()

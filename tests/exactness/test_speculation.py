@@ -135,7 +135,7 @@ def test_drafts_without_a_head_are_refused_before_the_first_step(tmp_path: Path)
         resolve_engine(replace(engine_config(tmp_path / "next", Layout()), draft_tokens=2))
     with pytest.raises(ConfigError, match="draft_tokens=2 needs a multi-token prediction head, which qwen3_moe has"):
         resolve_engine(replace(engine_config(tmp_path / "moe", Layout()), draft_tokens=2))
-    with pytest.raises(ConfigError, match="draft_tokens must be between 0 and 8, got 9"):
+    with pytest.raises(ConfigError, match="draft_tokens=9: a head drafts 8 tokens a step at most; use 1 to 8"):
         EngineConfig(model=tmp_path, draft_tokens=9)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ import ray
 from ray import serve
 
 from cluster.directory import MemberStatus, find_directory
+from cluster.local_ray import start_local_ray
 from deploy.app import build
 from deploy.config import config_mapping, parse_config
 from deploy.protos import moefleet_v1_pb2 as pb
@@ -66,14 +66,7 @@ class RayFleet:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=60.0)
 
     def __enter__(self) -> "RayFleet":
-        ray.init(
-            address="local",
-            num_cpus=16,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=128 << 20,
-        )
+        start_local_ray(num_cpus=16, object_store_bytes=128 << 20)
         serve.start(proxy_location="Disabled")
         serve.run(build(config_mapping(self.config)), name=APP_NAME, route_prefix="/")
         return self
