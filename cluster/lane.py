@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from cluster.blocks import BlockPool
 from cluster.checkpoints import checkpoint_ends, commit_saves, reserve_saves
-from cluster.decode_run import DecodeRun, DecodeStep, Saves, Work, decoding
+from cluster.decode_run import DecodeRun, DecodeStep, Saves, Work
 from cluster.lane_draft import LaneDraft, LaneWork
 from cluster.plan import PullOrder
 from cluster.scheduler_config import SchedulerConfig
@@ -80,14 +80,14 @@ class Lane:
         """True while a given-out plan verifies drafts."""
         return any(seq.uncertain for seq in self.active)
 
-    def plan(self, now: float, pull_ids: Iterator[int], drafts: int) -> LaneDraft:
+    def plan(self, now: float, pull_ids: Iterator[int], ready: list[Sequence], drafts: int) -> LaneDraft:
         """Decide this lane's part of a step: decodes, then prompt chunks of running, then of waiting sequences.
 
         Args:
+            ready: those of `active` that decode.
             drafts: how many to verify and to draft a decoding row, at most.
         """
         draft = LaneDraft(budget=self._config.max_step_tokens, spared=self._config.max_step_tokens // 2)
-        ready = decoding(self.active)
         # None of these begins to decode by what follows, but any may be preempted.
         longer = [seq for seq in self.active if seq.remaining > 1] if len(ready) < len(self.active) else []
         ready = self._with_room(ready, draft)

@@ -209,8 +209,10 @@ class Scheduler:
         drafting = self.config.draft_tokens > 0
         if drafting and any(lane.is_uncertain for lane in self._lanes):
             return None
-        tokens = self._drafting.choose([len(decoding(lane.active)) for lane in self._lanes]) if drafting else 0
-        drafts = [lane.plan(now, self._pull_ids, tokens) for lane in self._lanes]
+        ready = [decoding(lane.active) for lane in self._lanes]
+        tokens = self._drafting.choose([len(seqs) for seqs in ready]) if drafting else 0
+        planned = zip(self._lanes, ready, strict=True)
+        drafts = [lane.plan(now, self._pull_ids, seqs, tokens) for lane, seqs in planned]
         # Behind them: who is here goes before who may come.
         orders = self._early.orders(now, self._pull_ids)
         if not orders and all(draft.is_empty for draft in drafts):

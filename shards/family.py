@@ -85,6 +85,13 @@ def read_block(
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     head_dim = _head_dim(fields, hidden, heads, default_head_dim)
     layers, positions = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
+    rope = read_rope(
+        fields,
+        head_dim=head_dim,
+        max_position_embeddings=positions,
+        default_partial=default_partial,
+        harmless=harmless_rope,
+    )
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
@@ -96,14 +103,9 @@ def read_block(
         layer_types=_layer_types(fields, architecture, layers, delta=delta),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=read_rope(
-            fields,
-            head_dim=head_dim,
-            max_position_embeddings=positions,
-            default_partial=default_partial,
-            harmless=harmless_rope,
-        ),
-        max_position_embeddings=positions,
+        rope=rope,
+        # Whoever stretches a released model adds YaRN's section and leaves the length as it was.
+        max_position_embeddings=max(positions, rope.stretched_positions),
         bos_token_id=_token_id(fields, "bos_token_id"),
         eos_token_ids=fields.integers("eos_token_id"),
         pad_token_id=_token_id(fields, "pad_token_id"),

@@ -28,6 +28,11 @@ class RopeConfig:
     truncate: bool = True
     """YaRN: round the correction range to whole dimensions."""
 
+    @property
+    def stretched_positions(self) -> int:
+        """YaRN: positions of the longer context; 0 where nothing is stretched."""
+        return int(self.factor * self.original_max_position_embeddings)
+
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even and at least 2, got {self.rotary_dim}")
@@ -94,6 +99,11 @@ def _read_yarn(nested: Fields, theta: float, rotary_dim: int, max_position_embed
         factor = nested.number("factor", max_position_embeddings / original)
     if factor < 1:
         raise nested.error("factor", "it must be at least 1")
+    if original > max_position_embeddings:
+        raise nested.error(
+            "original_max_position_embeddings",
+            f"it must not be above max_position_embeddings, {max_position_embeddings}; give the trained length",
+        )
     # Zero means unset for the betas and mscales in transformers, which tests them for truth.
     beta_fast = nested.number("beta_fast", 0.0, or_zero=True) or 32.0
     beta_slow = nested.number("beta_slow", 0.0, or_zero=True) or 1.0

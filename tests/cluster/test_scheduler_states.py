@@ -176,6 +176,23 @@ def test_states_of_a_poisoned_or_aborted_step_are_not_kept() -> None:
     assert first_batch(bench).first_S == [0]
 
 
+def test_a_state_behind_drafts_of_which_one_was_wrong_is_not_kept() -> None:
+    bench = Bench(replace(STATES, draft_tokens=3, draft_adaptive=False))
+    prompt = tuple(range(4))
+    bench.add(make_request("a", prompt, max_tokens=12))
+    saved: dict[int, int] = {}
+    while not (batch := (plan := bench.plan()).lanes[0]).verifies_S:
+        saved |= dict(zip(batch.save_ends, batch.save_to, strict=True))
+        bench.commit(plan)
+    assert (batch.first_S, batch.verifies_S, batch.save_ends) == ([5], [2], [8])
+    # One token: the first draft was wrong already.
+    bench.commit(plan)
+    bench.scheduler.abort(make_request("a").id, 0.0)
+    bench.add(make_request("b", (*prompt, *range(100, 110))))
+    again = first_batch(bench)
+    assert (again.first_S, again.restore_from) == ([4], [saved[4]])
+
+
 def test_a_preempted_sequence_goes_on_from_its_last_state() -> None:
     bench = Bench(replace(STATES, num_blocks=8, max_step_tokens=32))
     bench.add(make_request("a", 11, max_tokens=8))

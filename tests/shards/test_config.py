@@ -11,7 +11,7 @@ from shards.families import load_model_config
 from shards.generation_config import load_generation_config
 from tests.support.released_configs import RELEASED, RELEASED_3_5_TEXT
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 
 
@@ -134,7 +134,7 @@ def test_missing_head_dim_is_256_for_qwen3_next_as_in_transformers(tmp_path: Pat
 def test_yarn_fields_are_read(tmp_path: Path) -> None:
     scaling = {**YARN, "beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "mscale": 0.7, "truncate": False}
     rope = load(tmp_path, rope_scaling={**scaling, "mscale_all_dim": 0.5}).rope
-    assert (rope.type, rope.factor, rope.original_max_position_embeddings) == ("yarn", 4.0, 32768)
+    assert (rope.type, rope.factor, rope.original_max_position_embeddings) == ("yarn", 4.0, 8192)
     assert (rope.beta_fast, rope.beta_slow, rope.attention_factor) == (16, 2, 1.5)
     assert (rope.mscale, rope.mscale_all_dim, rope.truncate) == (0.7, 0.5, False)
 
@@ -142,6 +142,15 @@ def test_yarn_fields_are_read(tmp_path: Path) -> None:
 def test_yarn_without_factor_derives_it_from_both_lengths(tmp_path: Path) -> None:
     scaling = {"type": "yarn", "original_max_position_embeddings": 10240}
     assert load(tmp_path, rope_scaling=scaling).rope.factor == 4.0
+
+
+def test_a_released_model_with_yarn_added_takes_positions_up_to_the_stretched_length(tmp_path: Path) -> None:
+    section = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+    assert load(tmp_path, "qwen3_next").max_position_embeddings == 262144
+    assert load(tmp_path, "qwen3_next", rope_scaling=section).max_position_embeddings == 4 * 262144
+    # A length that was raised too is not stretched once more.
+    longer = load(tmp_path, "qwen3_next", rope_scaling=section, max_position_embeddings=1_100_000)
+    assert longer.max_position_embeddings == 1_100_000
 
 
 @pytest.mark.parametrize(
@@ -176,6 +185,11 @@ def test_yarn_without_factor_derives_it_from_both_lengths(tmp_path: Path) -> Non
         ("qwen3_moe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["type", '"dynamic"']),
         ("qwen3_moe", {"rope_scaling": {**YARN, "mrope_section": [1]}}, ["mrope_section", "remove it"]),
         ("qwen3_moe", {"rope_scaling": {**YARN, "factor": 0.5}}, ["factor", "0.5", "at least 1"]),
+        (
+            "qwen3_moe",
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 50000}},
+            ["original_max_position_embeddings", "50000", "not be above max_position_embeddings, 40960"],
+        ),
         ("qwen3_moe", {"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, ["beta_fast", "beta_slow"]),
         ("qwen3_moe", {"rope_scaling": YARN, "rope_parameters": YARN}, ["rope_scaling", "rope_parameters"]),
         ("qwen3_moe", {"rope_scaling": 3}, ["rope_scaling", "object"]),

@@ -29,14 +29,14 @@ SCALINGS = {
 
 def rope_of(scaling: dict[str, Any] | None, *, theta: float, partial: float) -> RopeConfig:
     fields = Fields({"rope_theta": theta, "rope_scaling": scaling}, "config.json")
-    return read_rope(fields, head_dim=64, max_position_embeddings=4096, default_partial=partial)
+    return read_rope(fields, head_dim=64, max_position_embeddings=40960, default_partial=partial)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS.keys())
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
 @pytest.mark.filterwarnings("ignore")
 def test_frequencies_and_tables_equal_those_of_transformers(arch: str, scaling: dict[str, Any] | None) -> None:
-    options: dict[str, Any] = {"head_dim": 64, "max_position_embeddings": 4096}
+    options: dict[str, Any] = {"head_dim": 64, "max_position_embeddings": 40960}
     parameters = {**(scaling or {"rope_type": "default"})}
     if arch == "qwen3_moe":
         rope = rope_of(scaling, theta=1e6, partial=1.0)
