@@ -140,6 +140,18 @@ def make_ticket(ranks: list[SourceRank], layout: KvLayout, blocks: tuple[int, ..
     )
 
 
+def make_puller(cache: KvCache, num_blocks: int, way: KvTransport, on_done: Callable[[PullDone], None]) -> Puller:
+    """Of a tp-1 member."""
+    return Puller(
+        cache,
+        make_model(),
+        make_layout(1, num_blocks),
+        tp_rank=0,
+        transports=make_transports(way, RankMemory(cache.buffer), TOKEN),
+        on_done=on_done,
+    )
+
+
 def measure_pull(
     ranks: list[SourceRank], tp: int, num_blocks: int, *, scattered: bool, way: KvTransport, repeats: int
 ) -> dict[str, object]:
@@ -147,14 +159,7 @@ def measure_pull(
     cache = make_cache(1, 0, num_blocks)
     layout = make_layout(tp, num_blocks)
     ended: SimpleQueue[PullDone] = SimpleQueue()
-    puller = Puller(
-        cache,
-        make_model(),
-        make_layout(1, num_blocks),
-        tp_rank=0,
-        transports=make_transports(way, RankMemory(cache.buffer), TOKEN),
-        on_done=ended.put,
-    )
+    puller = make_puller(cache, num_blocks, way, ended.put)
     blocks = tuple(range(num_blocks))
     order = tuple(int(block) for block in np.random.default_rng(0).permutation(num_blocks)) if scattered else blocks
     num_bytes = 0

@@ -1,13 +1,15 @@
 """What a hand-off adds to one request: from its first token to the decode member's first, less a mixed member's step.
 
     python -m benchmarks.handoff_overhead [--models tiny] [--prompts 128 1024 4000] [--tp 1 2] [--repeats 20]
-        [--transports auto tcp p2p] [--gb-s 6 2.5 2] [--early on off] [--chunk 1024] [--kv-heads 4] [--head-dim 256]
+        [--transports auto tcp p2p] [--gb-s 6 2.5 2] [--early on chunks off] [--chunk 1024]
+        [--kv-heads 4] [--head-dim 256] [--checkpoint DIR]
 
 Members with real engines behind real streams, all on this machine, one request at a time. Prints one JSON line a model,
 tp, transport and prompt: medians in milliseconds, the time of all of a request's pulls together, and the bar for the
 overhead: 10 ms, and the request's bytes at half of the transport's bandwidth (`--gb-s`, from `benchmarks.handoff`).
-`--kv-heads` and `--head-dim` give a token more KV. With `--early off` everything is fetched when the prompt is done,
-with `on` what is computed of it before.
+`--kv-heads` and `--head-dim` give a token more KV, `--checkpoint` takes a model of one's own. With `--early off`
+everything is fetched when the prompt is done, with `chunks` what earlier steps have computed of it before, with `on`
+the layers of its last step too.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cluster.config import KvTransport
 from cluster.dispatcher import Dispatcher
@@ -27,6 +30,7 @@ from deploy.checkpoint import Size, write_random_checkpoint
 from router.request import Request, RequestId, SamplingParams
 from tests.support.members import EngineMember, dispatching
 
+Early = Literal["on", "chunks", "off"]
 ARCHITECTURES = ("qwen3_moe", "qwen3_next")
 NEW_TOKENS = 4
 VOCAB = 2048
@@ -46,7 +50,7 @@ class Case:
     folder: Path
     tp: int
     way: KvTransport
-    early: bool
+    early: Early
     chunk: int
     gb_s: float
     prompts: Sequence[int]
@@ -86,7 +90,8 @@ def make_member(name: str, case: Case) -> EngineMember:
         max_model_len=max(case.prompts) + NEW_TOKENS,
         dtype="bfloat16",
         kv_transport=case.way,
-        early_tokens=256 if case.early else 1 << 40,
+        early_tokens=1 << 40 if case.early == "off" else 256,
+        offers_layers=case.early == "on",
     )
 
 
@@ -129,7 +134,7 @@ def make_cases(args: argparse.Namespace, folder: Path) -> list[Case]:
             folder=folder,
             tp=tp,
             way=way,
-            early=early == "on",
+            early=early,
             chunk=args.chunk,
             gb_s=gb_s,
             prompts=args.prompts,
@@ -141,21 +146,33 @@ def make_cases(args: argparse.Namespace, folder: Path) -> list[Case]:
     ]
 
 
+def print_cases(args: argparse.Namespace, folder: Path, model: str) -> None:
+    """A JSON line a measurement of one model."""
+    for case in make_cases(args, folder):
+        about = {"model": model, "tp": case.tp, "way": case.way, "early": case.early}
+        for result in asyncio.run(measure(case)):
+            print(json.dumps({**about, **result}), flush=True)
+
+
 def main() -> None:
     """Print one JSON line a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", choices=("tiny", "small"), nargs="+", default=["tiny"])
     parser.add_argument("--architectures", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--checkpoint", type=Path, help="folder of a model to take instead")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 1024, 4000])
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--transports", nargs="+", default=["auto"], help="as engine.kv_transport")
     parser.add_argument("--gb-s", type=float, nargs="+", default=[6.0], help="bandwidth of each of the transports")
-    parser.add_argument("--early", choices=("on", "off"), nargs="+", default=["on"])
+    parser.add_argument("--early", choices=("on", "chunks", "off"), nargs="+", default=["on"])
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--kv-heads", type=int, default=2, help="of the attention layers, of as many query heads or 4")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
+    if args.checkpoint is not None:
+        print_cases(args, args.checkpoint, args.checkpoint.name)
+        return
     sizes: list[Size] = args.models
     for size in sizes:
         for architecture in args.architectures:
@@ -163,10 +180,7 @@ def main() -> None:
                 heads = {"num_key_value_heads": args.kv_heads, "num_attention_heads": max(args.kv_heads, 4)}
                 shape = heads | {"head_dim": args.head_dim, "max_position_embeddings": 2 * max(args.prompts)}
                 write_random_checkpoint(architecture, size, 0, Path(folder), overrides=shape)
-                for case in make_cases(args, Path(folder)):
-                    about = {"model": f"{architecture} {size}", "tp": case.tp, "way": case.way, "early": case.early}
-                    for result in asyncio.run(measure(case)):
-                        print(json.dumps({**about, **result}), flush=True)
+                print_cases(args, Path(folder), f"{architecture} {size}")
 
 
 if __name__ == "__main__":

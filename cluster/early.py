@@ -7,10 +7,14 @@ what is missing. So nothing is owed to a request that does not come, and room th
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from cluster.lane import Lane
 from cluster.plan import KvTicket, PullDone, PullOrder
 from router.request import RequestId
+
+MOST_BEHIND_STEPS: Final = 2
+"""Pulls under way at once of what a step still writes: each has a thread of every rank wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,8 @@ class _Pull:
     blocks: list[int]
     hashes: Sequence[int]
     expires_unix_s: float
+    behind_step: bool
+    """The step that writes it may fail yet: it counts when the request is here with its ticket."""
 
 
 class EarlyPulls:
@@ -48,6 +54,8 @@ class EarlyPulls:
         self._failed: set[RequestId] = set()
         """Of those expected: a pull has failed, and the next would; the hand-off says why."""
         self._pulls: dict[int, _Pull] = {}
+        self._held: dict[RequestId, _Pull] = {}
+        """Of those expected: pulled, and not known to count."""
         self._void: set[int] = set()
         """Pulls that bring nothing to be found: their source may have been given to others meanwhile."""
 
@@ -61,8 +69,8 @@ class EarlyPulls:
         return [pull.expires_unix_s for pull in self._pulls.values()]
 
     def blocks(self, lane: Lane) -> list[list[int]]:
-        """What pulls are writing in a lane."""
-        return [pull.blocks for pull in self._pulls.values() if pull.lane is lane]
+        """What pulls are writing in a lane, or have written and nobody may find yet."""
+        return [pull.blocks for pull in (*self._pulls.values(), *self._held.values()) if pull.lane is lane]
 
     def expect(self, request_id: RequestId, hashes: Sequence[int], ticket: KvTicket) -> None:
         """More of a prompt can be read: `ticket` names all of it so far, `hashes` its full blocks."""
@@ -77,8 +85,11 @@ class EarlyPulls:
     def orders(self, now: float, pull_ids: Iterator[int]) -> list[PullOrder]:
         """Begin to pull what is offered and not known here, where there is room for it."""
         busy = {pull.request_id for pull in self._pulls.values()}
-        orders = []
+        orders: list[PullOrder] = []
         for request_id in [each for each in self._offered if each not in busy]:
+            behind_steps = sum(pull.behind_step for pull in self._pulls.values())
+            if self._offered[request_id].ticket.step >= 0 and behind_steps >= MOST_BEHIND_STEPS:
+                continue
             offered = self._offered.pop(request_id)
             order = self._order(request_id, offered, pull_ids) if offered.ticket.lasts(now) else None
             if order is not None:
@@ -102,6 +113,7 @@ class EarlyPulls:
             blocks=blocks,
             hashes=hashes[known:],
             expires_unix_s=ticket.expires_unix_s,
+            behind_step=ticket.step >= 0,
         )
         return PullOrder(
             pull_id=pull_id,
@@ -122,14 +134,18 @@ class EarlyPulls:
             self._offered.pop(pull.request_id, None)
         void = done.pull_id in self._void
         self._void.discard(done.pull_id)
-        if now < pull.expires_unix_s and not (done.error or void):
-            for block, value in zip(pull.blocks, pull.hashes, strict=True):
-                pull.lane.blocks.register(block, value)
-        pull.lane.blocks.release(pull.blocks)
+        sound = now < pull.expires_unix_s and not (done.error or void)
+        if sound and pull.behind_step and pull.request_id in self._expected:
+            self._held[pull.request_id] = pull
+        else:
+            _let_go(pull, sound=sound)
         return pull.request_id
 
     def claim(self, request_id: RequestId) -> Lane | None:
-        """The request is here: its lane, if it was expected. A pull under way goes on."""
+        """The request is here: its lane, if it was expected. A pull under way goes on, and what it brings counts."""
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            _let_go(held, sound=True)
         self._offered.pop(request_id, None)
         self._failed.discard(request_id)
         return self._expected.pop(request_id, None)
@@ -141,4 +157,15 @@ class EarlyPulls:
     def forget(self, request_id: RequestId) -> bool:
         """The request does not come, or its source is not kept any more -> whether it was expected."""
         self._void.update(key for key, pull in self._pulls.items() if pull.request_id == request_id)
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            _let_go(held, sound=False)
         return self.claim(request_id) is not None
+
+
+def _let_go(pull: _Pull, *, sound: bool) -> None:
+    """Free a pull's room, or let others find what is in it."""
+    if sound:
+        for block, value in zip(pull.blocks, pull.hashes, strict=True):
+            pull.lane.blocks.register(block, value)
+    pull.lane.blocks.release(pull.blocks)

@@ -93,7 +93,8 @@ class Engine:
         self._pull_grace_s = step_timeout_s + limits.lease_grace_s
         self._active_at = time.monotonic()
         """When something was last done or came in."""
-        self._scheduler = Scheduler(limits, draft_policy)
+        # Later engines on the same ranks begin later.
+        self._scheduler = Scheduler(replace(limits, first_step=time.monotonic_ns() // 1000), draft_policy)
         self._ranks = ranks
         self._outlets = outlets
         self._member_id = member_id
@@ -253,10 +254,14 @@ class Engine:
         if plan is not None:
             self._ranks.launch(plan)
             self._stats.launch_s += time.monotonic() - decided
+            for offer in plan.offers:
+                self._emit(offer)
             self._stats.steps += has_rows
             self._stats.computed_tokens += sum(sum(lane.counts_S) for lane in plan.lanes)
             self._stats.admissions += sum(len(lane.starts) for lane in plan.lanes)
             self._stats.preemptions = self._scheduler.num_preemptions
+            if plan.offers:
+                self._flush()
         if self._pending is not None:
             self._take_result()
         self._pending = plan if has_rows else None

@@ -9,10 +9,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import count
+from dataclasses import dataclass, field
 
+from cluster.early import MOST_BEHIND_STEPS
 from cluster.kv_server import KvServer
 from cluster.kv_wire import MAX_PAYLOAD_BYTES
 from cluster.made_once import MadeOnce
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 _WORKERS = 2
 _MAX_LAYOUTS = 16
 _JOIN_S = 5.0
+_Orders = queue.SimpleQueue[PullOrder | None]
 
 
 def source_rank(cache: KvCache, tp_rank: int, server: KvServer) -> SourceRank:
@@ -42,6 +42,30 @@ class _Cuts:
     shapes: Sequence[CacheShape]
     """Of the source's ranks."""
     recut: Recut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What a pull takes of one source rank."""
+
+    way: Transport
+    rank: SourceRank
+    shape: CacheShape
+    pieces: list[Fragment] = field(default_factory=list)
+
+
+class _Pulled:
+    """How a pull went; written by its thread."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.waited_s = 0.0
+        """For the source's step."""
+        self.refetches = 0
+
+    def refetched(self) -> None:
+        """A frame came damaged."""
+        self.refetches += 1
 
 
 class Puller:
@@ -78,32 +102,37 @@ class Puller:
         self._cuts = MadeOnce(self._make_cuts, most=_MAX_LAYOUTS)
         """By the source's geometry: they take longer than a small pull."""
         self._transports = transports
-        self._orders: queue.SimpleQueue[PullOrder | None] = queue.SimpleQueue()
+        self._orders: _Orders = queue.SimpleQueue()
+        self._behind_steps: _Orders = queue.SimpleQueue()
+        """Those that wait for a step of the source, in threads of their own: nobody waits behind them."""
+        turns = [self._orders] * _WORKERS + [self._behind_steps] * MOST_BEHIND_STEPS
         self._threads = [
-            threading.Thread(target=self._work, name=f"kv-pull-{index}", daemon=True) for index in range(_WORKERS)
+            threading.Thread(target=self._work, args=(orders,), name=f"kv-pull-{index}", daemon=True)
+            for index, orders in enumerate(turns)
         ]
         for thread in self._threads:
             thread.start()
 
     def start(self, order: PullOrder) -> None:
         """Begin a pull. Orders are as many as the scheduler has rows for."""
-        self._orders.put(order)
+        (self._orders if order.ticket.step < 0 else self._behind_steps).put(order)
 
     def close(self) -> None:
         """End the threads; pulls under way fail."""
         for _ in self._threads:
             self._orders.put(None)
+            self._behind_steps.put(None)
         for transport in self._transports:
             transport.close()
         for thread in self._threads:
             thread.join(_JOIN_S)
 
-    def _work(self) -> None:
-        while (order := self._orders.get()) is not None:
+    def _work(self, orders: _Orders) -> None:
+        while (order := orders.get()) is not None:
             began = time.monotonic()
-            error, num_bytes, refetches = "", 0, count()
+            error, pulled = "", _Pulled()
             try:
-                num_bytes = self._pull(order, partial(next, refetches))
+                self._pull(order, pulled)
             except (HandoffError, CorruptDataError, OSError) as problem:
                 error = str(problem)
                 logger.warning("ticket %s: pull failed: %s", order.ticket.id, error)
@@ -115,15 +144,16 @@ class Puller:
                 PullDone(
                     pull_id=order.pull_id,
                     error=error,
-                    num_bytes=num_bytes,
-                    seconds=time.monotonic() - began,
+                    num_bytes=pulled.num_bytes,
+                    # Load reports price a transfer by it.
+                    seconds=time.monotonic() - began - pulled.waited_s,
                     # Also those of a pull that failed.
-                    refetches=next(refetches),
+                    refetches=pulled.refetches,
                 )
             )
 
-    def _pull(self, order: PullOrder, on_refetch: Callable[[], object]) -> int:
-        """Carry out an order -> its bytes."""
+    def _pull(self, order: PullOrder, pulled: _Pulled) -> None:
+        """Carry out an order."""
         ticket = order.ticket
         check_expiry(ticket, self._now())
         check_pair(ticket.layout, self._layout)
@@ -133,15 +163,32 @@ class Puller:
             raise HandoffError(f"ticket {ticket.id} has no recurrent state, which this model needs")
         cuts = self._cuts.get(ticket.layout)
         pieces = self._fragments(order, cuts.recut)
-        by_source: dict[int, list[Fragment]] = {}
+        ranks, sources = {rank.tp_rank: rank for rank in ticket.ranks}, dict[int, _Source]()
         for piece in pieces:
-            by_source.setdefault(piece.source, []).append(piece)
-        ranks = {rank.tp_rank: rank for rank in ticket.ranks}
-        for source, part in by_source.items():
-            way = self._way(ticket, ranks[source])
-            way.read(ticket, ranks[source], cuts.shapes[source], part, on_refetch)
+            if (source := sources.get(piece.source)) is None:
+                rank = ranks[piece.source]
+                shape = cuts.shapes[piece.source]
+                source = sources[piece.source] = _Source(way=self._way(ticket, rank), rank=rank, shape=shape)
+            source.pieces.append(piece)
+        if ticket.step < 0:
+            for source in sources.values():
+                source.way.read(ticket, source.rank, source.shape, source.pieces, pulled.refetched)
+        else:
+            self._pull_behind(ticket, list(sources.values()), pulled)
         check_expiry(ticket, self._now())
-        return sum(piece.dst.total_bytes for piece in pieces)
+        pulled.num_bytes = sum(piece.dst.total_bytes for piece in pieces)
+
+    def _pull_behind(self, ticket: KvTicket, sources: list[_Source], pulled: _Pulled) -> None:
+        """Read what a step of the source writes, as many layers as are there at a time."""
+        done, end = 0, 1 + max((piece.layer for source in sources for piece in source.pieces), default=-1)
+        while done < end:
+            began = time.monotonic()
+            there = min(source.way.written(ticket, source.rank, done) for source in sources)
+            pulled.waited_s += time.monotonic() - began
+            for source in sources:
+                ready = [piece for piece in source.pieces if done <= piece.layer < there]
+                source.way.read(ticket, source.rank, source.shape, ready, pulled.refetched)
+            done = there
 
     def _make_cuts(self, layout: KvLayout) -> _Cuts:
         shapes = self._source_shapes(layout)

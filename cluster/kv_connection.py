@@ -20,6 +20,7 @@ from cluster.kv_wire import (
     READ,
     SEND,
     TAIL,
+    WAIT,
     DamagedFrameError,
     checksum,
     encode_request,
@@ -137,6 +138,20 @@ class KvConnection:
         if status != OK:
             raise HandoffError(f"hand-off: {self.address}: {payload[:500].decode(errors='replace')}")
         self._nixl = NixlLink(payload)
+
+    def written(self, step: int, layers: int, expires_unix_s: float) -> int:
+        """Wait until a step of the source has written more than so many layers -> how many.
+
+        Raises:
+            HandoffError: the ticket expired first, or the source is gone.
+            CorruptDataError: as `receive`.
+        """
+        self._ask(WAIT, f"{step} {layers}", expires_unix_s, ())
+        status, payload = self._message()
+        answer = payload[:500].decode(errors="replace")
+        if status != OK or not answer.isdigit():
+            raise HandoffError(self._why(status, answer, 0))
+        return int(answer)
 
     def _ask(self, kind: int, name: str, expires_unix_s: float, parts: Sequence[Rows]) -> None:
         try:

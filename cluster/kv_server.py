@@ -22,6 +22,7 @@ from cluster.kv_wire import (
     REFUSED,
     SEND,
     TAIL,
+    WAIT,
     Asked,
     checksum,
     read_request,
@@ -36,6 +37,7 @@ from cluster.rank_memory import RankMemory
 from cluster.recut import Rows
 from cluster.security import server_hello
 from router.errors import CorruptDataError, HandoffError
+from shards.step_progress import StepProgress
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class KvServer:
     Args:
         buffer: the rank's flat cache buffer, uint8.
         token: the cluster token.
+        progress: of the steps that write the buffer; None: nobody waits for one.
         host: address of the node's interface to listen on.
         port: 0 takes a free one.
         now: unix seconds; the clock that made the tickets' expiry.
@@ -62,6 +65,7 @@ class KvServer:
         self,
         buffer: Tensor,
         token: str,
+        progress: StepProgress | None = None,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -69,6 +73,7 @@ class KvServer:
     ) -> None:
         self._memory = RankMemory(buffer)
         self._buffer = buffer
+        self._progress = progress or StepProgress()
         self._token = token
         self._now = now
         self._host = host
@@ -111,7 +116,7 @@ class KvServer:
 
     def _serve(self, sock: socket.socket) -> None:
         """One connection, until its reader closes it or breaks the protocol."""
-        session = _Session(self._memory, sock, self._open_store, self._open_nixl, self._now)
+        session = _Session(self._memory, sock, self._progress, self._open_store, self._open_nixl, self._now)
         try:
             tune(sock)
             server_hello(sock, self._token)
@@ -148,12 +153,14 @@ class _Session:
         self,
         memory: RankMemory,
         sock: socket.socket,
+        progress: StepProgress,
         open_pairs: Callable[[], TCPStore],
         open_nixl: Callable[[], NixlSource],
         now: Callable[[], float],
     ) -> None:
         self._memory = memory
         self._sock = sock
+        self._progress = progress
         self._open_pairs = open_pairs
         self._open_nixl = open_nixl
         self._now = now
@@ -185,6 +192,8 @@ class _Session:
             self._form(asked.name)
         elif asked.kind == OPEN:
             self._open()
+        elif asked.kind == WAIT:
+            self._wait(asked)
         else:
             self._read(asked)
         return True
@@ -209,6 +218,17 @@ class _Session:
             self._tell(OK, self._open_nixl().description)
         except (HandoffError, ValueError) as error:
             self._tell(REFUSED, str(error))
+
+    def _wait(self, asked: Asked) -> None:
+        """Tell how many layers a step has written, when they are more than the reader knows of."""
+        step, _, layers = asked.name.partition(" ")
+        if not (step.isdigit() and layers.isdigit()):
+            raise CorruptDataError(f"a wait for {asked.name!r}, which names no step and layers")
+        there = self._progress.wait(int(step), int(layers), asked.expires_unix_s - self._now())
+        if there > int(layers):
+            self._tell(OK, str(there))
+        else:
+            self._tell(EXPIRED, "")
 
     def _tell(self, status: int, message: str | bytes) -> None:
         payload = message.encode() if isinstance(message, str) else message

@@ -14,6 +14,9 @@ between the two ends of its frame, with its checksum between CPUs and none betwe
 The frame of kind "open" holds what NIXL needs to know of the source's memory; from then on the reader reads by itself,
 and kind "hash" has a frame without a payload say whether it was in time, and the checksum, as with "send".
 
+The frame of kind "wait" (no parts; the id is "<step> <layers>") comes when that step has written more than so many
+attention layers, and holds how many; EXPIRED where it has not when the ticket is over.
+
 A damaged payload leaves the stream in step: its rows can be asked for again.
 
 Payloads go from cache to cache without a copy between, so the server looks at the expiry behind them too: a frame that
@@ -38,7 +41,7 @@ MAX_PAYLOAD_BYTES: Final = 4 << 20
 MAX_PARTS: Final = 1024
 IDLE_TIMEOUT_S: Final = 60.0
 OK, EXPIRED, REFUSED = 0, 1, 2
-READ, PAIR, SEND, OPEN, HASH = 0, 1, 2, 3, 4
+READ, PAIR, SEND, OPEN, HASH, WAIT = 0, 1, 2, 3, 4, 5
 _MAX_ID_BYTES: Final = 256
 _REQUEST: Final = struct.Struct("<HBHdI")
 _PART: Final = struct.Struct("<II")

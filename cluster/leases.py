@@ -1,9 +1,11 @@
 """The prefill side of a hand-off: room that others may read, until they have or the lease is over. Pure."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Several
 from itertools import count
 
 from cluster.lane import Lane, Pinned
+from cluster.lane_draft import LaneDraft
 from cluster.plan import HandoffReady
 from cluster.scheduler_config import SchedulerConfig
 from cluster.sequence import Offer, Sequence
@@ -37,20 +39,32 @@ class Leases:
 
     def offer(self, seq: Sequence, now: float) -> HandoffReady | None:
         """Let what is computed of a prompt be fetched while the rest is; None where it has not grown by enough."""
+        return self._offer(seq, seq.settled, now, step=-1)
+
+    def offers(self, drafts: Iterable[LaneDraft], step: int, now: float) -> tuple[HandoffReady, ...]:
+        """Let the prompts that a step completes be fetched layer by layer while it runs."""
+        if not self._config.offers_layers:
+            return ()
+        ends = [work for draft in drafts for work in draft.works if work.samples]
+        found = [self._offer(work.seq, work.end, now, step=step) for work in ends]
+        return tuple(offer for offer in found if offer is not None)
+
+    def _offer(self, seq: Sequence, end: int, now: float, *, step: int) -> HandoffReady | None:
         offered = 0 if seq.offer is None else seq.offer.num_tokens
-        if seq.mode != "prefill" or seq.phase != "running" or seq.settled - offered < self._config.early_tokens:
+        if seq.mode != "prefill" or seq.phase != "running" or end - offered < self._config.early_tokens:
             return None
         expires = now + self._config.lease_s
-        seq.offer = Offer(ticket_id=self._ticket_id(seq), num_tokens=seq.settled, expires_unix_s=expires)
+        seq.offer = Offer(ticket_id=self._ticket_id(seq), num_tokens=end, expires_unix_s=expires)
         return HandoffReady(
             request_id=seq.request.id,
             ticket_id=seq.offer.ticket_id,
             lane=seq.lane,
-            blocks=tuple(seq.blocks[: self._config.blocks_for(seq.settled)]),
+            blocks=tuple(seq.blocks[: self._config.blocks_for(end)]),
             state_slot=-1,
-            num_tokens=seq.settled,
+            num_tokens=end,
             expires_unix_s=expires,
             partial=True,
+            step=step,
         )
 
     def hand_over(self, seq: Sequence, now: float) -> HandoffReady:

@@ -196,6 +196,7 @@ def ticket_message(ticket: KvTicket) -> pb.Ticket:
         num_tokens=ticket.num_tokens,
         expires_unix_s=ticket.expires_unix_s,
         partial=ticket.partial,
+        step=ticket.step,
     )
 
 
@@ -217,6 +218,7 @@ def read_ticket(message: pb.Ticket) -> KvTicket:
         num_tokens=message.num_tokens,
         expires_unix_s=message.expires_unix_s,
         partial=message.partial,
+        step=message.step,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from router.request import RequestId
 from shards.batch import LaneOutput, StepBatch
 
-KV_FORMAT = 5
+KV_FORMAT = 6
 """Version of what a ticket means and of the bytes between a KV server and its readers. Raise it with either."""
 
 
@@ -60,6 +60,8 @@ class KvTicket:
     expires_unix_s: float
     partial: bool = False
     """The rest of the prompt is still computed: the same ticket comes again with more, at last with the state."""
+    step: int = -1
+    """The source's step that writes the last of it, layer by layer, and may still run; -1: all of it is there."""
 
     def lasts(self, now: float) -> bool:
         """Whether it may still be read."""
@@ -102,6 +104,8 @@ class StepPlan:
     step: int
     lanes: tuple[StepBatch, ...]
     pulls: tuple[PullOrder, ...] = ()
+    offers: "tuple[HandoffReady, ...]" = ()
+    """What others may read while it runs."""
 
     @property
     def has_rows(self) -> bool:
@@ -134,3 +138,5 @@ class HandoffReady:
     num_tokens: int
     expires_unix_s: float
     partial: bool = False
+    step: int = -1
+    """As the ticket's."""

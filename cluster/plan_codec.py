@@ -225,6 +225,7 @@ def encode_ticket(ticket: KvTicket) -> list[object]:
         ticket.state_slot,
         ticket.num_tokens,
         float(ticket.expires_unix_s),
+        ticket.step,
     ]
 
 
@@ -234,7 +235,7 @@ def decode_ticket(value: object) -> KvTicket:
     Raises:
         CorruptDataError: the value is no KvTicket.
     """
-    ticket_id, member_id, layout, ranks, blocks, state_slot, num_tokens, expires = as_list(value, 8)
+    ticket_id, member_id, layout, ranks, blocks, state_slot, num_tokens, expires, step = as_list(value, 9)
     fingerprint, tp, block_size, num_blocks, num_slots, dtype, state_dtype, experts, version = as_list(layout, 9)
     return KvTicket(
         id=as_typed(ticket_id, str),
@@ -255,6 +256,7 @@ def decode_ticket(value: object) -> KvTicket:
         state_slot=as_typed(state_slot, int),
         num_tokens=as_typed(num_tokens, int),
         expires_unix_s=as_typed(expires, float),
+        step=as_typed(step, int),
     )
 
 

@@ -154,7 +154,7 @@ class RankRunner:
             return
         choice, memory = config.engine.config.kv_transport, RankMemory(rank.cache.buffer)
         transports = _checked(lambda choice: make_transports(choice, memory, config.token), choice)
-        server = KvServer(rank.cache.buffer, config.token, host=config.host)
+        server = KvServer(rank.cache.buffer, config.token, rank.cache.progress, host=config.host)
         tp_rank = config.place.tp_rank
         layout = config.engine.kv_layout()
         # The end of a pull is told past the steps: whoever waits for it does not wait for the step that runs.
@@ -177,7 +177,9 @@ class RankRunner:
             if puller is not None:
                 for order in work.pulls:
                     puller.start(order)
+            rank.cache.progress.begin(work.step)
             output = rank.step(work.batch)
+            rank.cache.progress.end()
             if output is not None and work.answers:
                 self._report(StepAnswer(step=work.step, output=output))
 

@@ -5,7 +5,7 @@ bytes in every row of a pool; between blocks of different sizes it is one run a 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -49,6 +49,8 @@ class Fragment:
     """tp rank of the source."""
     src: Rows
     dst: Rows
+    layer: int = 0
+    """Attention layer whose KV it is; 0 of states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class _Cut:
     num_bytes: int
     heads: int
     """Runs of equal length that num_bytes is made of."""
+    layer: int = 0
+    """As the fragment's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,9 @@ class _Section:
     """At the source."""
     dst_head_bytes: int
 
-    def cut(self, source: int, src_pool: Pool, dst_pool: Pool, *, src_at: int = 0, dst_at: int = 0) -> _Cut:
+    def cut(
+        self, source: int, src_pool: Pool, dst_pool: Pool, *, src_at: int = 0, dst_at: int = 0, layer: int = 0
+    ) -> _Cut:
         """The copy of `heads` where the section begins src_at and dst_at bytes into the rows."""
         return _Cut(
             source=source,
@@ -101,6 +107,7 @@ class _Section:
             dst_start=dst_at + (self.heads.start - self.dst_heads.start) * self.dst_head_bytes,
             num_bytes=len(self.heads) * self.head_bytes,
             heads=len(self.heads),
+            layer=layer,
         )
 
 
@@ -136,7 +143,9 @@ def recut(sources: Sequence[CacheShape], dest: CacheShape, dest_tp_rank: int) ->
     per_slot: list[_Cut] = []
     for source, heads in _cover([shape.kv_heads for shape in sources], dest.kv_heads, dest_tp_rank):
         shape = sources[source]
-        for src_pool, dst_pool in zip(shape.k_pools + shape.v_pools, dest.k_pools + dest.v_pools, strict=True):
+        layers = [*range(len(dest.k_pools)), *range(len(dest.v_pools))]
+        pools = zip(shape.k_pools + shape.v_pools, dest.k_pools + dest.v_pools, layers, strict=True)
+        for src_pool, dst_pool, layer in pools:
             section = _Section(
                 heads=heads,
                 src_heads=shape.kv_heads,
@@ -144,7 +153,7 @@ def recut(sources: Sequence[CacheShape], dest: CacheShape, dest_tp_rank: int) ->
                 head_bytes=src_pool.row_bytes // src_pool.shape[1],
                 dst_head_bytes=dst_pool.row_bytes // dst_pool.shape[1],
             )
-            per_block.append(section.cut(source, src_pool, dst_pool))
+            per_block.append(section.cut(source, src_pool, dst_pool, layer=layer))
     for source, heads in _cover([shape.key_heads for shape in sources], dest.key_heads, dest_tp_rank):
         per_slot += _state_cuts(source, sources[source], dest, heads)
     return Recut(per_block=tuple(per_block), per_slot=tuple(per_slot))
@@ -272,7 +281,7 @@ def _fragment(cut: _Cut, run: _Run) -> Fragment:
             )
     src = _rows(cut, cut.src_pool, cut.src_start, run.src, run.src_token, run.tokens)
     dst = _rows(cut, cut.dst_pool, cut.dst_start, run.dst, run.dst_token, run.tokens)
-    return Fragment(source=cut.source, src=src, dst=dst)
+    return Fragment(source=cut.source, src=src, dst=dst, layer=cut.layer)
 
 
 def _rows(cut: _Cut, pool: Pool, start: int, blocks: IntArray, first: IntArray, tokens: int) -> Rows:
@@ -294,8 +303,8 @@ def _split(fragment: Fragment, max_bytes: int) -> Iterator[Fragment]:
     rows = min(max(1, max_bytes // size), MAX_ROWS)
     for start in range(0, size, width):
         for row in range(0, count, rows):
-            yield Fragment(
-                source=fragment.source,
+            yield replace(
+                fragment,
                 src=_part(fragment.src, slice(row, row + rows), start, min(width, size - start)),
                 dst=_part(fragment.dst, slice(row, row + rows), start, min(width, size - start)),
             )

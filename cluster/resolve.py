@@ -63,6 +63,8 @@ class ResolvedEngine:
             draft_tokens=config.draft_tokens,
             draft_adaptive=config.draft_policy == "adaptive",
             lease_s=config.lease_s,
+            # On a GPU kernels run behind the host, which cannot tell what they have written.
+            offers_layers=config.device == "cpu",
             max_waiting=config.max_waiting,
             token_bytes=one.bytes_per_block * tp // config.block_size,
             state_bytes=one.bytes_per_slot * tp,

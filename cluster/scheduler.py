@@ -58,7 +58,7 @@ class Scheduler:
         self._drafting = Drafting(config, draft_policy)
         self._calibration = StepCalibration(expert_share=config.expert_share)
         self._arrivals = count()
-        self._steps = count()
+        self._steps = count(config.first_step)
         self._pull_ids = count()
         self._reports = count()
         self._first_deadline = math.inf
@@ -223,7 +223,9 @@ class Scheduler:
                 orders.append(order)
         keeps_mtp = self._drafting.keeps_mtp(drafts)
         lanes = tuple(draft.finish(keeps_mtp=keeps_mtp) for draft in drafts)
-        plan = StepPlan(step=next(self._steps), lanes=lanes, pulls=tuple(orders))
+        step = next(self._steps)
+        offers = self._leases.offers(drafts, step, now)
+        plan = StepPlan(step=step, lanes=lanes, pulls=tuple(orders), offers=offers)
         if plan.has_rows:
             lane_works = [LaneWork(draft.decodes, draft.works) for draft in drafts]
             self._uncommitted.append(_Uncommitted(step=plan.step, lanes=lane_works))

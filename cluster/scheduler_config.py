@@ -50,6 +50,10 @@ class SchedulerConfig:
     """Its room is freed this much later: clocks of two hosts differ, and a started read ends."""
     early_tokens: int = 256
     """What is computed of a prompt can be fetched before its end, whenever it has grown by this many tokens."""
+    offers_layers: bool = False
+    """The layers that a prompt's last step has written can be fetched while it runs."""
+    first_step: int = 0
+    """Number of the first step; where engines use the same ranks in turn, beyond all that came before."""
     max_waiting: int
     """Requests that wait for room in all lanes together; more are refused."""
 

@@ -26,6 +26,7 @@ def ticket_maker(
             num_tokens=ready.num_tokens,
             expires_unix_s=ready.expires_unix_s,
             partial=ready.partial,
+            step=ready.step,
         )
 
     return make

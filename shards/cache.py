@@ -17,6 +17,7 @@ from shards.cuts import even_range, kv_head_range
 from shards.first_touch import FirstTouch
 from shards.host_memory import available_memory
 from shards.states import Int8States, LayerStates
+from shards.step_progress import StepProgress
 
 ALIGNMENT_BYTES = 256
 
@@ -249,6 +250,8 @@ class KvCache:
         self.shape = shape
         self.fd = -1
         """Memory file of the flat buffer; -1 when other processes cannot map it."""
+        self.progress = StepProgress()
+        """Of the step that writes here."""
         self._map: mmap.mmap | None = None
         self._touch: FirstTouch | None = None
         self.buffer = self._allocate(max(shape.total_bytes, ALIGNMENT_BYTES), torch.device(device))

@@ -101,7 +101,9 @@ def _mix(runtime: Runtime, layer: DecoderLayer, x_TC: Tensor, step: StepTensors,
     match layer.mixer:
         case Attention() as attention:
             with runtime.part("attention"):
-                return attention.forward(runtime, x_TC, step, cache.k_pools[i], cache.v_pools[i])
+                y_TC = attention.forward(runtime, x_TC, step, cache.k_pools[i], cache.v_pools[i])
+            cache.progress.wrote(i + 1)
+            return y_TC
         case Delta() as delta:
             with runtime.part("delta rule"):
                 return delta.forward(runtime, x_TC, step, cache.states[i])

@@ -438,6 +438,7 @@ class Ticket(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
     PARTIAL_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     member_id: _builtins.str
     state_slot: _builtins.int
@@ -445,6 +446,8 @@ class Ticket(_message.Message):
     expires_unix_s: _builtins.float
     partial: _builtins.bool
     """More of the prompt is still computed."""
+    step: _builtins.int
+    """The step that writes the last of it and may still run; below 0: none."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     @_builtins.property
@@ -463,10 +466,11 @@ class Ticket(_message.Message):
         num_tokens: _builtins.int = ...,
         expires_unix_s: _builtins.float = ...,
         partial: _builtins.bool = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "expires_unix_s", b"expires_unix_s", "id", b"id", "layout", b"layout", "member_id", b"member_id", "num_tokens", b"num_tokens", "partial", b"partial", "ranks", b"ranks", "state_slot", b"state_slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "expires_unix_s", b"expires_unix_s", "id", b"id", "layout", b"layout", "member_id", b"member_id", "num_tokens", b"num_tokens", "partial", b"partial", "ranks", b"ranks", "state_slot", b"state_slot", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

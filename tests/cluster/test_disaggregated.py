@@ -194,6 +194,25 @@ async def test_chunks_of_a_long_prompt_are_fetched_while_the_rest_is_computed(
         await until(lambda: all(member.is_idle for member in members))
 
 
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize(("prefill_tp", "decode_tp", "way"), [(1, 1, "auto"), (2, 1, "tcp"), (1, 2, "p2p")])
+async def test_layers_of_a_prompts_only_step_are_fetched_while_it_runs(
+    make_checkpoint: Callable[..., Path], arch: str, prefill_tp: int, decode_tp: int, way: KvTransport
+) -> None:
+    checkpoint = make_checkpoint(arch)
+    async with dispatching([EngineMember("m", "mixed", checkpoint)]) as dispatcher:
+        wanted = tokens_of([await collect(dispatcher.generate(make_long("r")))])
+    members = [
+        EngineMember("p", "prefill", checkpoint, tp=prefill_tp, chunk=200, step_tokens=200, early_tokens=32),
+        EngineMember("d", "decode", checkpoint, tp=decode_tp, kv_transport=way),
+    ]
+    async with dispatching(members) as dispatcher:
+        assert tokens_of([await collect(dispatcher.generate(make_long("r")))]) == wanted
+        stats = members[1].engine.stats()
+        assert (stats.pulls, stats.failed_pulls, stats.computed_tokens) == (2, 0, 11)
+        await until(lambda: all(member.is_idle for member in members))
+
+
 async def test_a_client_that_leaves_while_its_prompt_is_fetched_early_leaves_nothing_behind(
     make_checkpoint: Callable[..., Path],
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from cluster.plan import HandoffReady, KvTicket, PullDone, PullOrder
 from cluster.scheduler_config import SchedulerConfig
+from cluster.sequence import Mode
 from router.errors import ConfigError, HandoffError
 from router.prefix import block_hashes
 from router.request import MemberId, Request, RequestId, TokenEvent
@@ -88,10 +89,18 @@ def test_a_sequence_that_others_may_read_is_not_preempted() -> None:
     assert (preemptions(4), preemptions(100)) == (0, 1)
 
 
-def expected(bench: Bench, num_tokens: int = 8, *, expires: float = 10.0, prompt: tuple[int, ...] = PROMPT) -> None:
-    """Word of what is computed of request "a" elsewhere."""
-    request = make_request("a", prompt)
-    ticket = replace(make_ticket(request, num_tokens=num_tokens, expires=expires), partial=True)
+def expected(
+    bench: Bench,
+    num_tokens: int = 8,
+    *,
+    expires: float = 10.0,
+    prompt: tuple[int, ...] = PROMPT,
+    name: str = "a",
+    step: int = -1,
+) -> None:
+    """Word of what is computed of a request elsewhere."""
+    request = make_request(name, prompt)
+    ticket = replace(make_ticket(request, num_tokens=num_tokens, expires=expires), partial=True, step=step)
     bench.scheduler.expect(request.id, block_hashes(prompt[:num_tokens], 4), ticket)
 
 
@@ -287,3 +296,84 @@ def test_pulls_under_way_are_to_end_with_the_first_of_their_leases() -> None:
     bench.scheduler.pull_done(PullDone(pull_id=1), 1.0)
     bench.scheduler.pull_done(PullDone(pull_id=order.pull_id), 1.0)
     assert bench.scheduler.first_lease_end() == math.inf
+
+
+def test_a_prompts_last_step_is_offered_under_the_tickets_id_when_it_is_planned() -> None:
+    bench = Bench(replace(CHUNKS, offers_layers=True, first_step=70))
+    bench.add(make_request("a", PROMPT[:24]), "prefill")
+    first = bench.plan()
+    second = bench.scheduler.schedule(0.0)
+    assert second is not None
+    assert (first.offers, second.offers) == ((), ())
+    (word,) = [event for event in bench.commit(first) if isinstance(event, HandoffReady)]
+    last = bench.scheduler.schedule(1.0)
+    assert last is not None
+    (offer,) = last.offers
+    assert (offer.step, last.step, word.step) == (72, 72, -1)
+    assert (offer.ticket_id, offer.partial, offer.num_tokens, len(offer.blocks)) == (word.ticket_id, True, 24, 6)
+    # What is committed meanwhile is no more than that.
+    assert bench.commit(second) == []
+    _, ready = bench.commit(last)
+    assert isinstance(ready, HandoffReady)
+    assert (ready.ticket_id, ready.partial, ready.step) == (offer.ticket_id, False, -1)
+
+
+@pytest.mark.parametrize(
+    ("offers", "tokens", "mode"), [(False, 24, "prefill"), (True, 7, "prefill"), (True, 24, "full")]
+)
+def test_a_step_is_not_offered_where_that_cannot_be_told_or_does_not_pay(offers: bool, tokens: int, mode: Mode) -> None:
+    bench = Bench(replace(CONFIG, early_tokens=8, offers_layers=offers))
+    bench.add(make_request("a", PROMPT[:tokens]), mode)
+    assert bench.plan().offers == ()
+
+
+def test_what_a_step_of_others_has_written_is_found_when_its_request_is_here() -> None:
+    bench = Bench()
+    expected(bench, 24, step=5)
+    order = order_of(bench)
+    assert (order.ticket.step, order.ticket.partial, len(order.dst_blocks)) == (5, False, 6)
+    bench.scheduler.pull_done(PullDone(pull_id=order.pull_id), 1.0)
+    bench.scheduler.check_integrity()
+    # The step may have failed: nobody else finds it.
+    bench.add(make_request("b", PROMPT[:9], max_tokens=1))
+    plan = bench.plan()
+    assert plan.lanes[0].first_S == [0]
+    bench.commit(plan)
+    assert bench.free_blocks() == 10
+    hand_over(bench)
+    assert order_of(bench).first == 24
+    bench.scheduler.check_integrity()
+
+
+def test_a_request_that_is_here_before_the_pull_behind_a_step_has_ended_waits_for_it() -> None:
+    bench = Bench()
+    expected(bench, 24, step=5)
+    order = order_of(bench)
+    hand_over(bench)
+    assert bench.scheduler.schedule(0.0) is None
+    bench.scheduler.pull_done(PullDone(pull_id=order.pull_id), 1.0)
+    assert order_of(bench).first == 24
+
+
+def test_what_a_step_has_written_whose_request_does_not_come_is_nobodys() -> None:
+    bench = Bench()
+    expected(bench, 24, step=5)
+    bench.scheduler.pull_done(PullDone(pull_id=order_of(bench).pull_id), 1.0)
+    assert bench.free_blocks() == 10
+    assert bench.scheduler.abort(RequestId("a"), 1.0) is not None
+    bench.scheduler.check_integrity()
+    assert bench.free_blocks() == 16
+    hand_over(bench)
+    assert order_of(bench).first == 0
+
+
+def test_no_more_than_two_pulls_wait_behind_steps() -> None:
+    bench = Bench(replace(CONFIG, num_blocks=32))
+    for index, name in enumerate("abc"):
+        expected(bench, 8, name=name, prompt=PROMPT[index:], step=5)
+    plan = bench.plan()
+    assert len(plan.pulls) == 2
+    expected(bench, 8, name="d", prompt=PROMPT[3:])
+    assert [order.ticket.step for order in bench.plan().pulls] == [-1]
+    bench.scheduler.pull_done(PullDone(pull_id=plan.pulls[0].pull_id), 1.0)
+    assert [order.ticket.step for order in bench.plan().pulls] == [5]

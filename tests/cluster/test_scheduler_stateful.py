@@ -106,6 +106,7 @@ def configs(draw: st.DrawFn) -> tuple[SchedulerConfig, SchedulerConfig]:
             draft_tokens=draw(st.integers(1, 3)) if drafting else 0,
             draft_adaptive=draw(st.sampled_from((False, False, True))),
             early_tokens=draw(st.sampled_from((1, 8, 1000))),
+            offers_layers=draw(st.booleans()),
         )
 
     return member(), member()

@@ -22,11 +22,14 @@ from tests.support.fleet import until
 from tests.support.members import EngineMember, dispatching, gateway
 from tests.support.relay import damaging
 
-Step = Literal["queued at prefill", "prefill", "early pull", "first token", "queued at decode", "pull", "decode"]
+Step = Literal[
+    "queued at prefill", "prefill", "early pull", "layers' pull", "first token", "queued at decode", "pull", "decode"
+]
 STEPS: tuple[Step, ...] = (
     "queued at prefill",
     "prefill",
     "early pull",
+    "layers' pull",
     "first token",
     "queued at decode",
     "pull",
@@ -50,6 +53,8 @@ FREE_WITHIN_S = LEASE_S + GRACE_S + 2.0
 PROMPT = tuple(range(1, 120))
 LONG_PROMPT = tuple((7 * position) % 120 for position in range(1500))
 """Takes long enough to be met while it is computed."""
+ONE_STEP = 16
+"""Prompt tokens of a step."""
 NUM_TOKENS = 24
 MAX_LEN = 4000
 FILLER = Request(
@@ -135,13 +140,19 @@ class Pair:
         held = {"queued at prefill": self.prefill, "queued at decode": self.decode}.get(step)
         if held is self.prefill:
             await occupy(held)
-        stopped = {"prefill": [self.prefill], "pull": [self.decode], "early pull": [self.decode]}.get(step, [])
+        stopped = {
+            "prefill": [self.prefill],
+            # One rank is in its only step, and waits for the other.
+            "layers' pull": [self.prefill],
+            "pull": [self.decode],
+            "early pull": [self.decode],
+        }.get(step, [])
         for member in stopped:
             member.signal_peer(signal.SIGSTOP)
         if held is self.decode:
             self.prefill.signal_peer(signal.SIGSTOP)
         # Of their own, or the cache would know them.
-        prompt = LONG_PROMPT if step == "early pull" else PROMPT
+        prompt = {"early pull": LONG_PROMPT, "layers' pull": PROMPT[:ONE_STEP]}.get(step, PROMPT)
         running = Running(self.generate(name, (sum(name.encode()) % 120, *prompt[1:]), deadline_s))
         if held is self.decode:
             # A decode member that is full before that keeps the request at the gateway.
@@ -171,6 +182,8 @@ class Pair:
                 return self.prefill.service.num_requests == 1 and running.age_s > 0.1
             case "early pull":
                 return self.decode.service.num_requests == 1 and not running.tokens
+            case "layers' pull":
+                return self.decode.service.num_requests == 1 and running.age_s > 0.1
             case "first token":
                 return len(running.tokens) >= 1
             case "queued at decode":
@@ -209,7 +222,7 @@ async def pair(
             role,
             checkpoint,
             tp=2,
-            chunk=16,
+            chunk=ONE_STEP,
             max_rows=1,
             lease_s=LEASE_S,
             max_model_len=MAX_LEN,

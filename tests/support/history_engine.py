@@ -126,6 +126,7 @@ class HistoryMember:
             num_tokens=ready.num_tokens,
             expires_unix_s=ready.expires_unix_s,
             partial=ready.partial,
+            step=ready.step,
         )
 
 

@@ -224,7 +224,7 @@ class HistoryMachine(RuleBasedStateMachine):
     def _pull(self, member: int, index: int, *, torn: bool, releases: bool) -> None:
         ticket = self.members[member].orders[index].ticket
         name = RequestId(ticket.id.split(":")[1].split("/")[0])
-        early = ticket.num_tokens < len(self.requests[name].prompt_ids)
+        early = ticket.step >= 0 or ticket.num_tokens < len(self.requests[name].prompt_ids)
         releases = releases and not early
         self.members[member].pull(index, self.members[1 - member], torn=torn, releases=releases)
         self.world.counts.early_pulls += early and not torn

@@ -44,6 +44,7 @@ class EngineMember:
         dtype: Dtype = "float32",
         kv_transport: KvTransport = "auto",
         early_tokens: int = 256,
+        offers_layers: bool = True,
         through: Callable[[KvTicket], KvTicket] = lambda ticket: ticket,
     ) -> None:
         config = EngineConfig(
@@ -73,7 +74,7 @@ class EngineMember:
             make_ticket=lambda ready: through(make_ticket(ready)),
             on_failure=self.service.on_failure,
         )
-        limits = replace(resolved.scheduler_config(), early_tokens=early_tokens)
+        limits = replace(resolved.scheduler_config(), early_tokens=early_tokens, offers_layers=offers_layers)
         self.engine = Engine(limits, self._replica.ranks, outlets, member_id=self.member_id, role=role)
 
     async def start(self) -> MemberInfo:

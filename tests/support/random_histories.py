@@ -30,6 +30,7 @@ def configs(vocab_size: int, lanes: int) -> st.SearchStrategy[SchedulerConfig]:
         draft_tokens=st.integers(0, MOST_DRAFTS),
         draft_adaptive=st.sampled_from((False, False, True)),
         early_tokens=st.sampled_from((4, 8, 1000)),
+        offers_layers=st.booleans(),
     )
 
 
