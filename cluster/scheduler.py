@@ -211,8 +211,7 @@ class Scheduler:
             return None
         ready = [decoding(lane.active) for lane in self._lanes]
         tokens = self._drafting.choose([len(seqs) for seqs in ready]) if drafting else 0
-        planned = zip(self._lanes, ready, strict=True)
-        drafts = [lane.plan(now, self._pull_ids, seqs, tokens) for lane, seqs in planned]
+        drafts = [lane.plan(now, self._pull_ids, seqs, tokens) for lane, seqs in zip(self._lanes, ready, strict=True)]
         # Behind them: who is here goes before who may come.
         orders = self._early.orders(now, self._pull_ids)
         if not orders and all(draft.is_empty for draft in drafts):
@@ -224,8 +223,7 @@ class Scheduler:
         keeps_mtp = self._drafting.keeps_mtp(drafts)
         lanes = tuple(draft.finish(keeps_mtp=keeps_mtp) for draft in drafts)
         step = next(self._steps)
-        offers = self._leases.offers(drafts, step, now)
-        plan = StepPlan(step=step, lanes=lanes, pulls=tuple(orders), offers=offers)
+        plan = StepPlan(step=step, lanes=lanes, pulls=tuple(orders), offers=self._leases.offers(drafts, step, now))
         if plan.has_rows:
             lane_works = [LaneWork(draft.decodes, draft.works) for draft in drafts]
             self._uncommitted.append(_Uncommitted(step=plan.step, lanes=lane_works))
