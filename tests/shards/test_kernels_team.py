@@ -9,6 +9,7 @@ from threading import Thread
 
 import torch
 
+from hatch_build import SOURCES, find_compiler
 from shards.kernels.native import NativeKernels
 from shards.kernels.select import select_kernels
 from tests.support.kernels import linear, random, threads
@@ -94,3 +95,54 @@ sys.exit(os.waitstatus_to_exitcode(status) + (0 if same else 2))
 def test_a_fork_makes_a_team_of_its_own_and_leaves_its_parent_that_of_before() -> None:
     done = subprocess.run([sys.executable, "-c", _FORK], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Threads of one core take turns: helpers come when the caller waits for them, or behind all that it did. A part that is
+# entered behind the end of its loop would change a number that was already read.
+_LATE = """
+#include <sched.h>
+#include <unistd.h>
+#include <atomic>
+#include "team.h"
+
+constexpr int LOOPS = 1000, TASKS = 40;
+std::atomic<int> came[LOOPS], done[LOOPS][TASKS];
+
+int main() {
+    cpu_set_t cores, one;
+    sched_getaffinity(0, sizeof(cores), &cores);
+    CPU_ZERO(&one);
+    for (int core = 0; core < CPU_SETSIZE && CPU_COUNT(&one) == 0; core++)
+        if (CPU_ISSET(core, &cores)) CPU_SET(core, &one);
+    sched_setaffinity(0, sizeof(one), &one);
+    int seen[LOOPS], late = 0, joined = 0;
+    for (int loop = 0; loop < LOOPS; loop++) {
+        kernels::Queue queue(TASKS);
+        kernels::together({4, loop % 3 * 10 * kernels::USEFUL}, [&, loop](int thread) {
+            if (thread > 0) came[loop]++;
+            if (thread == 0 && loop % 2) usleep(500);
+            queue.share([&](int64_t task) { done[loop][task]++; });
+        });
+        seen[loop] = came[loop];
+        late += seen[loop] == 0;
+        joined += seen[loop] > 0;
+    }
+    usleep(100000);
+    for (int loop = 0; loop < LOOPS; loop++) {
+        if (came[loop] != seen[loop]) return 3;
+        for (const auto& times : done[loop])
+            if (times != 1) return 4;
+    }
+    return late > 0 && joined > 0 ? 0 : 5;
+}
+"""
+
+
+def test_a_helper_that_comes_when_all_is_done_does_nothing(tmp_path: Path) -> None:
+    compiler = find_compiler()
+    assert compiler is not None
+    source, program = tmp_path / "late.cpp", tmp_path / "late"
+    source.write_text(_LATE)
+    parts = [f"-I{SOURCES}", str(source), str(SOURCES / "team.cpp"), "-o", str(program)]
+    subprocess.run([*compiler, "-std=c++17", "-O2", "-pthread", *parts], check=True)
+    assert subprocess.run([program], check=False).returncode == 0

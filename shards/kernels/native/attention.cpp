@@ -183,12 +183,12 @@ struct Attention {
     }
 
     // One thread takes a task over all of its ranges; those that see most keys first, so that threads end together.
-    void run_whole(int threads) {
+    void run_whole(Crew crew) {
         std::stable_sort(tasks.begin(), tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) {
             return limit(a) * a.rows() > limit(b) * b.rows();
         });
         Queue queue(int64_t(tasks.size()));
-        together(threads, [&](int) {
+        together(crew, [&](int) {
             AttentionRoom room(D, scale, most_rows, !by_range());
             int64_t size = sums_size(most_rows, room.a.stride);
             float* sums = (float*)staging(size_t(2 * size) * sizeof(float));
@@ -206,21 +206,21 @@ struct Attention {
     }
 
     // Threads share tasks range by range, then merge.
-    void run_split(int threads, int64_t count) const {
+    void run_split(Crew crew, int64_t count) const {
         std::vector<std::pair<const AttentionTask*, int64_t>> parts;
         for (const AttentionTask& a : tasks)
             for (int64_t index = 0; index < ranges(a); index++) parts.push_back({&a, index});
         int64_t size = sums_size(most_rows, AttentionRoom::stride_of(D));
         std::vector<float> sums(size_t(count * size));
         Queue queue(int64_t(parts.size()));
-        together(threads, [&](int) {
+        together(crew, [&](int) {
             AttentionRoom room(D, scale, most_rows, !by_range());
             queue.share([&](int64_t i) {
                 auto [a, index] = parts[size_t(i)];
                 range(*a, index, room, sums.data() + (a->partial + index) * size);
             });
         });
-        for_each(int64_t(tasks.size()), threads, [&](int64_t i) {
+        for_each(int64_t(tasks.size()), crew, [&](int64_t i) {
             const AttentionTask& a = tasks[size_t(i)];
             float* first = sums.data() + a.partial * size;
             Attending merged = sums_of(a, first);
@@ -233,13 +233,13 @@ struct Attention {
         zeros.assign(size_t(D), T(0));
         int64_t work = 0;
         for (int64_t s = 0; s < S; s++) work += contexts[s] * (query_start[s + 1] - query_start[s]) * H * D / 8;
-        threads = threads_for(work, threads);
-        int64_t count = plan_for(threads);
+        Crew crew = crew_for(work, threads);
+        int64_t count = plan_for(crew.threads);
         // Few tasks of many ranges (a long context that is decoded) would leave threads idle.
-        if (count > int64_t(tasks.size()) && int64_t(tasks.size()) < 4 * threads)
-            run_split(threads, count);
+        if (count > int64_t(tasks.size()) && int64_t(tasks.size()) < 4 * crew.threads)
+            run_split(crew, count);
         else
-            run_whole(threads);
+            run_whole(crew);
     }
 };
 
@@ -275,7 +275,7 @@ struct AttentionInputs {
     }
 
     void run(int threads) const {
-        for_each(rows, threads_for(rows * (H + Hkv) * D * 2, threads), [&](int64_t t) { row(t); });
+        for_each(rows, crew_for(rows * (H + Hkv) * D * 2, threads), [&](int64_t t) { row(t); });
     }
 };
 

@@ -158,7 +158,7 @@ struct DeltaNet {
         for (int64_t s = 0; s < S; s++)
             for (int64_t k = 0; k < K && query_start[s] < query_start[s + 1]; k++) all.push_back({s, k});
         Queue queue(int64_t(all.size()));
-        together(threads_for(query_start[S] * V * Dk * Dv / 4, threads), [&](int) {
+        together(crew_for(query_start[S] * V * Dk * Dv / 4, threads), [&](int) {
             Room room(*this);
             queue.share([&](int64_t i) { task(all[size_t(i)], room); });
         });

@@ -58,24 +58,24 @@ class Experts {
         sort();
         cut();
         zero_missing();
-        threads = threads_for(int64_t(order_.size()) * w_.C * w_.I / 4, threads);
-        plan(threads);
+        Crew crew = crew_for(int64_t(order_.size()) * w_.C * w_.I / 4, threads);
+        plan(crew.threads);
         int64_t chunks = int64_t(chunks_.size());
-        Tickets first(chunks * gate_tasks_, threads), second(chunks * down_tasks_, threads);
-        together(threads, [&](int thread) {
+        Tickets first(chunks * gate_tasks_, crew.threads), second(chunks * down_tasks_, crew.threads);
+        together(crew, [&](int thread) {
             MatmulSession session(matmul_);
             T* panel = panels_ + thread * panel_size_;
             int64_t held = -1;  // chunk in the panel
             int64_t down = second.first(thread);
             first.share(thread, [&](int64_t i, int64_t next) { gate_task(i, next, down, panel, held); });
         });
-        together(threads, [&](int thread) {
+        together(crew, [&](int thread) {
             MatmulSession session(matmul_);
             T* results = rows_ + thread * rows_size_;
             second.share(thread, [&](int64_t i, int64_t next) { down_task(i, next, results); });
         });
         if (results_.weights == nullptr) return;
-        for_each(tokens_, threads_for(tokens_ * top_k_ * w_.C / 4, threads), [&](int64_t t) { mix(t); });
+        for_each(tokens_, crew_for(tokens_ * top_k_ * w_.C / 4, threads), [&](int64_t t) { mix(t); });
     }
 
   private:

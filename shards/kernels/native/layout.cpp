@@ -49,7 +49,7 @@ void lay_strip(T* strip, int rows, int64_t K, int groups, T* copy) {
 template <class T>
 void lay_out(T* weights, int threads, int64_t matrices, int64_t N, int64_t K, int groups) {
     int64_t strips = blocks_of(N, LANES);
-    for_each(matrices * strips, threads_for(matrices * N * K / 8, threads), [=](int64_t i) {
+    for_each(matrices * strips, crew_for(matrices * N * K / 8, threads), [=](int64_t i) {
         Strip strip(i % strips, N);
         T* at = weights + (i / strips * N + strip.first) * K;
         lay_strip(at, strip.rows, K, groups, (T*)staging(size_t(strip.rows * K) * sizeof(T)));
@@ -58,7 +58,7 @@ void lay_out(T* weights, int threads, int64_t matrices, int64_t N, int64_t K, in
 
 template <class T>
 void take_rows(const T* weights, int threads, bool strips, const int64_t* ids, int64_t count, int64_t N, int64_t K, T* out) {
-    for_each(count, threads_for(count * K, threads), [=](int64_t i) {
+    for_each(count, crew_for(count * K, threads), [=](int64_t i) {
         if (ids[i] < 0) {
             std::fill_n(out + i * K, K, T(0));
             return;

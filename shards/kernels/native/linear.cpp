@@ -82,19 +82,19 @@ struct Linear {
     }
 
     void run(int threads) {
-        threads = threads_for(rows * N * K / 8, threads);
+        Crew crew = crew_for(rows * N * K / 8, threads);
         T* packed = (T*)scratch(size_t(matmul.panel_rows(rows) * matmul.packed_width(K, groups)) * sizeof(T));
         panel = packed;
         int64_t row_bytes = std::max<int64_t>(K * int64_t(sizeof(T)), 1);
         int64_t packed_bytes = std::max<int64_t>(matmul.packed_width(K, groups) * int64_t(sizeof(T)), 1);
         chunk = std::max<int64_t>(CHUNK_BYTES / packed_bytes / matmul.block, 1) * matmul.block;
-        step = std::min(TASK_BYTES / row_bytes, N / (threads * TASKS_A_THREAD)) / COLUMNS * COLUMNS;
+        step = std::min(TASK_BYTES / row_bytes, N / (crew.threads * TASKS_A_THREAD)) / COLUMNS * COLUMNS;
         step = std::max<int64_t>(step, COLUMNS);
         int64_t column_tasks = blocks_of(N, step);
-        Tickets tickets(blocks_of(rows, chunk) * column_tasks, threads);
+        Tickets tickets(blocks_of(rows, chunk) * column_tasks, crew.threads);
         int64_t blocks = blocks_of(rows, matmul.block);
-        for_each(blocks, blocks > 1 ? threads : 1, [&](int64_t i) { pack(packed, i * matmul.block); });
-        together(threads, [&](int thread) {
+        for_each(blocks, blocks > 1 ? crew : Crew{}, [&](int64_t i) { pack(packed, i * matmul.block); });
+        together(crew, [&](int thread) {
             MatmulSession session(matmul);
             tickets.share(thread, [&](int64_t i, int64_t next) {
                 const T* then = next < 0 ? nullptr : weight + next % column_tasks * step * K;

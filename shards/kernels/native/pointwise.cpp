@@ -11,7 +11,7 @@ namespace {
 
 template <class Row>
 void for_rows(int64_t rows, int64_t width, int threads, const Row& row) {
-    for_each(rows, threads_for(rows * width, threads), row);
+    for_each(rows, crew_for(rows * width, threads), row);
 }
 
 template <class T>

@@ -57,7 +57,7 @@ void* shmcomm_attach(int fd, int rank, int size, int64_t slot_bytes, const int64
   g->segment_bytes = bytes;
   g->lines = static_cast<Line*>(base);
   g->slots = static_cast<char*>(base) + size * sizeof(Line);
-  g->spins = waiting::spins_for(size);
+  g->roomy = waiting::roomy_for(size);
   for (int r = 0; r < size; ++r)
     g->pidfds[r] = r == rank ? -1 : static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(pids[r]), 0));
   return g;

@@ -47,13 +47,15 @@ struct alignas(128) Line {
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 
 struct Group {
-  int rank, size, spins;
+  int rank, size;
+  bool roomy;
   int64_t slot_bytes, segment_bytes;
   Line* lines;
   char* slots;
   uint32_t round = 0;
   uint64_t missing = 0;  // bit r: rank r is why an operation failed
   std::atomic<uint32_t> stop{0};
+  waiting::Patience patience{false};
   int pidfds[kMaxRanks];
 
   char* slot(int r) const { return slots + (2 * r + (round & 1)) * slot_bytes; }
@@ -113,7 +115,7 @@ inline int wait_slowly(Group* g, int r, int64_t timeout_ns) {
 }
 
 inline int wait_for(Group* g, int r, int64_t timeout_ns) {
-  if (waiting::soon(g->spins, [&] { return came(g, r); })) return kDone;
+  if (g->patience.soon(g->roomy, [&] { return came(g, r); })) return kDone;
   return wait_slowly(g, r, timeout_ns);
 }
 

@@ -12,22 +12,30 @@
 
 namespace kernels {
 
-// See `together`.
-void run_team(int threads, void (*part)(const void* context, int thread), const void* context);
+// How many threads share a loop, and how much work that is.
+struct Crew {
+    int threads = 1;
+    int64_t work = 0;
+};
 
-// part(thread) on up to `threads` threads at once, on the caller's as 0; returns when those that came have ended. As any
-// but the caller may not come, parts draw what they do from Tickets or a Queue until nothing is left.
-template <class Part>
-void together(int threads, const Part& part) {
-    if (threads <= 1) return part(0);
-    auto call = [](const void* context, int thread) { (*static_cast<const Part*>(context))(thread); };
-    run_team(threads, call, &part);
+// Work of some 10 us: with less of it a thread that is awake costs more than it saves.
+constexpr int64_t USEFUL = 32768;
+
+static inline Crew crew_for(int64_t work, int threads) {
+    int64_t useful = work / USEFUL + 1;
+    return {useful < threads ? int(useful) : threads, work};
 }
 
-// Threads worth waking: below some 10 us of work a thread costs more than it saves.
-static inline int threads_for(int64_t work, int threads) {
-    int64_t useful = work / 32768 + 1;
-    return useful < threads ? int(useful) : threads;
+// See `together`.
+void run_team(Crew crew, void (*part)(const void* context, int thread), const void* context);
+
+// part(thread) on up to crew.threads threads at once, on the caller's as 0; returns when those that came have ended. As
+// any but the caller may not come, parts draw what they do from Tickets or a Queue until nothing is left.
+template <class Part>
+void together(Crew crew, const Part& part) {
+    if (crew.threads <= 1) return part(0);
+    auto call = [](const void* context, int thread) { (*static_cast<const Part*>(context))(thread); };
+    run_team(crew, call, &part);
 }
 
 // Hands out tasks 0 .. count - 1 in order.
@@ -46,11 +54,11 @@ class Queue {
 
 // work(i) for 0 .. count - 1, in pieces of neighbours.
 template <class Work>
-void for_each(int64_t count, int threads, const Work& work) {
-    int64_t piece = threads <= 1 ? count : std::max<int64_t>(count / (8 * threads), 1);
+void for_each(int64_t count, Crew crew, const Work& work) {
+    int64_t piece = crew.threads <= 1 ? count : std::max<int64_t>(count / (8 * crew.threads), 1);
     if (count <= 0) return;
     Queue pieces((count + piece - 1) / piece);
-    together(threads, [&](int) {
+    together(crew, [&](int) {
         pieces.share([&](int64_t i) {
             for (int64_t at = i * piece, end = std::min(at + piece, count); at < end; at++) work(at);
         });
