@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from benchmarks.speculation import make_prompts
 from cluster.config import EngineConfig
-from cluster.engine import Engine, EngineEvent, EngineOutlets
+from cluster.engine import Engine, EngineEvent, EngineOutlets, Rejected
 from cluster.plan import HandoffReady, KvTicket
 from cluster.resolve import resolve_engine
 from cluster.spawn import LocalReplica
@@ -54,6 +54,8 @@ class Tokens:
                 case TokenEvent():
                     self.count += event.token_id is not None
                     self.waiting.discard(event.request_id)
+                case Rejected():
+                    self.error = event.error
 
     def fail(self, error: MoefleetError) -> None:
         """The ranks are gone."""
@@ -185,7 +187,8 @@ def compare(plain: SlicedEngine, drafting: SlicedEngine, args: argparse.Namespac
     prompts = make_prompts(args.model, None, rows, unseen=args.unseen)
     rounds = args.new // args.slice
     for engine in (plain, drafting):
-        engine.begin(prompts, 2 * args.new + 2 * rounds * (1 + args.drafts) + 64)
+        # No row is to end before the last slice, not even one whose drafts are all right.
+        engine.begin(prompts, 2 * (args.new + rounds) * (1 + args.drafts) + 64)
     spent: list[Slices] = [[], [], [], []]
     before: int | None = None
     for round_ in range(rounds):
@@ -256,6 +259,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kv-memory", type=int, default=256, help="MiB of each engine")
     args = parser.parse_args()
+    if args.new < 2 * args.slice:
+        parser.error(f"--new {args.new}: give at least two slices, {2 * args.slice}")
     found: list[Found] = []
     for opening in range(args.openings):
         engines = opened(args, opening)

@@ -151,6 +151,7 @@ class KvConnection:
         answer = payload[:500].decode(errors="replace")
         if status != OK or not answer.isdigit():
             raise HandoffError(self._why(status, answer, 0))
+        self.used_s = time.monotonic()
         return int(answer)
 
     def _ask(self, kind: int, name: str, expires_unix_s: float, parts: Sequence[Rows]) -> None:

@@ -78,12 +78,13 @@ class LaneDraft:
         batch.samples_S.append(int(samples))
         batch.verifies_S.append(verifies)
         batch.drafts_S.append(drafts)
+        # Once its first token is sampled, though not known yet, it hurries no more.
+        self.hurries |= seq.goes_first and not (seq.told or seq.pending)
         seq.computed += count - verifies
         seq.length += samples
         seq.drafts_ready = drafts
         seq.uncertain = verifies > 0
         self.budget -= count
-        self.hurries |= seq.goes_first and not seq.told
         self.works.append(Work(seq, seq.row, seq.computed, samples, verifies, saves))
         self._save(seq.row, saves)
 

@@ -87,7 +87,9 @@ class MemberLink(asyncio.Protocol):
         self._buffer = bytearray()
         self._waiting: list[bytes] = []
         self._has_room = True
-        self._heard_s = self._loop.time()
+        self._num_unheard = 0
+        """Beats of ours since anything came. A beat that is late counts once: the machine may have stood still, and the
+        other end with it."""
         self._has_sent = True
         self._is_over = False
         """Nothing more is handed on."""
@@ -137,7 +139,7 @@ class MemberLink(asyncio.Protocol):
     @override
     def data_received(self, data: bytes) -> None:
         """As `asyncio.Protocol`."""
-        self._heard_s = self._loop.time()
+        self._num_unheard = 0
         self._buffer += data
         try:
             if self._end is None:
@@ -216,15 +218,16 @@ class MemberLink(asyncio.Protocol):
 
     def _beat(self) -> None:
         """Now and then: say that this end is alive, and see whether the other one is."""
-        silent_s = self._loop.time() - self._heard_s
+        silent_s = self._num_unheard * self._limits.beat_s
         if self._is_over:
             return
-        if silent_s > self._limits.silence_s:
+        if silent_s >= self._limits.silence_s:
             self.abort(f"it said nothing for {silent_s:.3g} s")
             return
         if not self._has_sent and self._has_room:
             self.send([b""])
         self._has_sent = False
+        self._num_unheard += 1
         self._wait(self._limits.beat_s, self._beat)
 
     def _wait(self, seconds: float, then: Callable[[], None]) -> None:
@@ -247,6 +250,8 @@ async def connect_link(
     opened: asyncio.Future[str] = loop.create_future()
 
     def up(link: MemberLink) -> LinkEnd:
+        if opened.done():
+            raise CorruptDataError("nobody waits for it any more")
         opened.set_result("")
         return welcome(link)
 
@@ -282,7 +287,7 @@ class LinkListener:
         self._token = token
         self._welcome = welcome
         self._limits = limits
-        self._greeted: set[MemberLink] = set()
+        self._greeted: dict[MemberLink, None] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int = 0) -> int:
@@ -311,14 +316,17 @@ class LinkListener:
 
     def _prove(self, link: MemberLink, peer: str) -> Exchange:
         if len(self._greeted) >= _MAX_GREETED:
-            raise CorruptDataError(f"{peer} comes while {_MAX_GREETED} others have not proven the cluster token yet")
-        self._greeted.add(link)
+            # A gateway proves it within a round trip; who holds all places is not to keep one out.
+            oldest = next(iter(self._greeted))
+            del self._greeted[oldest]
+            oldest.abort(f"it had not proven the cluster token when {_MAX_GREETED} others had come")
+        self._greeted[link] = None
         return server_exchange(self._token, peer)
 
     def _let_in(self, link: MemberLink) -> LinkEnd:
-        self._greeted.discard(link)
+        self._greeted.pop(link, None)
         return self._welcome(link)
 
     def _refuse(self, link: MemberLink, reason: str) -> None:
-        self._greeted.discard(link)
+        self._greeted.pop(link, None)
         logger.warning("a connection is not let in: %s", reason)

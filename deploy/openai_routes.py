@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from deploy.chat import ChatPrompt
-from deploy.error_replies import BodyTooLargeError, ErrorReply, error_reply
+from deploy.error_replies import ErrorReply, error_reply
 from deploy.generation import Generation, GenerationService, UsageCount
 from deploy.http_guard import ApiKey, KeyCheck, KeyRing, RoomCheck, SizeLimit
 from deploy.metrics import CONTENT_TYPE, GatewayMetrics
@@ -219,9 +219,6 @@ def create_app(service: GenerationService, config: HttpConfig) -> FastAPI:
 
     async def refuse(_: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, MoefleetError)
-        # The size limit has its own answer, and stands outside of the routes.
-        if isinstance(error, BodyTooLargeError):
-            raise error
         reply = error_reply(error)
         service.metrics.error("http", reply.code)
         return error_response(reply)

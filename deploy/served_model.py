@@ -40,7 +40,7 @@ def load_served_model(path: Path, *, name: str, max_model_len: int | None = None
     Args:
         path: the checkpoint folder.
         name: the model name that clients use.
-        max_model_len: a lower limit than the model's own, in tokens; None takes the model's.
+        max_model_len: what the engines take, in tokens, with YaRN more than the file names; None takes the file's.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a field is missing or of the wrong type.
@@ -50,10 +50,6 @@ def load_served_model(path: Path, *, name: str, max_model_len: int | None = None
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.exists() else {}
     limit = _integer(config, "max_position_embeddings", config_file)
-    if max_model_len is not None and max_model_len > limit:
-        raise CheckpointError(
-            f"{config_file}: max_position_embeddings is {limit}; max_model_len={max_model_len} must not be above it"
-        )
     eos = dict.fromkeys(
         [*_ids(config, "eos_token_id", config_file), *_ids(generation, "eos_token_id", generation_file)]
     )

@@ -102,7 +102,7 @@ def _read_yarn(nested: Fields, theta: float, rotary_dim: int, max_position_embed
     if original > max_position_embeddings:
         raise nested.error(
             "original_max_position_embeddings",
-            f"it must not be above max_position_embeddings, {max_position_embeddings}; give the trained length",
+            f"it must not be above max_position_embeddings, {max_position_embeddings}; give the trained length in both",
         )
     # Zero means unset for the betas and mscales in transformers, which tests them for truth.
     beta_fast = nested.number("beta_fast", 0.0, or_zero=True) or 32.0

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from cluster.config import KvTransport
+from cluster.kv_connection import KvConnection
+from cluster.rank_memory import RankMemory
 from tests.support.kv_patterns import Geometry, assert_moved, make_lane
 from tests.support.model_configs import make_moe_config
-from tests.support.pulling import BLOCKS, WAYS, Pulling, make_order, pull, sourcing
+from tests.support.pulling import BLOCKS, TOKEN, WAYS, Pulling, make_order, pull, sourcing
 
 
 def until_true(condition: Callable[[], bool]) -> None:
@@ -78,3 +80,15 @@ def test_pulls_that_wait_for_steps_do_not_hold_up_others() -> None:
         source.lane[0].progress.end()
         assert [pulling.result().error for _ in range(2)] == ["", ""]
         pulling.puller.close()
+
+
+def test_a_connection_that_only_waits_for_steps_is_in_use() -> None:
+    with sourcing(make_moe_config(), Geometry(tp=1)) as source:
+        source.lane[0].progress.begin(9)
+        source.lane[0].progress.wrote(1)
+        (cache,) = make_lane(source.model, Geometry(tp=1))
+        connection = KvConnection(source.servers[0].address, TOKEN, RankMemory(cache.buffer), timeout_s=5.0)
+        made = connection.used_s
+        assert connection.written(9, 0, time.time() + 5) == 1
+        assert connection.used_s > made
+        connection.close()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
@@ -12,7 +13,7 @@ import uvloop
 from typing_extensions import override
 
 from cluster.member_link import LinkLimits, LinkListener, MemberLink, connect_link
-from cluster.security import new_token
+from cluster.security import new_token, server_exchange
 from router.errors import CorruptDataError
 from tests.support.fleet import TOKEN, until
 from tests.support.member_call import raw_link
@@ -176,6 +177,19 @@ async def test_an_end_that_says_nothing_is_lost_and_one_that_beats_is_not() -> N
         link.close()
 
 
+async def test_ends_that_stand_still_together_do_not_lose_each_other() -> None:
+    member, gateway = Ear(), Ear()
+    limits = LinkLimits(beat_s=0.02, silence_s=0.1)
+    async with listening(member, limits) as address:
+        link = await connect_link(address, TOKEN, gateway.welcome, limits)
+        await asyncio.sleep(0.05)
+        # Both live on this loop.
+        time.sleep(0.3)
+        await asyncio.sleep(0.1)
+        assert member.reasons == gateway.reasons == []
+        link.close()
+
+
 async def test_an_end_may_close_at_once() -> None:
     ear = Ear()
     async with listening(Hasty()) as address:
@@ -252,6 +266,29 @@ async def test_a_call_that_nobody_waits_for_any_more_is_hung_up() -> None:
                 assert await asyncio.to_thread(sock.recv, 1) == b""
 
 
+async def test_a_proof_that_comes_just_when_nobody_waits_any_more_is_no_error() -> None:
+    loop, problems, ear = asyncio.get_running_loop(), list[object](), Ear()
+    loop.set_exception_handler(lambda _, context: problems.append(context))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        call = asyncio.create_task(
+            connect_link(f"127.0.0.1:{listener.getsockname()[1]}", TOKEN, ear.welcome, LinkLimits())
+        )
+        await asyncio.sleep(0.05)
+        sock, _ = listener.accept()
+        with sock:
+            exchange = server_exchange(TOKEN, "the test")
+            sock.send(next(exchange)[0])
+            await asyncio.sleep(0.05)
+            sock.send(exchange.send(sock.recv(100))[0])
+            # Before the loop looks at what came.
+            loop.call_soon(call.cancel)
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await asyncio.sleep(0.05)
+    assert problems == []
+    assert ear.links == []
+
+
 async def test_a_listener_that_never_began_and_a_link_to_nobody_may_be_closed() -> None:
     LinkListener(TOKEN, Ear().welcome, LinkLimits()).close()
     link = raw_link(Ear().welcome, LinkLimits())
@@ -264,7 +301,12 @@ async def test_no_more_strangers_are_greeted_at_once_than_a_bound() -> None:
     async with listening(ear) as address:
         host, _, port = address.rpartition(":")
         strangers = [socket.create_connection((host, int(port))) for _ in range(65)]
-        assert [await asyncio.to_thread(stranger.recv, 100) for stranger in strangers].count(b"") == 1
+        greetings = [await asyncio.to_thread(stranger.recv, 100) for stranger in strangers]
+        # Each was greeted, and who came first then made room.
+        assert b"" not in greetings
+        assert [await asyncio.to_thread(strangers[0].recv, 100), len(ear.links)] == [b"", 0]
+        link = await connect_link(address, TOKEN, Ear().welcome, LinkLimits())
+        link.close()
         for stranger in strangers:
             stranger.close()
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from cluster.plan import StepOutput, StepPlan
 from cluster.scheduler import Scheduler
 from cluster.scheduler_config import SchedulerConfig
@@ -38,6 +40,16 @@ def planned(scheduler: Scheduler) -> StepPlan:
 def tokens_of(scheduler: Scheduler, lane: FakeLane, plan: StepPlan) -> list[int]:
     events = one_by_one(scheduler.commit(StepOutput(step=plan.step, lanes=(lane.run(plan.lanes[0]),)), 0.0))
     return [event.token_id for event in events if isinstance(event, TokenEvent) and event.token_id is not None]
+
+
+def test_a_prompt_that_goes_first_hurries_no_more_once_its_token_is_on_its_way() -> None:
+    scheduler, lane = make_scheduler(), FakeLane()
+    scheduler.add(replace(make_request("first"), priority=2), mode="full", now=0.0)
+    prompt = planned(scheduler)
+    long = Request(id=RequestId("long"), prompt_ids=tuple(range(20)), sampling=SamplingParams(max_tokens=2))
+    scheduler.add(long, mode="full", now=0.0)
+    assert planned(scheduler).lanes[0].counts_S == [1, 15]
+    tokens_of(scheduler, lane, prompt)
 
 
 def test_nothing_is_planned_while_drafts_are_verified_and_all_rows_together_after() -> None:

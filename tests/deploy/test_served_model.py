@@ -39,10 +39,10 @@ def test_do_sample_false_means_greedy(tmp_path: Path) -> None:
     assert load_served_model(make_folder(tmp_path, generation=generation), name="tiny").defaults.temperature == 0.0
 
 
-def test_a_lower_context_can_be_chosen_but_no_higher_one(tmp_path: Path) -> None:
-    assert load_served_model(make_folder(tmp_path), name="tiny", max_model_len=32).max_model_len == 32
-    with pytest.raises(CheckpointError, match="max_model_len=65"):
-        load_served_model(tmp_path, name="tiny", max_model_len=65)
+def test_the_context_is_what_the_engines_take_also_where_yarn_makes_it_longer(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, CONFIG | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    for taken in (32, 256):
+        assert load_served_model(folder, name="tiny", max_model_len=taken).max_model_len == taken
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,12 @@ class Bell {
         }
     }
     bool asleep() const { return asleep_; }
-    // Behind a sequentially consistent change, so that one of the two sees the other's.
-    void ring() {
-        if (!asleep_ || !asleep_.exchange(false)) return;
+    // Whether it was asleep. Behind a sequentially consistent change, so that one of the two sees the other's.
+    bool ring() {
+        if (!asleep_ || !asleep_.exchange(false)) return false;
         { std::lock_guard<std::mutex> lock(mutex_); }
         rung_.notify_one();
+        return true;
     }
 
   private:
@@ -117,9 +118,12 @@ class Team {
         return true;
     }
 
-    // Wakes `thread`, if it is of the loop; it wakes two others in turn: waking many takes one thread long.
+    // Wakes `thread`, if it is of the loop; it wakes two others in turn: waking many takes one thread long. For one that
+    // is awake, and may be without a core, the caller does that.
     void wake(int thread) {
-        if (wakes_ && thread < threads_) helper(thread).bell.ring();
+        if (!wakes_ || thread >= threads_ || helper(thread).bell.ring()) return;
+        wake(2 * thread);
+        wake(2 * thread + 1);
     }
 
     Helper& helper(int thread) { return *helpers_[size_t(thread) - 1]; }

@@ -49,6 +49,8 @@ class Patience {
     bool soon(bool roomy, const Came& came) {
         if (knows_ && slept_) look_at_clocks(Clock::now());
         slept_ = !(roomy ? comes(came) : comes_after_yields(came));
+        // What others took while one looked is no part of the sleep.
+        if (knows_ && slept_) wanted(Clock::now());
         return !slept_;
     }
 
