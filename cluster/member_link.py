@@ -128,13 +128,9 @@ class MemberLink(asyncio.Protocol):
         # Ray's loops are uvloop's, whose transports are of no class of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
         self._wait(HELLO_TIMEOUT_S, lambda: self.abort("it did not prove the cluster token in time"))
-        try:
-            self._exchange = self._prove(self, str(transport.get_extra_info("peername") or "the peer"))
-            out, self._wanted = next(self._exchange)
-        except CorruptDataError as error:
-            self.abort(str(error))
-        else:
-            self._transport.write(out)
+        self._exchange = self._prove(self, str(transport.get_extra_info("peername") or "the peer"))
+        out, self._wanted = next(self._exchange)
+        self._transport.write(out)
 
     @override
     def data_received(self, data: bytes) -> None:
