@@ -160,7 +160,7 @@ class Pair:
             await occupy(held)
             self.prefill.signal_peer(signal.SIGCONT)
         try:
-            await until(lambda: self._has_come(step, running), timeout_s=10)
+            await self._until_come(step, running)
             if step == "early pull":
                 self.prefill.signal_peer(signal.SIGSTOP)
                 stopped.append(self.prefill)
@@ -171,6 +171,17 @@ class Pair:
                     member.signal_peer(signal.SIGCONT)
             if held is not None:
                 held.engine.abort(FILLER.id)
+
+    async def _until_come(self, step: Step, running: Running) -> None:
+        try:
+            await until(lambda: self._has_come(step, running), timeout_s=10)
+        except TimeoutError as error:
+            await running.leave()
+            requests = [member.service.num_requests for member in (self.prefill, self.decode)]
+            raise TimeoutError(
+                f"{step} did not come in 10 s; {_held(self.prefill)}; {_held(self.decode)}; requests: {requests}; "
+                f"the gateway's loads: {self.dispatcher.loads()}"
+            ) from error
 
     def _has_come(self, step: Step, running: Running) -> bool:
         prefill, decode = self.prefill.engine.load(), self.decode.engine.load()
