@@ -147,6 +147,9 @@ class Pair:
             "pull": [self.decode],
             "early pull": [self.decode],
         }.get(step, [])
+        if step == "layers' pull":
+            # Behind a whole request no step of one before is under way, which would count among those launched ahead.
+            await Running(self.generate(f"before {name}", FILLER.prompt_ids)).task
         for member in stopped:
             member.signal_peer(signal.SIGSTOP)
         if held is self.decode:
