@@ -350,9 +350,10 @@ def test_what_was_learnt_holds_for_the_next_scheduler_and_lets_it_draft_at_once(
     assert machine.chosen.count(1) > 90
 
 
-def test_a_step_that_something_else_held_up_changes_no_mind() -> None:
+@pytest.mark.parametrize("longer", [10, 1000])
+def test_a_step_that_something_else_held_up_changes_no_mind(longer: int) -> None:
     machine = run(cheap, (0.9,), rows=4, steps=900)
-    machine.times = lambda rows, drafts: 10 * cheap(rows, drafts)
+    machine.times = lambda rows, drafts: longer * cheap(rows, drafts)
     machine.step(4)
     machine.times = cheap
     for _ in range(100):
