@@ -173,25 +173,27 @@ def make_long(name: str, prompt: tuple[int, ...] = LONG) -> Request:
     return Request(id=RequestId(name), prompt_ids=prompt, sampling=SamplingParams(max_tokens=12, temperature=0))
 
 
+async def fetch_early(checkpoint: Path, prefill: EngineMember, decode: EngineMember) -> int:
+    """Have a long prompt handed over, with the tokens of a mixed member -> pulls."""
+    async with dispatching([EngineMember("m", "mixed", checkpoint)]) as dispatcher:
+        wanted = tokens_of([await collect(dispatcher.generate(make_long("r")))])
+    async with dispatching([prefill, decode]) as dispatcher:
+        assert tokens_of([await collect(dispatcher.generate(make_long("r")))]) == wanted
+        stats = decode.engine.stats()
+        assert (stats.failed_pulls, stats.computed_tokens) == (0, 11)
+        await until(lambda: prefill.is_idle and decode.is_idle)
+    return stats.pulls
+
+
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
 @pytest.mark.parametrize(("prefill_tp", "decode_tp", "way"), [(1, 1, "auto"), (2, 1, "tcp"), (1, 2, "p2p")])
 async def test_chunks_of_a_long_prompt_are_fetched_while_the_rest_is_computed(
     make_checkpoint: Callable[..., Path], arch: str, prefill_tp: int, decode_tp: int, way: KvTransport
 ) -> None:
     checkpoint = make_checkpoint(arch)
-    async with dispatching([EngineMember("m", "mixed", checkpoint)]) as dispatcher:
-        wanted = tokens_of([await collect(dispatcher.generate(make_long("r")))])
-    members = [
-        EngineMember("p", "prefill", checkpoint, tp=prefill_tp, chunk=32, early_tokens=32),
-        EngineMember("d", "decode", checkpoint, tp=decode_tp, kv_transport=way),
-    ]
-    async with dispatching(members) as dispatcher:
-        assert tokens_of([await collect(dispatcher.generate(make_long("r")))]) == wanted
-        stats = members[1].engine.stats()
-        assert stats.pulls >= 2
-        assert stats.failed_pulls == 0
-        assert stats.computed_tokens == 11
-        await until(lambda: all(member.is_idle for member in members))
+    prefill = EngineMember("p", "prefill", checkpoint, tp=prefill_tp, chunk=32, early_tokens=32)
+    decode = EngineMember("d", "decode", checkpoint, tp=decode_tp, kv_transport=way)
+    assert await fetch_early(checkpoint, prefill, decode) >= 2
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
@@ -200,17 +202,9 @@ async def test_layers_of_a_prompts_only_step_are_fetched_while_it_runs(
     make_checkpoint: Callable[..., Path], arch: str, prefill_tp: int, decode_tp: int, way: KvTransport
 ) -> None:
     checkpoint = make_checkpoint(arch)
-    async with dispatching([EngineMember("m", "mixed", checkpoint)]) as dispatcher:
-        wanted = tokens_of([await collect(dispatcher.generate(make_long("r")))])
-    members = [
-        EngineMember("p", "prefill", checkpoint, tp=prefill_tp, chunk=200, step_tokens=200, early_tokens=32),
-        EngineMember("d", "decode", checkpoint, tp=decode_tp, kv_transport=way),
-    ]
-    async with dispatching(members) as dispatcher:
-        assert tokens_of([await collect(dispatcher.generate(make_long("r")))]) == wanted
-        stats = members[1].engine.stats()
-        assert (stats.pulls, stats.failed_pulls, stats.computed_tokens) == (2, 0, 11)
-        await until(lambda: all(member.is_idle for member in members))
+    prefill = EngineMember("p", "prefill", checkpoint, tp=prefill_tp, chunk=200, step_tokens=200, early_tokens=32)
+    decode = EngineMember("d", "decode", checkpoint, tp=decode_tp, kv_transport=way)
+    assert await fetch_early(checkpoint, prefill, decode) == 2
 
 
 async def test_a_client_that_leaves_while_its_prompt_is_fetched_early_leaves_nothing_behind(
